@@ -1,0 +1,75 @@
+"""Every error that a user can meet: one class per action that the reader must take.
+
+The message says what went wrong, where, what was expected, what was found, and the next command. The command line turns
+`exit_code` into the process's exit status and prints `str(error)`; nothing else does.
+"""
+
+from __future__ import annotations
+
+
+class DiffbuildError(Exception):
+    """Base of every error raised on purpose.
+
+    `what` is one sentence; the others are optional and printed one to a line. Exit codes: 1 could not, 2 wrong usage.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        expected: object = None,
+        got: object = None,
+        hint: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = where
+        self.expected = expected
+        self.got = got
+        self.hint = hint
+        details = {"where": where, "expected": expected, "got": got, "hint": hint}
+        super().__init__("\n".join([what, *(f"  {k}: {v}" for k, v in details.items() if v is not None)]))
+
+
+class UsageError(DiffbuildError):
+    """The call is wrong: correct the arguments."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """The recipe is wrong: correct the file. Lists every problem at once."""
+
+
+class RequestError(UsageError):
+    """A generation request is wrong or asks for what the bundle does not hold."""
+
+
+class ModelError(DiffbuildError):
+    """The model folder is missing, incomplete, unsafe or of an unsupported class."""
+
+
+class WeightsError(ModelError):
+    """A weight file is damaged, or its tensors are not those of the model."""
+
+
+class SamplerError(DiffbuildError):
+    """A scheduler cannot be compiled into a table."""
+
+
+class ExportError(DiffbuildError):
+    """A component could not be turned into a graph that holds its contract."""
+
+
+class EngineError(DiffbuildError):
+    """A backend cannot build, open or run an engine."""
+
+
+class StoreError(DiffbuildError):
+    """The artifact store cannot be read or written, or an artifact in it is damaged."""
+
+
+class BundleError(DiffbuildError):
+    """A bundle is incomplete, changed since it was built, or made for another device or version."""
