@@ -1,0 +1,200 @@
+"""Specs: what they mean, which are refused and how, and the diffusers scheduler that each makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+
+from tests.sampler.scheduler_configs import COGVIDEOX, CONTINUOUS, EDM, FLOW, FLOW_SOLVER, SD, SD_V
+from toolchain.errors import RequestError, SamplerError
+from toolchain.sampler.schedulers import (
+    OPTIONS,
+    SCHEDULERS,
+    UNSUPPORTED,
+    SchedulerSpec,
+    accepted_options,
+    compatible,
+    create,
+    family_of,
+    parse,
+    reference_kwargs,
+    step_kwargs,
+)
+
+
+@pytest.mark.parametrize(
+    ("spec", "canonical"),
+    [
+        ("euler", "euler"),
+        ("model", "model"),
+        ("model:spacing=trailing", "model:spacing=trailing"),
+        ("ddim:eta=.50", "ddim:eta=0.5"),
+        ("ddim:eta=1", "ddim:eta=1.0"),
+        ("ddim:eta=-0.0", "ddim:eta=0.0"),
+        ("dpm++2m:sde,karras", "dpm++2m:karras,sde"),
+        (" dpm++2m : karras , order = 3 ", "dpm++2m:karras,order=3"),
+        ("euler:spacing=trailing,rescale-zero-snr", "euler:rescale-zero-snr,spacing=trailing"),
+    ],
+)
+def test_specs_have_one_canonical_form(spec: str, canonical: str) -> None:
+    parsed = parse(spec)
+    assert parsed.canonical == canonical
+    assert parse(parsed.canonical) == parsed
+
+
+@pytest.mark.parametrize(
+    ("spec", "parts"),
+    [
+        ("eular", ["no scheduler is called 'eular'", "did you mean euler?", "dpm++2m", "unipc"]),
+        ("EulerDiscreteScheduler", ["did you mean euler?"]),
+        ("DPMSolverMultistepScheduler", ["did you mean dpm++2m?"]),
+        ("", ["no scheduler is called ''"]),
+        ("euler:", ["no scheduler option is called ''", "karras"]),
+        ("euler:karas", ["no scheduler option is called 'karas'", "did you mean karras?"]),
+        ("euler:karras=yes", ["karras takes no value", "karras=yes"]),
+        ("euler:karras,karras", ["karras is given twice"]),
+        ("euler:karras,beta", ["one sigma schedule", "karras, exponential, beta"]),
+        ("unipc:order", ["order has a wrong value", "order=1, 2 or 3"]),
+        ("unipc:order=4", ["order has a wrong value", "order=4"]),
+        ("unipc:order=2.0", ["order has a wrong value"]),
+        ("ddim:eta=much", ["eta has a wrong value", "a number from 0 to 1"]),
+        ("ddim:eta=1.5", ["eta has a wrong value"]),
+        ("ddim:eta=nan", ["eta has a wrong value"]),
+        ("ddim:spacing=even", ["spacing has a wrong value", "leading, trailing, linspace"]),
+    ],
+)
+def test_bad_specs_are_refused_with_what_is_right(spec: str, parts: list[str]) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(spec)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_every_name_stands_for_a_class_that_diffusers_has() -> None:
+    for entry in SCHEDULERS.values():
+        assert hasattr(diffusers, entry.cls)
+    assert not {entry.cls for entry in SCHEDULERS.values()} & UNSUPPORTED.keys()
+
+
+@pytest.mark.parametrize(
+    ("config", "family"),
+    [
+        (SD, "beta"),
+        (SD_V, "beta"),
+        ({}, "beta"),
+        (FLOW, "flow"),
+        (FLOW_SOLVER, "flow"),
+        (EDM, "edm"),
+        (COGVIDEOX, "cogvideox"),
+        (CONTINUOUS, "continuous"),
+    ],
+)
+def test_family_of_a_model(config: dict[str, Any], family: str) -> None:
+    assert family_of(config) == family
+    assert compatible(config)
+
+
+def test_names_and_options_reach_the_scheduler() -> None:
+    scheduler = create(parse("dpm++2m-sde:karras,order=3,spacing=trailing"), SD)
+    assert type(scheduler).__name__ == "DPMSolverMultistepScheduler"
+    assert scheduler.config.algorithm_type == "sde-dpmsolver++"
+    assert scheduler.config.use_karras_sigmas is True
+    assert scheduler.config.solver_order == 3
+    assert scheduler.config.timestep_spacing == "trailing"
+    assert scheduler.config.beta_start == SD["beta_start"]
+
+
+def test_a_name_means_the_same_whatever_the_model_comes_with() -> None:
+    config = {
+        **SD,
+        "_class_name": "DPMSolverMultistepScheduler",
+        "algorithm_type": "sde-dpmsolver++",
+        "solver_order": 3,
+    }
+    scheduler = create(parse("dpm++2m"), config)
+    assert scheduler.config.algorithm_type == "dpmsolver++"
+    assert scheduler.config.solver_order == 2
+    assert create(parse("model"), config).config.solver_order == 3
+
+
+def test_model_is_the_class_of_the_model() -> None:
+    assert type(create(parse("model"), SD)).__name__ == "PNDMScheduler"
+    assert type(create(parse("model"), FLOW)).__name__ == "FlowMatchEulerDiscreteScheduler"
+    assert create(parse("model"), FLOW).config.shift == 3.0
+
+
+def test_create_leaves_the_model_config_alone() -> None:
+    before = dict(SD)
+    create(parse("euler:karras"), SD)
+    assert before == SD
+
+
+def test_flow_models_keep_their_shift_in_every_class() -> None:
+    solver = create(parse("unipc"), FLOW)
+    assert solver.config.use_flow_sigmas is True
+    assert solver.config.prediction_type == "flow_prediction"
+    assert solver.config.flow_shift == 3.0
+    assert create(parse("flow-euler"), FLOW_SOLVER).config.shift == 3.0
+
+
+def refusal(spec: str, config: dict[str, Any]) -> str:
+    with pytest.raises(SamplerError) as caught:
+        create(parse(spec), config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["ddim", "ddim-parallel", "ddim-inverse", "ddpm", "ddpm-parallel", "heun", "lcm", "tcd"]
+)
+def test_clipping_is_refused_with_the_line_to_change(name: str) -> None:
+    message = refusal(name, {**SD, "clip_sample": True})
+    assert "clips" in message
+    assert '"clip_sample": false' in message
+
+
+def test_the_default_of_ddim_is_to_clip() -> None:
+    silent = {key: value for key, value in SD.items() if key != "clip_sample"}
+    assert "where the file is silent" in refusal("ddim", silent)
+    create(parse("euler"), silent)  # has no such setting
+
+
+@pytest.mark.parametrize(
+    ("spec", "config", "parts"),
+    [
+        ("dpm++2m", {**SD, "thresholding": True}, ["thresholds", '"thresholding": false']),
+        ("ddpm", {**SD, "variance_type": "learned_range"}, ["variance", "learned_range"]),
+        ("model", {**SD, "_class_name": "DPMSolverSDEScheduler"}, ["Brownian tree", "euler"]),
+        ("model", {**SD, "_class_name": "CMStochasticIterativeScheduler"}, ["clamps", "not linear"]),
+        ("model", {**SD, "_class_name": "MyScheduler"}, ["no table is known", "MyScheduler", "DDIMScheduler"]),
+        ("model", {"clip_sample": False}, ["no _class_name"]),
+        ("ddim:karras", SD, ["has no option karras", "rescale-zero-snr, spacing, eta"]),
+        ("euler:eta=0.5", SD, ["has no option eta", "EulerDiscreteScheduler"]),
+        ("deis:sde", SD, ["has no option sde"]),
+        ("flow-heun:karras", FLOW, ["has no option karras", "no option"]),
+        ("flow-euler", SD, ["flow-euler is for flow models", "this model is beta", "euler-a"]),
+        ("euler", FLOW, ["euler is for beta models", "this model is flow", "flow-euler"]),
+        ("edm-euler", SD, ["edm-euler is for edm models"]),
+        ("ipndm", SD, ["ipndm is for continuous models"]),
+        ("dpm++2m:karras", FLOW, ["karras sigmas would replace the flow sigmas", "flow-euler:karras"]),
+        ("dpm++2m", {**SD, "beta_schedule": "none"}, ["diffusers refuses", "none is not implemented"]),
+    ],
+)
+def test_refusals_name_the_reason(spec: str, config: dict[str, Any], parts: list[str]) -> None:
+    message = refusal(spec, config)
+    for part in parts:
+        assert part in message
+
+
+def test_accepted_options_come_from_the_class() -> None:
+    assert accepted_options(diffusers.DDIMScheduler) == ("rescale-zero-snr", "spacing", "eta")
+    assert accepted_options(diffusers.DPMSolverMultistepScheduler) == tuple(o for o in OPTIONS if o != "eta")
+    assert accepted_options(diffusers.IPNDMScheduler) == ()
+
+
+def test_eta_is_passed_as_a_pipeline_passes_it() -> None:
+    assert reference_kwargs(parse("ddim:eta=0.5")) == {"eta": 0.5}
+    assert reference_kwargs(SchedulerSpec("tcd")) == {}
+    assert step_kwargs(parse("tcd"), create(parse("tcd"), SD)) == {"eta": 0.0}
+    assert step_kwargs(parse("euler"), create(parse("euler"), SD)) == {}

@@ -1,0 +1,45 @@
+"""diffbuild: diffusion models compiled ahead of time. Importing this package imports nothing heavy.
+
+    import toolchain
+
+    pipe = toolchain.load("bundle")
+    pipe("a red circle on a white background", seed=0).images[0].save("a.png")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from toolchain.api import build, check_bundle, export_graphs, plan_build
+    from toolchain.bundle import Bundle, read_bundle
+    from toolchain.errors import DiffbuildError
+    from toolchain.recipe import Bucket, Recipe, load_recipe
+    from toolchain.runtime.pipeline import Pipeline, Progress, Result, load
+
+_HOME = {
+    "build": "toolchain.api",
+    "check_bundle": "toolchain.api",
+    "export_graphs": "toolchain.api",
+    "plan_build": "toolchain.api",
+    "Bundle": "toolchain.bundle",
+    "read_bundle": "toolchain.bundle",
+    "DiffbuildError": "toolchain.errors",
+    "Bucket": "toolchain.recipe",
+    "Recipe": "toolchain.recipe",
+    "load_recipe": "toolchain.recipe",
+    "Pipeline": "toolchain.runtime.pipeline",
+    "Progress": "toolchain.runtime.pipeline",
+    "Result": "toolchain.runtime.pipeline",
+    "load": "toolchain.runtime.pipeline",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605 - the same names as the imports for type checkers above
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'toolchain' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,102 @@
+"""The build side of the Python interface: one function per command of the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolchain.artifacts import Store, publish_folder
+from toolchain.bundle import Bundle
+from toolchain.models import resolve_model
+from toolchain.plan import Plan, Step, execute, make_plan
+from toolchain.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from toolchain.check.report import CheckReport
+
+Progress = Callable[[Step, str], None]
+
+
+def default_store() -> Path:
+    """$DIFFBUILD_STORE, or `artifacts` in the working directory."""
+    return Path(os.environ.get("DIFFBUILD_STORE", "artifacts"))
+
+
+def _recipe(recipe: Recipe | str | Path) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+
+
+def plan_build(
+    recipe: Recipe | str | Path, model: str, *, revision: str | None = None, store: Path | None = None, graphs_only: bool = False
+) -> Plan:
+    """What a build would do: every step, hit or miss, and the field that changed."""
+    return make_plan(_recipe(recipe), resolve_model(model, revision), Store(store or default_store()), graphs_only=graphs_only)
+
+
+def build(
+    recipe: Recipe | str | Path,
+    model: str,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    store: Path | None = None,
+    progress: Progress = lambda step, what: None,
+) -> Bundle:
+    """Builds what the store lacks and writes a bundle. `model` is a diffusers folder or a hub id."""
+    from toolchain.assemble import assemble
+
+    return assemble(plan_build(recipe, model, revision=revision, store=store), Path(output), progress)
+
+
+def export_graphs(
+    recipe: Recipe | str | Path,
+    model: str,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    store: Path | None = None,
+    progress: Progress = lambda step, what: None,
+) -> list[Path]:
+    """Writes the graphs alone; needs no weights on disk.
+
+    Beside every `COMPONENT-BUCKET.onnx` lies a `.weights.json`: which checkpoint tensor each initializer is, and, where
+    the checkpoint is there, in which file, at which offset and how long. Returns the graphs.
+    """
+    import onnx_ir as ir
+
+    from toolchain.export.safetensors import read_folder
+    from toolchain.export.weights import find_tensors, weight_uses
+
+    plan_ = plan_build(recipe, model, revision=revision, store=store, graphs_only=True)
+    built = execute(plan_, progress)
+    names: list[str] = []
+
+    def fill(folder: Path) -> None:
+        for step in plan_.steps:
+            component, label = step.subject.removeprefix(f"{plan_.recipe.name} ").split(" ")
+            graph = built[step.name].file("graph.onnx")
+            name = f"{component}-{label}"
+            (folder / f"{name}.onnx").write_bytes(graph.read_bytes())
+            uses = weight_uses(ir.load(graph))
+            checkpoint = plan_.source.path / plan_.family.component(component).folder
+            found = plan_.source.has_weights(checkpoint.name)
+            tensors = find_tensors(uses, read_folder(checkpoint), checkpoint) if found else {}
+            places = {k: {"file": str(t.file), "offset": t.offset, "nbytes": t.nbytes} for k, t in tensors.items()}
+            entries = [{**asdict(use), **places.get(use.name, {})} for use in uses]
+            (folder / f"{name}.weights.json").write_text(json.dumps(entries, indent=1))
+            names.append(f"{name}.onnx")
+
+    publish_folder(Path(output), fill)
+    return [Path(output) / name for name in names]
+
+
+def check_bundle(bundle: str | Path, model: str, *, revision: str | None = None) -> CheckReport:
+    """Compares a bundle with the model that it was built from. See `toolchain.check`."""
+    from toolchain.bundle import read_bundle
+    from toolchain.check import compare
+
+    return compare(read_bundle(Path(bundle)), resolve_model(model, revision))

@@ -1,0 +1,142 @@
+"""A plan -> a bundle: the artifacts of a build put together in one folder that can be moved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from toolchain.artifacts import Artifact, publish_folder
+from toolchain.bundle import ANY, MANIFEST, Bundle, EngineEntry, FileEntry, read_bundle
+from toolchain.errors import BundleError, UsageError
+from toolchain.plan import EXPORT_TOOLS, Plan, Step, execute, tool_versions
+from toolchain.signature import GraphSpec
+
+FICLONE = 0x40049409  # ioctl of Linux: both files share their blocks until one is written
+
+
+def assemble(plan: Plan, output: Path, progress: Callable[[Step, str], None] = lambda step, what: None) -> Bundle:
+    """Builds what the store does not hold yet and writes the bundle, replacing an older one only when all went well.
+
+    A bundle that was put together from the same artifacts is left as it is. Raises the errors of every stage.
+    """
+    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).exists():
+        raise UsageError(
+            "the output folder holds something else than a bundle", where=output, hint="give a new or an empty folder"
+        )
+    existing = _existing(output)
+    wanted = {step.name: step.key for step in plan.steps if step.stage != "graph"}
+    if existing is not None and dict(existing.artifacts) == wanted and _complete(existing):
+        for step in plan.steps:
+            progress(step, "hit")
+        return existing
+    built = execute(plan, progress)
+    writer = _Writer(plan, built, output)
+    publish_folder(output, writer.fill)
+    plan.store.register_bundle(output, [f"{step.stage}/{step.key}" for step in plan.steps])
+    return read_bundle(output)
+
+
+def _existing(output: Path) -> Bundle | None:
+    try:
+        return read_bundle(output)
+    except BundleError:
+        return None  # nothing there, or damaged: it is written anew
+
+
+def _complete(bundle: Bundle) -> bool:
+    def size(name: str) -> int | None:
+        path = bundle.path / name
+        return path.stat().st_size if path.is_file() else None
+
+    return all(size(name) == entry.size for name, entry in bundle.files.items())
+
+
+class _Writer:
+    def __init__(self, plan: Plan, built: dict[str, Artifact], output: Path) -> None:
+        self.plan, self.built, self.output = plan, built, output
+        self.files: dict[str, FileEntry] = {}
+
+    def fill(self, folder: Path) -> None:
+        plan = self.plan
+        recipe = plan.recipe
+        engines = {c.name: self._engines(folder, c.name) for c in plan.family.components}
+        samplers = {}
+        for step in plan.steps:
+            if step.stage == "sampler":
+                label = step.subject.removeprefix(f"{recipe.name} ")
+                name = label.replace("/", "-").replace(":", "-").replace(",", "-").replace("=", "-")
+                samplers[label] = f"samplers/{name}.json"
+                self._copy(self.built[step.name], "table.json", folder, samplers[label])
+        tokenizer = self.built[f"tokenizer {recipe.name} tokenizer"]
+        for name in tokenizer.files:
+            self._copy(tokenizer, name, folder, f"tokenizers/tokenizer/{name}")
+        settings = plan.family.settings(plan.source) | {"scheduler": plan.source.config("scheduler")}
+        checkpoint = {c.name: self._step("weights", c.name).inputs["checkpoint"] for c in plan.family.components}
+        bundle = Bundle(
+            path=folder,
+            model={"name": plan.source.name, "revision": plan.source.revision, "checkpoint": checkpoint}
+            | {"pipeline": plan.source.index["_class_name"]},
+            family=plan.family.name,
+            settings=settings,
+            recipe=recipe,
+            backend=plan.backend.name,
+            device=plan.backend.device(),
+            engines=engines,
+            samplers=samplers,
+            tokenizers={"tokenizer": "tokenizers/tokenizer"},
+            files=self.files,
+            artifacts={step.name: step.key for step in plan.steps if step.stage != "graph"},
+            tools={"diffbuild": version("diffbuild")} | {k: str(v) for k, v in tool_versions(EXPORT_TOOLS).items()},
+        )
+        (folder / MANIFEST).write_text(json.dumps(bundle.to_json(), indent=1) + "\n", encoding="utf-8")
+
+    def _step(self, stage: str, subject: str) -> Step:
+        return self.plan.step(f"{stage} {self.plan.recipe.name} {subject}")
+
+    def _engines(self, folder: Path, component: str) -> dict[str, EngineEntry]:
+        plan = self.plan
+        owner = plan.family.component(component)
+        weights = {}
+        for role in ("weights", "packed"):
+            artifact = self.built.get(f"{role} {plan.recipe.name} {component}")
+            if artifact is not None:
+                (name,) = artifact.files
+                weights[role] = f"engines/{component}/{name}"
+                self._copy(artifact, name, folder, weights[role])
+        entries = {}
+        for bucket in plan.recipe.buckets if owner.per_bucket else [ANY]:
+            artifact = self.built[f"engine {plan.recipe.name} {component} {bucket}"]
+            place = f"engines/{component}/{bucket}"
+            for name in artifact.files:
+                self._copy(artifact, name, folder, f"{place}/{name}")
+            graph = self._step("graph", f"{component} {bucket}")
+            signature = graph.inputs["signature"]
+            assert isinstance(signature, dict)
+            entries[str(bucket)] = EngineEntry(place, weights, GraphSpec.from_json(signature))
+        return entries
+
+    def _copy(self, artifact: Artifact, name: str, folder: Path, target: str) -> None:
+        record = artifact.files[name]
+        path = folder / target
+        path.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(artifact.file(name), path)
+        self.files[target] = FileEntry(record.sha256, record.size)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A copy that shares its blocks with the source where the filesystem can; never a hard link, so that changing a
+    bundle cannot change the store."""
+    with source.open("rb") as read, target.open("wb") as write:
+        if sys.platform == "linux":
+            import fcntl
+
+            try:
+                fcntl.ioctl(write.fileno(), FICLONE, read.fileno())
+                return
+            except OSError:
+                pass  # another filesystem, or one that cannot: copy
+        shutil.copyfileobj(read, write, 16 << 20)

@@ -1,0 +1,187 @@
+"""A bundle: a folder with `bundle.json` that a runtime can load after it was moved or copied, without the model.
+
+Every file is listed with its size and sha256, and verified before any of it reaches an engine's loader. A flipped bit in
+a weight passes every loader silently, so the digests are ours to check.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from toolchain.errors import BundleError, RecipeError
+from toolchain.recipe import Bucket, Recipe
+from toolchain.signature import GraphSpec
+
+FORMAT = 1
+MANIFEST = "bundle.json"
+ANY = "any"
+"""Stands for the bucket of a component that is the same for all of them."""
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """One engine: its folder, its component's weight files by role, and its signature. Paths are in the bundle."""
+
+    folder: str
+    weights: Mapping[str, str]
+    spec: GraphSpec
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What `bundle.json` says. `engines` is component -> bucket (or "any") -> engine; `samplers` is "spec/steps" -> file.
+
+    model      name, revision, pipeline class and the digests of the weights it was built from
+    settings   what the runtime needs of the model: vae_factor, latent_channels, scheduler config
+    artifacts  "stage/subject" -> key of every artifact that it was put together from
+    tools      versions of what built it
+    """
+
+    path: Path
+    model: Mapping[str, Any]
+    family: str
+    settings: Mapping[str, Any]
+    recipe: Recipe
+    backend: str
+    device: Mapping[str, Any]
+    engines: Mapping[str, Mapping[str, EngineEntry]]
+    samplers: Mapping[str, str]
+    tokenizers: Mapping[str, str]
+    files: Mapping[str, FileEntry]
+    artifacts: Mapping[str, str]
+    tools: Mapping[str, str]
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        return sorted(Bucket.parse(b) for b in self.engines["denoiser"])
+
+    def engine(self, component: str, bucket: Bucket) -> EngineEntry:
+        entries = self.engines[component]
+        return entries[ANY] if ANY in entries else entries[str(bucket)]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "model": dict(self.model),
+            "family": self.family,
+            "settings": dict(self.settings),
+            "recipe": self.recipe.to_json(),
+            "backend": self.backend,
+            "device": dict(self.device),
+            "engines": {
+                component: {b: {"folder": e.folder, "weights": dict(e.weights), "spec": e.spec.to_json()} for b, e in by.items()}
+                for component, by in self.engines.items()
+            },
+            "samplers": dict(self.samplers),
+            "tokenizers": dict(self.tokenizers),
+            "files": {name: asdict(entry) for name, entry in self.files.items()},
+            "artifacts": dict(self.artifacts),
+            "tools": dict(self.tools),
+        }
+
+    def verify(self) -> None:
+        """Compares every listed file with its size and sha256. Raises BundleError that names the first one that differs."""
+        jobs = sorted(self.files.items(), key=lambda item: -item[1].size)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
+            for problem in pool.map(lambda job: self._problem(*job), jobs):
+                if problem:
+                    raise problem
+
+    def _problem(self, name: str, entry: FileEntry) -> BundleError | None:
+        path = self.path / name
+        hint = "build the bundle again, or copy it again from where it was built"
+        if path.is_symlink() or not path.is_file():
+            return BundleError("a file of the bundle is missing", where=path, expected="a regular file", hint=hint)
+        size = path.stat().st_size
+        if size != entry.size:
+            return BundleError("a file of the bundle was changed", where=path, expected=f"{entry.size} bytes", got=f"{size} bytes", hint=hint)
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != entry.sha256:
+            return BundleError("a file of the bundle was changed", where=path, expected=f"sha256 {entry.sha256}", got=digest, hint=hint)
+        return None
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Reads and checks `bundle.json`; touches no other file. Raises BundleError."""
+    manifest = path / MANIFEST
+    try:
+        data = json.loads(manifest.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found = "no such folder" if not path.exists() else f"no {MANIFEST} in it"
+        raise BundleError("not a bundle", where=path, got=found, hint="diffbuild build RECIPE --model MODEL --output " + str(path)) from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{MANIFEST} cannot be read", where=manifest, got=error) from error
+    if not isinstance(data, dict) or not isinstance(data.get("format"), int):
+        raise BundleError(f"{MANIFEST} is not a bundle's manifest", where=manifest)
+    if data["format"] != FORMAT:
+        newer = data["format"] > FORMAT
+        raise BundleError(
+            f"the bundle has {'a newer' if newer else 'an older'} format",
+            where=manifest,
+            expected=f"format {FORMAT}",
+            got=f"format {data['format']}",
+            hint="update diffbuild" if newer else "build the bundle again",
+        )
+    try:
+        bundle = _structure(path, data)
+    except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
+        raise BundleError(f"{MANIFEST} is damaged", where=manifest, got=f"{type(error).__name__}: {error}") from error
+    _check_paths(bundle)
+    return bundle
+
+
+def _structure(path: Path, data: dict[str, Any]) -> Bundle:
+    engines = {
+        component: {b: EngineEntry(e["folder"], dict(e["weights"]), GraphSpec.from_json(e["spec"])) for b, e in by.items()}
+        for component, by in data["engines"].items()
+    }
+    files = {name: FileEntry(str(f["sha256"]), int(f["size"])) for name, f in data["files"].items()}
+    return Bundle(
+        path=path,
+        model=data["model"],
+        family=data["family"],
+        settings=data["settings"],
+        recipe=Recipe.from_json(data["recipe"]),
+        backend=data["backend"],
+        device=data["device"],
+        engines=engines,
+        samplers=data["samplers"],
+        tokenizers=data["tokenizers"],
+        files=files,
+        artifacts=data["artifacts"],
+        tools=data["tools"],
+    )
+
+
+def _check_paths(bundle: Bundle) -> None:
+    """No path may leave the bundle, and nothing may be loaded that is not listed with its digest."""
+    engines = [e for by in bundle.engines.values() for e in by.values()]
+    folders = [*(e.folder for e in engines), *bundle.tokenizers.values()]
+    single = [*(w for e in engines for w in e.weights.values()), *bundle.samplers.values()]
+    root = bundle.path.resolve()
+    for name in [*bundle.files, *folders, *single]:
+        pure = PurePosixPath(name)
+        inside = not pure.is_absolute() and ".." not in pure.parts and "\\" not in name and ":" not in name
+        if not inside or not (root / name).resolve().is_relative_to(root):
+            raise BundleError("a path in the manifest leaves the bundle", where=bundle.path / MANIFEST, got=name)
+    for name in single:
+        if name not in bundle.files:
+            raise BundleError("the manifest uses a file that it does not list", where=bundle.path / MANIFEST, got=name)
+
+
+def describe_buckets(buckets: Iterable[Bucket]) -> str:
+    return ", ".join(str(b) for b in buckets)

@@ -1,0 +1,80 @@
+"""Engines: one file per backend behind one protocol. `BACKENDS` is the list of them.
+
+A backend turns a graph into files at build time and opens those files at run time. Building imports onnx_ir; opening
+needs nothing but numpy and the backend's own library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolchain.engines.onnxruntime import OnnxRuntimeBackend
+from toolchain.errors import UsageError
+from toolchain.signature import GraphSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Buffers = Mapping[str, NDArray[np.generic]]
+
+
+class Engine(Protocol):
+    """An opened engine. Not safe for concurrent launches."""
+
+    spec: GraphSpec
+
+    def bind(self, buffers: Buffers) -> Callable[[], None]:
+        """Fixes every input and output to a buffer and returns the launch, which allocates nothing.
+
+        One engine can hold several bindings: the denoising loop swaps two, so that no state is copied. Outputs that
+        are not given are not delivered. Raises EngineError for a missing buffer or one of another dtype or shape.
+        """
+
+    def close(self) -> None:
+        """Frees the engine; its launches must not be called any more."""
+
+
+class Backend(Protocol):
+    name: str
+
+    def available(self) -> str | None:
+        """Why the backend cannot run here, or None."""
+
+    def device(self) -> dict[str, Any]:
+        """What engines built here are tied to; part of every engine's key and of the bundle."""
+
+    def refuse(self, built_on: Mapping[str, Any]) -> str | None:
+        """Why engines built on the described device cannot run here, or None."""
+
+    def prepare(self, graph: ir.Model) -> ir.Model:
+        """The graph in the form that this backend wants its weights in."""
+
+    def packs(self, options: Mapping[str, Any]) -> bool:
+        """Whether `pack` has anything to do under these options."""
+
+    def pack(self, graph: Path, weights: Mapping[str, Path], out: Path, options: Mapping[str, Any]) -> None:
+        """Writes `packed.safetensors` into `out`: weights in the backend's own layout, shared by all buckets."""
+
+    def build(self, graph: Path, weights: Mapping[str, Path], out: Path, options: Mapping[str, Any]) -> None:
+        """Writes the engine's files into the folder `out`.
+
+        `weights` is role -> file: "weights" is the component's weight file, "packed" the backend's. Raises EngineError.
+        """
+
+    def open(self, folder: Path, weights: Mapping[str, Path], spec: GraphSpec, options: Mapping[str, Any]) -> Engine:
+        """Opens an engine from its folder and its component's weight files. Raises EngineError."""
+
+
+BACKENDS: dict[str, Backend] = {"onnxruntime": OnnxRuntimeBackend()}
+
+
+def backend_of(name: str) -> Backend:
+    """Raises UsageError for an unknown name."""
+    if name not in BACKENDS:
+        raise UsageError("unknown backend", expected=" or ".join(BACKENDS), got=name, hint="diffbuild doctor")
+    return BACKENDS[name]

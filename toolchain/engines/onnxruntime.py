@@ -1,0 +1,275 @@
+"""ONNX Runtime on the CPU.
+
+Building optimises the graph for this machine and saves it, so that opening does no graph work. The saved graph holds no
+weights: they are attached from the component's weight file, which is mapped once and shared by every bucket. Tensors
+that the optimiser made itself (reordered convolution weights, say) depend on the weights but not on the bucket: they go into one packed file that all buckets share, and only
+what a bucket has for itself goes beside its graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolchain.errors import EngineError
+from toolchain.signature import GraphSpec, TensorSpec
+from toolchain.weights import MappedWeights
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+GRAPH = "graph.onnx"
+EXTRA = "extra.safetensors"
+PACKED = "packed.safetensors"
+ATTACHED = "attached.json"
+"""Where each attached initializer lies: file role -> initializer -> tensor in that file."""
+INLINE_LIMIT_BYTES = 1024
+EMPTY_SAFETENSORS = (2).to_bytes(8, "little") + b"{}"
+LEVELS = {"basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
+ELEMENT_TYPES = {"F32": 1, "F16": 10, "BF16": 16, "I8": 3, "U8": 2, "I32": 6, "I64": 7, "BOOL": 9}
+
+
+@cache
+def cpu_features() -> str:
+    """The instruction set that decides ONNX Runtime's blocked layouts and kernels, such as "x86_64-avx512"."""
+    machine = platform.machine().lower().replace("amd64", "x86_64")
+    try:
+        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+    except (OSError, StopIteration):
+        return machine
+    level = "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "sse"
+    return f"{machine}-{level}"
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, without counting hyper-threads."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    siblings = set()
+    for cpu in allowed:
+        try:
+            siblings.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
+        except OSError:
+            siblings.add(str(cpu))
+    return max(1, len(siblings))
+
+
+class OnnxRuntimeBackend:
+    name = "onnxruntime"
+
+    def available(self) -> str | None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            return f"onnxruntime cannot be imported: {error}"
+        if "CPUExecutionProvider" not in onnxruntime.get_available_providers():
+            return "this onnxruntime has no CPU execution provider"
+        return None
+
+    def device(self) -> dict[str, Any]:
+        from importlib.metadata import PackageNotFoundError, version
+
+        for package in ("onnxruntime", "onnxruntime-gpu"):
+            try:
+                return {"kind": "cpu", "cpu": cpu_features(), "onnxruntime": version(package)}
+            except PackageNotFoundError:
+                continue
+        return {"kind": "cpu", "cpu": cpu_features(), "onnxruntime": "missing"}
+
+    def refuse(self, built_on: Mapping[str, Any]) -> str | None:
+        here = self.device()
+        for what in ("kind", "cpu"):
+            if built_on.get(what) != here[what]:
+                return f"built on {built_on.get(what)}, this machine is {here[what]}"
+        # Optimised graphs use ONNX Runtime's internal operators, which have no compatibility promise between minors.
+        built, ours = (str(v.get("onnxruntime")) for v in (built_on, here))
+        if built.split(".")[:2] != ours.split(".")[:2]:
+            return f"built with onnxruntime {built}, this machine has {ours}"
+        return None
+
+    def prepare(self, graph: ir.Model) -> ir.Model:
+        from toolchain.graph.transpose import transpose_weights
+
+        return transpose_weights(graph)
+
+    def packs(self, options: Mapping[str, Any]) -> bool:
+        return bool(options["optimization"] == "all")  # the level whose layout pass reorders convolution weights
+
+    def pack(self, graph: Path, weights: Mapping[str, Path], out: Path, options: Mapping[str, Any]) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            self.build(graph, weights, Path(scratch), options)
+            extra = Path(scratch) / EXTRA
+            if extra.exists():
+                shutil.copyfile(extra, out / PACKED)
+            else:
+                (out / PACKED).write_bytes(EMPTY_SAFETENSORS)
+
+    def build(self, graph: Path, weights: Mapping[str, Path], out: Path, options: Mapping[str, Any]) -> None:
+        import onnx_ir as ir
+
+        shared = {role: MappedWeights(path) for role, path in weights.items()}
+        base = shared["weights"]
+        with tempfile.TemporaryDirectory(dir=out) as scratch:
+            optimized = Path(scratch) / "optimized.onnx"
+            settings = _session_options(options)
+            settings.graph_optimization_level = getattr(_ort().GraphOptimizationLevel, LEVELS[options["optimization"]])
+            settings.optimized_model_filepath = str(optimized)
+            settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.bin")
+            settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "0")
+            names = _weight_names(graph)
+            _open_session(str(graph), settings, [(base, dict(zip(names, names, strict=True)))])
+            _share_weights(ir.load(optimized), shared, out)
+        for mapped in shared.values():
+            mapped.close()
+
+    def open(
+        self, folder: Path, weights: Mapping[str, Path], spec: GraphSpec, options: Mapping[str, Any]
+    ) -> OnnxRuntimeEngine:
+        settings = _session_options(options)
+        settings.graph_optimization_level = _ort().GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            attached = json.loads((folder / ATTACHED).read_text())
+        except (OSError, ValueError) as error:
+            raise EngineError("an engine's file cannot be read", where=folder / ATTACHED, got=error) from error
+        files = {**weights, "extra": folder / EXTRA}
+        mapped = [(MappedWeights(files[role]), names) for role, names in attached.items() if names]
+        session = _open_session(str(folder / GRAPH), settings, mapped)
+        return OnnxRuntimeEngine(session, spec, [m for m, _ in mapped], folder)
+
+
+class OnnxRuntimeEngine:
+    """A session with static shapes, launched through I/O bindings on host memory."""
+
+    def __init__(self, session: Any, spec: GraphSpec, mapped: list[MappedWeights], folder: Path) -> None:
+        self.spec = spec
+        self._session = session
+        self._mapped = mapped
+        self._folder = folder
+        self._check_signature()
+
+    def bind(self, buffers: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
+        session = self._session
+        binding = session.io_binding()
+        for tensor in self.spec.inputs:
+            _check_buffer(tensor, buffers.get(tensor.name), self._folder)
+            array = buffers[tensor.name]
+            binding.bind_input(tensor.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for tensor in self.spec.outputs:
+            if tensor.name in buffers:
+                _check_buffer(tensor, buffers[tensor.name], self._folder)
+                array = buffers[tensor.name]
+                binding.bind_output(tensor.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        kept = dict(buffers)  # the binding holds bare addresses
+
+        def launch() -> None:
+            assert kept is not None
+            session.run_with_iobinding(binding)
+
+        return launch
+
+    def close(self) -> None:
+        self._session = None
+        for mapped in self._mapped:
+            mapped.close()
+
+    def _check_signature(self) -> None:
+        for side, tensors in (("inputs", self.spec.inputs), ("outputs", self.spec.outputs)):
+            nodes = getattr(self._session, f"get_{side}")()
+            got = [(n.name, tuple(n.shape)) for n in nodes]
+            expected = [(t.name, t.shape) for t in tensors]
+            if got != expected:
+                raise EngineError(f"the engine has other {side} than its manifest says", where=self._folder, expected=expected, got=got)
+
+
+def _ort() -> Any:
+    import onnxruntime
+
+    return onnxruntime
+
+
+def _session_options(options: Mapping[str, Any]) -> Any:
+    settings = _ort().SessionOptions()
+    settings.intra_op_num_threads = options["threads"] or physical_cores()
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3
+    return settings
+
+
+def _weight_names(graph: Path) -> list[str]:
+    import onnx_ir as ir
+
+    from toolchain.graph.simplify import is_weight
+
+    return [str(name) for name, value in ir.load(graph).graph.initializers.items() if is_weight(value)]
+
+
+def _open_session(graph: str, settings: Any, attached: list[tuple[MappedWeights, dict[str, str]]]) -> Any:
+    ort = _ort()
+    names, values = [], []
+    for weights, initializers in attached:
+        for name, key in initializers.items():
+            array, kind = weights.array(key), ELEMENT_TYPES[weights.refs[key].dtype]
+            names.append(name)
+            values.append(ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind))
+    settings.add_external_initializers(names, values)
+    try:
+        return ort.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a dozen classes of its own, all derived straight from Exception
+        raise EngineError(
+            "ONNX Runtime cannot open the graph", where=graph, got=str(error).strip().splitlines()[0]
+        ) from error
+
+
+def _share_weights(model: ir.Model, shared: Mapping[str, MappedWeights], out: Path) -> None:
+    """Points every initializer whose bytes a shared file already holds at that file; saves graph and leftovers."""
+    import onnx_ir as ir
+
+    from toolchain.export.safetensors import write_safetensors
+    from toolchain.export.weights import DTYPES
+    from toolchain.graph.transpose import placeholder
+
+    index = {_content(weights.array(key)): (role, key) for role, weights in shared.items() for key in weights.keys()}  # noqa: SIM118
+    attached: dict[str, dict[str, str]] = {role: {} for role in [*shared, "extra"]}
+    extra: dict[str, ir.TensorProtocol] = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None and name is not None
+        if tensor.nbytes <= INLINE_LIMIT_BYTES and tensor.dtype not in DTYPES:
+            value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
+            continue
+        role, key = index.get(_content(tensor.numpy()), ("extra", name))
+        if role == "extra" and tensor.nbytes <= INLINE_LIMIT_BYTES:
+            value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
+            continue
+        if role == "extra":
+            extra[name] = tensor
+        attached[role][name] = key
+        value.const_value = placeholder(name, tensor.dtype, tuple(int(d) for d in tensor.shape))
+    ir.save(model, out / GRAPH)
+    (out / ATTACHED).write_text(json.dumps(attached))
+    if extra:
+        tensors = [(n, DTYPES[t.dtype], tuple(int(d) for d in t.shape)) for n, t in sorted(extra.items())]
+        write_safetensors(out / EXTRA, tensors, lambda name: extra[name].numpy())
+
+
+def _content(array: NDArray[Any]) -> tuple[tuple[int, ...], int, bytes]:
+    """Identifies a tensor by its shape and bytes."""
+    return array.shape, array.dtype.itemsize, hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).digest()
+
+
+def _check_buffer(tensor: TensorSpec, array: NDArray[Any] | None, where: Path) -> None:
+    expected = f"{tensor.name}: {tensor.dtype} {list(tensor.shape)}, contiguous"
+    if array is None:
+        raise EngineError("a buffer is missing", where=where, expected=expected)
+    if str(array.dtype) != tensor.dtype or array.shape != tensor.shape or not array.flags.c_contiguous:
+        raise EngineError("a buffer does not fit", where=where, expected=expected, got=f"{array.dtype} {list(array.shape)}")

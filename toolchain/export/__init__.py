@@ -1,0 +1,1 @@
+"""Component -> ONNX graph whose weights are references into the checkpoint."""

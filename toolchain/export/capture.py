@@ -1,0 +1,122 @@
+"""Weightless export: a component's graph is captured from its config, without reading or allocating its weights.
+
+The module is built under fake tensors, which have shapes but no memory, traced by `torch.export`, and written as ONNX.
+Every parameter becomes an initializer that carries the checkpoint's own tensor name and no bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from toolchain.errors import ExportError
+from toolchain.graph import IR_VERSION, OPSET
+from toolchain.graph.simplify import simplify
+from toolchain.graph.transpose import placeholder
+from toolchain.models.component import Component
+from toolchain.recipe import Bucket, ComponentRecipe
+from toolchain.signature import GraphSpec
+
+if TYPE_CHECKING:
+    from toolchain.models.source import ModelSource
+
+
+def capture(component: Component, source: ModelSource, recipe: ComponentRecipe, bucket: Bucket, guided: bool) -> ir.Model:
+    """The component's graph for one bucket, simplified, with its weights as placeholders named as in the checkpoint.
+
+    Raises ExportError where the exporter fails or the graph does not have the component's signature.
+    """
+    spec = component.spec(source, bucket, guided)
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if component.weightless else contextlib.nullcontext()
+    try:
+        with _quiet(), fake, torch.no_grad():
+            module = component.module(source, recipe, guided)
+            inputs = {t.name: torch.zeros(t.shape, dtype=getattr(torch, t.dtype)) for t in spec.inputs}
+            program = torch.export.export(module, (), inputs, strict=False)
+            exported = torch.onnx.export(
+                program,
+                (),
+                kwargs=inputs,
+                input_names=[t.name for t in spec.inputs],
+                output_names=[t.name for t in spec.outputs],
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+            parameters = {name for name, _ in module.named_parameters()}
+    except (torch._dynamo.exc.TorchDynamoException, torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+        raise ExportError(
+            f"the {component.name} cannot be exported",
+            where=f"{component.name} {bucket}",
+            got=str(error).strip().splitlines()[0],
+            hint="set DIFFBUILD_LOG=debug for the exporter's own report",
+        ) from error
+    assert exported is not None
+    model = exported.model
+    _detach_weights(model, parameters, component.prefix)
+    with _quiet():
+        model = simplify(model)
+    model.ir_version = IR_VERSION
+    model.graph.opset_imports[""] = OPSET
+    model.graph.name = component.name
+    check_signature(model, spec, component.name)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's chatter hides our own messages; errors still come as exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "onnxscript.optimizer._constant_folding", "onnx_ir.tensor_adapters")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _detach_weights(model: ir.Model, parameters: set[str], prefix: str) -> None:
+    """Renames every parameter to the checkpoint's name and drops its bytes; buffers and constants keep their values."""
+    for name, value in list(model.graph.initializers.items()):
+        if name not in parameters:
+            continue
+        tensor = value.const_value
+        assert tensor is not None
+        shape = tuple(int(d) for d in tensor.shape)
+        key = name.removeprefix(prefix)
+        value.const_value = placeholder(key, tensor.dtype, shape)
+        value.name = key
+
+
+def check_signature(model: ir.Model, spec: GraphSpec, stage: str) -> None:
+    """Raises ExportError unless names, dtypes, shapes, order, opset and IR version are the contract's."""
+    for side, values, tensors in (
+        ("input", model.graph.inputs, spec.inputs),
+        ("output", model.graph.outputs, spec.outputs),
+    ):
+        got = [_describe(v) for v in values]
+        expected = [f"{t.name} {t.dtype} {list(t.shape)}" for t in tensors]
+        if got != expected:
+            raise ExportError(
+                f"the graph of {stage} does not have the component's {side}s", where=stage, expected=expected, got=got
+            )
+    if (model.ir_version, model.graph.opset_imports.get("")) != (IR_VERSION, OPSET):
+        raise ExportError("the graph has another opset than the exporter was asked for", where=stage, expected=OPSET)
+
+
+def _describe(value: ir.Value) -> str:
+    dtype = str(value.dtype.numpy()) if value.dtype is not None else "?"
+    shape = [d if isinstance(d, int) else str(d) for d in value.shape] if value.shape is not None else "?"
+    return f"{value.name} {dtype} {shape}"

@@ -1,0 +1,42 @@
+"""What is compiled: model families, and where models come from. `MODELS` is the list of supported families."""
+
+from __future__ import annotations
+
+import difflib
+
+from toolchain.errors import ModelError
+from toolchain.models.component import Component, Family
+from toolchain.models.sd import SD
+from toolchain.models.source import ModelSource, resolve_model
+
+__all__ = ["MODELS", "Component", "Family", "ModelSource", "family_of", "resolve_model"]
+
+MODELS: dict[str, Family] = {"sd": SD}
+
+
+def family_of(source: ModelSource, wanted: str) -> Family:
+    """The family that a recipe names, after checking that the model is of it. Raises ModelError."""
+    supported = {pipeline: family.name for family in MODELS.values() for pipeline in family.pipelines}
+    pipeline = str(source.index["_class_name"])
+    if pipeline not in supported:
+        close = difflib.get_close_matches(pipeline, supported, n=1)
+        raise ModelError(
+            f"{pipeline} is not supported",
+            where=source.path / "model_index.json",
+            expected="one of " + ", ".join(sorted(supported)),
+            got=pipeline,
+            hint=f"the nearest supported class is {close[0]}" if close else None,
+        )
+    if wanted not in MODELS:
+        raise ModelError("the recipe names an unknown family", expected=" or ".join(sorted(MODELS)), got=wanted)
+    if supported[pipeline] != wanted:
+        raise ModelError(
+            "the recipe is for another family than the model",
+            where=source.path / "model_index.json",
+            expected=f"a model of family {wanted} ({', '.join(MODELS[wanted].pipelines)})",
+            got=f"{pipeline}, family {supported[pipeline]}",
+            hint=f"use a recipe with family = {supported[pipeline]!r}",
+        )
+    family = MODELS[wanted]
+    family.check(source)
+    return family

@@ -1,0 +1,315 @@
+"""recipe + model + device -> ordered steps, each a hit or a miss with the reason; and their execution.
+
+A step's key is the hash of what goes into it: the code of its stage, the keys of the steps before it, its slice of the
+recipe, the model's files, the versions that matter and, for engines, the device and the bucket. Planning imports neither
+torch nor diffusers, so that a build with nothing to do takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from toolchain.artifacts import Artifact, Json, Store, content_key
+from toolchain.bundle import ANY
+from toolchain.engines import Backend, backend_of
+from toolchain.errors import RecipeError
+from toolchain.export.safetensors import find_weights
+from toolchain.models import Component, Family, ModelSource, family_of
+from toolchain.recipe import Bucket, Recipe
+from toolchain.sampler.schedulers import parse
+
+EXPORT_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
+CODE = {  # which packages of ours decide a stage's outcome
+    "graph": ("models", "export", "graph", "sampler/table.py"),
+    "weights": ("export", "graph", "weights.py"),
+    "packed": ("engines", "graph"),
+    "engine": ("engines", "graph"),
+    "sampler": ("sampler",),
+    "tokenizer": ("models/tokenizers.py",),
+}
+
+Built = Mapping[str, Artifact]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One artifact to have. `name` is "stage subject"; `run` gets the artifacts built before it and a folder to fill.
+
+    changed: for a miss, the fields that differ from the last artifact of the same name; empty when there was none.
+    """
+
+    stage: str
+    subject: str
+    key: str
+    inputs: Mapping[str, Json]
+    hit: bool
+    changed: tuple[str, ...]
+    run: Callable[[Built, Path], None]
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage} {self.subject}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    recipe: Recipe
+    source: ModelSource
+    family: Family
+    backend: Backend
+    store: Store
+    steps: tuple[Step, ...]
+
+    @property
+    def misses(self) -> int:
+        return sum(not step.hit for step in self.steps)
+
+    def step(self, name: str) -> Step:
+        return next(s for s in self.steps if s.name == name)
+
+
+def tool_versions(names: Sequence[str]) -> dict[str, Json]:
+    found: dict[str, Json] = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+@cache
+def code_digest(stage: str) -> str:
+    """Digest of the source files that decide a stage's outcome: a version number that nobody can forget to raise."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for place in CODE[stage]:
+        path = root / place
+        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def make_plan(recipe: Recipe, source: ModelSource, store: Store, *, graphs_only: bool = False) -> Plan:
+    """Every step of a build, in order. Raises ModelError and RecipeError before any work is done.
+
+    graphs_only: no weights, engines, tables or tokenizer; needs the config files alone.
+    """
+    family = family_of(source, recipe.family)
+    backend = backend_of(recipe.backend)
+    check_recipe(recipe, family, source)
+    planner = _Planner(recipe, source, family, backend, store)
+    for component in family.components:
+        planner.graphs(component)
+    if not graphs_only:
+        for component in family.components:
+            planner.engines(component)
+        planner.tokenizer()
+        planner.samplers()
+    return Plan(recipe, source, family, backend, store, tuple(planner.steps))
+
+
+def check_recipe(recipe: Recipe, family: Family, source: ModelSource) -> None:
+    """What only the family can know of a recipe. Raises RecipeError with every problem."""
+    problems = []
+    names = [c.name for c in family.components]
+    for table, keys in (("components", recipe.components), ("check.components", recipe.check.components)):
+        for name in keys:
+            if name not in names:
+                problems.append(f"{table}.{name}: unknown component (expected one of {', '.join(names)})")
+    factor = family.settings(source)["vae_factor"]
+    for bucket in recipe.buckets:
+        if bucket.height % factor or bucket.width % factor:
+            problems.append(f"buckets: {bucket} is not divisible by the VAE's factor {factor}")
+    for spec in dict.fromkeys([recipe.sampling.scheduler, *recipe.sampling.schedulers]):
+        try:
+            parse(spec)
+        except Exception as error:
+            problems.append(f"sampling.schedulers: {str(error).splitlines()[0]} ({spec})")
+    if problems:
+        raise RecipeError("the recipe does not fit the model:\n    " + "\n    ".join(problems), where=recipe.name)
+
+
+class _Planner:
+    """Collects the steps of one plan; a step may use the keys of the steps before it."""
+
+    def __init__(self, recipe: Recipe, source: ModelSource, family: Family, backend: Backend, store: Store) -> None:
+        self.recipe, self.source, self.family, self.backend, self.store = recipe, source, family, backend, store
+        self.steps: list[Step] = []
+        self.guided = recipe.classifier_free_guidance
+        self.options: dict[str, Any] = recipe.to_json()[backend.name]
+
+    def add(self, stage: str, subject: str, inputs: dict[str, Json], run: Callable[[Built, Path], None]) -> str:
+        inputs = {"code": code_digest(stage), **inputs}
+        key = content_key(stage, inputs)
+        hit = self.store.lookup(stage, key) is not None
+        # One subject per model and recipe, so that `explain` compares like with like.
+        changed = [] if hit else self.store.explain(stage, f"{self.recipe.name} {subject}", inputs)
+        self.steps.append(Step(stage, f"{self.recipe.name} {subject}", key, inputs, hit, tuple(changed), run))
+        return key
+
+    def name(self, stage: str, subject: str) -> str:
+        return f"{stage} {self.recipe.name} {subject}"
+
+    def key(self, stage: str, subject: str) -> str:
+        return next(s.key for s in self.steps if s.name == self.name(stage, subject))
+
+    def buckets(self, component: Component) -> dict[str, Bucket]:
+        """Bucket by its name in artifacts and bundles."""
+        if not component.per_bucket:
+            return {ANY: self.recipe.buckets[0]}
+        return {str(bucket): bucket for bucket in self.recipe.buckets}
+
+    def graphs(self, component: Component) -> None:
+        recipe = self.recipe.component(component.name)
+        for label, bucket in self.buckets(component).items():
+            spec = component.spec(self.source, bucket, self.guided)
+            inputs: dict[str, Json] = {
+                "config": _config_digest(self.source.config(component.folder)),
+                "signature": spec.to_json(),
+                "recipe": _json(recipe),
+                "guided": self.guided,
+                "backend": self.backend.name,
+                "tools": tool_versions(EXPORT_TOOLS),
+            }
+
+            def run(_: Built, folder: Path, component: Component = component, bucket: Bucket = bucket) -> None:
+                _export(self, component, bucket, folder)
+
+            self.add("graph", f"{component.name} {label}", inputs, run)
+
+    def engines(self, component: Component) -> None:
+        folder = self.source.path / component.folder
+        files = find_weights(folder)
+        labels = list(self.buckets(component))
+        first = self.name("graph", f"{component.name} {labels[0]}")
+        inputs: dict[str, Json] = {
+            "checkpoint": {f.name: self.store.digest_of(f) for f in files},
+            "config": _config_digest(self.source.config(component.folder)),
+            "recipe": _json(self.recipe.component(component.name)),
+            "backend": self.backend.name,
+            "tools": tool_versions(EXPORT_TOOLS),
+        }
+        weights = self.add("weights", component.name, inputs, lambda built, out: _weights(folder, built[first], out))
+        roles = {"weights": self.name("weights", component.name)}
+        shared: dict[str, Json] = {"weights": weights}
+        tied: dict[str, Json] = {"backend": self.backend.name, "device": self.backend.device(), "options": self.options}
+        if component.per_bucket and self.backend.packs(self.options):
+            # Made from the first bucket, and so the same for whatever buckets follow it.
+            source = self.key("graph", f"{component.name} {labels[0]}")
+
+            def pack(built: Built, out: Path) -> None:
+                files = {role: _only_file(built[name]) for role, name in roles.items() if name in built}
+                self.backend.pack(built[first].file("graph.onnx"), files, out, self.options)
+
+            packed = self.add("packed", component.name, {**tied, **shared, "graph": source}, pack)
+            shared["packed"] = packed
+            roles["packed"] = self.name("packed", component.name)
+        for label in labels:
+            graph = self.name("graph", f"{component.name} {label}")
+
+            def run(built: Built, out: Path, graph: str = graph) -> None:
+                files = {role: _only_file(built[name]) for role, name in roles.items()}
+                self.backend.build(built[graph].file("graph.onnx"), files, out, self.options)
+
+            key = self.key("graph", f"{component.name} {label}")
+            self.add("engine", f"{component.name} {label}", {**tied, **shared, "graph": key}, run)
+
+    def tokenizer(self) -> None:
+        from toolchain.models.tokenizers import write_clip_tokenizer
+
+        folder = self.source.path / "tokenizer"
+        files = sorted(f for f in folder.glob("*") if f.suffix in (".json", ".txt"))
+        inputs: dict[str, Json] = {
+            "files": {f.name: self.store.digest_of(f) for f in files},
+            "tools": tool_versions(("transformers", "tokenizers")),
+        }
+        self.add("tokenizer", "tokenizer", inputs, lambda _, out: write_clip_tokenizer(folder, out))
+
+    def samplers(self) -> None:
+        config = self.source.config("scheduler")
+        for spec, steps in self.recipe.sampling.tables:
+            canonical = parse(spec).canonical
+            inputs: dict[str, Json] = {
+                "scheduler": canonical,
+                "steps": steps,
+                "config": _config_digest(config),
+                "tools": tool_versions(("diffusers", "torch")),
+            }
+
+            def run(_: Built, out: Path, spec: str = canonical, steps: int = steps) -> None:
+                from toolchain.sampler.compile import compile_table
+
+                (out / "table.json").write_text(json.dumps(compile_table(spec, steps, config).to_json()))
+
+            self.add("sampler", f"{canonical}/{steps}", inputs, run)
+
+
+def _json(value: Any) -> Json:
+    from dataclasses import asdict
+
+    data: Json = json.loads(json.dumps(asdict(value)))
+    return data
+
+
+def _config_digest(config: Mapping[str, Any]) -> str:
+    """Names and library versions in a config change nothing that is compiled."""
+    kept = {k: v for k, v in config.items() if k not in ("_name_or_path", "_diffusers_version", "transformers_version")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _only_file(artifact: Artifact) -> Path:
+    (name,) = artifact.files
+    return artifact.file(name)
+
+
+def _export(planner: _Planner, component: Component, bucket: Bucket, folder: Path) -> None:
+    import onnx_ir as ir
+
+    from toolchain.export.capture import capture
+
+    recipe = planner.recipe.component(component.name)
+    captured = capture(component, planner.source, recipe, bucket, planner.guided)
+    ir.save(planner.backend.prepare(captured), folder / "graph.onnx")
+
+
+def _weights(checkpoint: Path, graph: Artifact, out: Path) -> None:
+    import onnx_ir as ir
+
+    from toolchain.export.safetensors import read_folder
+    from toolchain.export.weights import find_tensors, weight_uses, write_weights
+
+    uses = weight_uses(ir.load(graph.file("graph.onnx")))
+    write_weights(uses, find_tensors(uses, read_folder(checkpoint), checkpoint), out / "weights.safetensors")
+
+
+def execute(plan: Plan, progress: Callable[[Step, str], None]) -> dict[str, Artifact]:
+    """Builds what is missing and returns every artifact by its step's name.
+
+    `progress` is called with (step, "start" | "built" | "hit"). What was built before an error or an interruption stays
+    in the store, and the next build goes on from there.
+    """
+    built: dict[str, Artifact] = {}
+    for step in plan.steps:
+        progress(step, "start")
+
+        def fill(folder: Path, step: Step = step) -> None:
+            step.run(built, folder)
+
+        artifact, was_built = plan.store.get_or_build(step.stage, step.subject, step.inputs, fill)
+        built[step.name] = artifact
+        progress(step, "built" if was_built else "hit")
+    return built
+
+
+def refreshed(plan: Plan) -> Plan:
+    """The plan with its hits looked up again."""
+    steps = tuple(replace(s, hit=plan.store.lookup(s.stage, s.key) is not None) for s in plan.steps)
+    return replace(plan, steps=steps)

@@ -1,0 +1,363 @@
+"""The names that `--scheduler` takes, and the diffusers scheduler that each stands for.
+
+A spec is `NAME[:option[,option...]]`: `euler`, `dpm++2m:karras,sde`, `ddim:eta=0.5`, or `model` for the class and
+settings of the model's own scheduler_config.json. diffusers is imported when a scheduler is created, not before.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from toolchain.errors import RequestError, SamplerError
+
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One scheduler: a diffusers class, what its name fixes of it, and the family of networks that it can drive.
+
+    family  beta: trained on a table of betas (SD, SDXL); flow: flow matching (SD3, FLUX); edm: preconditioned by sigma;
+            cogvideox: betas shifted in SNR; continuous: timesteps from 1 down to 0
+    """
+
+    cls: str
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    family: str = "beta"
+
+
+_SDE = {"algorithm_type": "sde-dpmsolver++"}
+_ODE = {"algorithm_type": "dpmsolver++"}
+
+SCHEDULERS: dict[str, Entry] = {
+    "ddim": Entry("DDIMScheduler"),
+    "ddim-parallel": Entry("DDIMParallelScheduler"),
+    "ddim-inverse": Entry("DDIMInverseScheduler"),
+    "ddpm": Entry("DDPMScheduler"),
+    "ddpm-parallel": Entry("DDPMParallelScheduler"),
+    "euler": Entry("EulerDiscreteScheduler"),
+    "euler-a": Entry("EulerAncestralDiscreteScheduler"),
+    "heun": Entry("HeunDiscreteScheduler"),
+    "dpm2": Entry("KDPM2DiscreteScheduler"),
+    "dpm2-a": Entry("KDPM2AncestralDiscreteScheduler"),
+    "dpm++2m": Entry("DPMSolverMultistepScheduler", _ODE | {"solver_order": 2}),
+    "dpm++2m-sde": Entry("DPMSolverMultistepScheduler", _SDE | {"solver_order": 2}),
+    "dpm++2m-inverse": Entry("DPMSolverMultistepInverseScheduler", _ODE | {"solver_order": 2}),
+    "dpm++2s": Entry("DPMSolverSinglestepScheduler", _ODE | {"solver_order": 2}),
+    "lms": Entry("LMSDiscreteScheduler"),
+    "pndm": Entry("PNDMScheduler"),
+    "deis": Entry("DEISMultistepScheduler"),
+    "unipc": Entry("UniPCMultistepScheduler"),
+    "sa-solver": Entry("SASolverScheduler"),
+    "lcm": Entry("LCMScheduler"),
+    "tcd": Entry("TCDScheduler"),
+    "flow-euler": Entry("FlowMatchEulerDiscreteScheduler", family="flow"),
+    "flow-heun": Entry("FlowMatchHeunDiscreteScheduler", family="flow"),
+    "flow-lcm": Entry("FlowMatchLCMScheduler", family="flow"),
+    "edm-euler": Entry("EDMEulerScheduler", family="edm"),
+    "edm-dpm++2m": Entry("EDMDPMSolverMultistepScheduler", _ODE | {"solver_order": 2}, family="edm"),
+    "cogvideox-ddim": Entry("CogVideoXDDIMScheduler", family="cogvideox"),
+    "ipndm": Entry("IPNDMScheduler", family="continuous"),
+}
+
+_BROWNIAN = "its noise is one Brownian tree over the whole trajectory, not a draw for each step"
+UNSUPPORTED: dict[str, str] = {
+    "DPMSolverSDEScheduler": _BROWNIAN,
+    "CosineDPMSolverMultistepScheduler": _BROWNIAN,
+    "CMStochasticIterativeScheduler": "it clamps its estimate of the image, which is not linear",
+    "UnCLIPScheduler": "its network predicts the variance as well",
+    "RePaintScheduler": "its step also takes an image and a mask",
+    "CogVideoXDPMScheduler": "its step also takes the estimate of the step before",
+}
+
+# Settings of diffusers constructors; `order`, `spacing` and `eta` take a value. `eta` is an argument of `step`.
+_FLAGS: dict[str, tuple[str, Any]] = {
+    "karras": ("use_karras_sigmas", True),
+    "exponential": ("use_exponential_sigmas", True),
+    "beta": ("use_beta_sigmas", True),
+    "sde": ("algorithm_type", "sde-dpmsolver++"),
+    "rescale-zero-snr": ("rescale_betas_zero_snr", True),
+}
+_SIGMA_FLAGS = ("karras", "exponential", "beta")
+_SPACINGS = ("leading", "trailing", "linspace")
+_VALUES: dict[str, str] = {"order": "solver_order", "spacing": "timestep_spacing"}
+OPTIONS = (*_FLAGS, *_VALUES, "eta")
+
+# algorithm_type is also an argument of solvers that know no SDE form.
+_SDE_CLASSES = frozenset(
+    {
+        "DPMSolverMultistepScheduler",
+        "DPMSolverMultistepInverseScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EDMDPMSolverMultistepScheduler",
+    }
+)
+
+OptionValue = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class SchedulerSpec:
+    """A parsed spec. Two specs that mean the same are equal: options are sorted and their values normalised."""
+
+    name: str
+    options: tuple[tuple[str, OptionValue], ...] = ()
+
+    @property
+    def canonical(self) -> str:
+        """The spec as text, which `parse` reads back."""
+        texts = [key if value is True else f"{key}={value}" for key, value in self.options]
+        return f"{self.name}:{','.join(texts)}" if texts else self.name
+
+
+def parse(spec: str) -> SchedulerSpec:
+    """The meaning of a spec; RequestError for an unknown name or option, a wrong value, a repetition or a conflict."""
+    name, colon, tail = (part.strip() for part in spec.partition(":"))
+    if name not in SCHEDULERS and name != MODEL:
+        raise _unknown_name(name)
+    options: dict[str, OptionValue] = {}
+    for text in tail.split(",") if colon else ():
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if key in options:
+            raise RequestError(f"the scheduler option {key} is given twice", got=spec)
+        options[key] = _option(key, value if equals else None)
+    sigmas = [key for key in _SIGMA_FLAGS if key in options]
+    if len(sigmas) > 1:
+        raise RequestError("a scheduler has one sigma schedule", expected="one of " + ", ".join(_SIGMA_FLAGS), got=spec)
+    return SchedulerSpec(name, tuple(sorted(options.items())))
+
+
+def _unknown_name(name: str) -> RequestError:
+    by_class = {entry.cls: known for known, entry in reversed(SCHEDULERS.items())}
+    close = difflib.get_close_matches(name, [*SCHEDULERS, MODEL, *by_class], n=1, cutoff=0.5)
+    return RequestError(
+        f"no scheduler is called {name!r}",
+        expected="one of " + ", ".join([MODEL, *SCHEDULERS]),
+        got=name,
+        hint=f"did you mean {by_class.get(close[0], close[0])}?" if close else None,
+    )
+
+
+def _option(key: str, value: str | None) -> OptionValue:
+    if key in _FLAGS:
+        if value is not None:
+            raise RequestError(f"the scheduler option {key} takes no value", expected=key, got=f"{key}={value}")
+        return True
+    checks: dict[str, tuple[str, Callable[[str], OptionValue | None]]] = {
+        "order": ("1, 2 or 3", lambda v: int(v) if v in ("1", "2", "3") else None),
+        "spacing": (", ".join(_SPACINGS), lambda v: v if v in _SPACINGS else None),
+        "eta": ("a number from 0 to 1", _unit),
+    }
+    if key not in checks:
+        close = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.5)
+        raise RequestError(
+            f"no scheduler option is called {key!r}",
+            expected=", ".join(OPTIONS),
+            got=key,
+            hint=f"did you mean {close[0]}?" if close else None,
+        )
+    expected, read = checks[key]
+    parsed = read(value) if value is not None else None
+    if parsed is None:
+        got = key if value is None else f"{key}={value}"
+        raise RequestError(f"the scheduler option {key} has a wrong value", expected=f"{key}={expected}", got=got)
+    return parsed
+
+
+def _unit(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number + 0.0 if 0.0 <= number <= 1.0 else None  # + 0.0 makes -0.0 the same spec as 0.0
+
+
+def reference_kwargs(spec: SchedulerSpec) -> dict[str, Any]:
+    """What a diffusers pipeline call needs beside the scheduler for the same result."""
+    return {key: value for key, value in spec.options if key == "eta"}
+
+
+def step_kwargs(spec: SchedulerSpec, scheduler: Any) -> dict[str, Any]:
+    """What a diffusers pipeline passes to `scheduler.step` beside the generator.
+
+    Pipelines pass eta wherever `step` takes it, 0 unless told otherwise: TCD's own default of 0.3 never applies.
+    """
+    if "eta" not in inspect.signature(scheduler.step).parameters:
+        return {}
+    return {"eta": 0.0} | reference_kwargs(spec)
+
+
+def family_of(model_config: Mapping[str, Any]) -> str:
+    """The family of networks (see `Entry`) that a scheduler_config.json belongs to."""
+    by_class = {entry.cls: entry.family for entry in SCHEDULERS.values()}
+    family = by_class.get(str(model_config.get("_class_name")), "beta")
+    is_flow = model_config.get("prediction_type") == "flow_prediction" or model_config.get("use_flow_sigmas") is True
+    return "flow" if family == "beta" and is_flow else family
+
+
+def compatible(model_config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names that can drive the model whose scheduler_config.json this is."""
+    family = family_of(model_config)
+    return tuple(name for name, entry in SCHEDULERS.items() if _drives(entry, family))
+
+
+def _drives(entry: Entry, family: str) -> bool:
+    return entry.family == family or (family == "flow" and "use_flow_sigmas" in _settings(_load(entry.cls)))
+
+
+def create(spec: SchedulerSpec, model_config: Mapping[str, Any]) -> Any:
+    """The diffusers scheduler of a spec for a model, built as a user does: `Class.from_config(model_config, ...)`.
+
+    A solver made for betas drives a flow-matching model with use_flow_sigmas, prediction_type flow_prediction and the
+    model's shift. SamplerError with the reason for a class, setting or option that no table can reproduce.
+    """
+    entry = _entry(spec, model_config)
+    cls = _load(entry.cls)
+    overrides = {**entry.fixed, **_family_overrides(spec, entry, cls, model_config)}
+    overrides.update(_option_overrides(spec, cls))
+    try:
+        with quiet():
+            scheduler = cls.from_config(dict(model_config), **overrides)
+    except Exception as error:  # whatever diffusers objects to is a fact about the request, not a crash
+        raise SamplerError(
+            f"diffusers refuses to make the scheduler {spec.canonical}", where=entry.cls, got=error
+        ) from error
+    _refuse_nonlinear(scheduler, cls)
+    return scheduler
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without diffusers' log lines and deprecation warnings, which are for those who write pipelines."""
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _entry(spec: SchedulerSpec, model_config: Mapping[str, Any]) -> Entry:
+    """The class to build; for `model` it is the one that the config names, with nothing fixed."""
+    if spec.name != MODEL:
+        return SCHEDULERS[spec.name]
+    cls = model_config.get("_class_name")
+    families = {entry.cls: entry.family for entry in SCHEDULERS.values()}
+    if cls in families:
+        return Entry(cls, family=families[cls])
+    reason = UNSUPPORTED.get(str(cls), "no table is known for this class")
+    if cls is None:
+        reason = "scheduler_config.json has no _class_name"
+    raise SamplerError(
+        f"the model's own scheduler cannot be compiled: {reason}",
+        where="scheduler/scheduler_config.json",
+        expected="one of " + ", ".join(families),
+        got=cls,
+        hint="name another scheduler: " + ", ".join(SCHEDULERS),
+    )
+
+
+def _load(name: str) -> Any:
+    import diffusers
+
+    try:
+        return getattr(diffusers, name)
+    except AttributeError:
+        raise SamplerError(
+            "this version of diffusers has no such scheduler", expected=name, got=f"diffusers {diffusers.__version__}"
+        ) from None
+
+
+def _settings(cls: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(cls.__init__).parameters
+
+
+def _family_overrides(spec: SchedulerSpec, entry: Entry, cls: Any, model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that carry a model's family over to a class made for another; SamplerError where none can."""
+    family = family_of(model_config)
+    if not _drives(entry, family):
+        raise SamplerError(
+            f"the scheduler {spec.name} is for {entry.family} models, and this model is {family}",
+            where="scheduler/scheduler_config.json",
+            expected="one of " + ", ".join(compatible(model_config)),
+            got=spec.canonical,
+        )
+    if family != "flow" or spec.name == MODEL:
+        return {}
+    shift = model_config.get("shift", model_config.get("flow_shift", 1.0))
+    if "flow_shift" not in _settings(cls):
+        return {"shift": shift}
+    sigmas = [key for key, _ in spec.options if key in _SIGMA_FLAGS]
+    if sigmas:
+        raise SamplerError(
+            f"{sigmas[0]} sigmas would replace the flow sigmas that this model needs",
+            where=entry.cls,
+            got=spec.canonical,
+            hint=f"leave {sigmas[0]} out, or use flow-euler:{sigmas[0]}",
+        )
+    return {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+
+
+def _option_overrides(spec: SchedulerSpec, cls: Any) -> dict[str, Any]:
+    accepted = accepted_options(cls)
+    overrides: dict[str, Any] = {}
+    for key, value in spec.options:
+        if key not in accepted:
+            raise SamplerError(
+                f"the scheduler {spec.name} has no option {key}",
+                where=cls.__name__,
+                expected=", ".join(accepted) or "no option",
+                got=spec.canonical,
+            )
+        if key in _FLAGS:
+            setting, value = _FLAGS[key]
+            overrides[setting] = value
+        elif key in _VALUES:
+            overrides[_VALUES[key]] = value
+    return overrides
+
+
+def accepted_options(cls: Any) -> tuple[str, ...]:
+    """The options that a diffusers scheduler class takes, in the order of OPTIONS."""
+    settings = _settings(cls)
+    has = {key: setting in settings for key, (setting, _) in _FLAGS.items()}
+    has |= {key: setting in settings for key, setting in _VALUES.items()}
+    has["sde"] = cls.__name__ in _SDE_CLASSES
+    has["eta"] = "eta" in inspect.signature(cls.step).parameters
+    return tuple(key for key in OPTIONS if has[key])
+
+
+def _refuse_nonlinear(scheduler: Any, cls: Any) -> None:
+    """SamplerError for settings that clip values or split the network's output, in classes that read them."""
+    settings = _settings(cls)
+    for key, reason in (
+        ("clip_sample", "clips its estimate of the image"),
+        ("thresholding", "thresholds its estimate of the image"),
+    ):
+        if key in settings and scheduler.config.get(key):
+            raise SamplerError(
+                f"{cls.__name__} {reason}, which is not linear",
+                where="scheduler/scheduler_config.json",
+                expected=f'"{key}": false',
+                got=f'"{key}": true, diffusers\' default where the file is silent' if key == "clip_sample" else None,
+                hint=f'models that denoise latents do not want it: set "{key}": false in the model\'s '
+                "scheduler_config.json, or name another scheduler, such as euler",
+            )
+    variance = scheduler.config.get("variance_type") if "variance_type" in settings else None
+    if variance in ("learned", "learned_range"):
+        raise SamplerError(
+            f"{cls.__name__} takes half of the network's output as a variance, which is not linear",
+            where="scheduler/scheduler_config.json",
+            expected="a variance_type other than learned and learned_range",
+            got=variance,
+        )
