@@ -1,9 +1,9 @@
 """diffbuild: diffusion models compiled ahead of time. Importing this package imports nothing heavy.
 
-    import toolchain
+import toolchain
 
-    pipe = toolchain.load("bundle")
-    pipe("a red circle on a white background", seed=0).images[0].save("a.png")
+pipe = toolchain.load("bundle")
+pipe("a red circle on a white background", seed=0).images[0].save("a.png")
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _HOME = {
     "load": "toolchain.runtime.pipeline",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605 - the same names as the imports for type checkers above
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -31,10 +31,17 @@ def _recipe(recipe: Recipe | str | Path) -> Recipe:
 
 
 def plan_build(
-    recipe: Recipe | str | Path, model: str, *, revision: str | None = None, store: Path | None = None, graphs_only: bool = False
+    recipe: Recipe | str | Path,
+    model: str,
+    *,
+    revision: str | None = None,
+    store: Path | None = None,
+    graphs_only: bool = False,
 ) -> Plan:
     """What a build would do: every step, hit or miss, and the field that changed."""
-    return make_plan(_recipe(recipe), resolve_model(model, revision), Store(store or default_store()), graphs_only=graphs_only)
+    return make_plan(
+        _recipe(recipe), resolve_model(model, revision), Store(store or default_store()), graphs_only=graphs_only
+    )
 
 
 def build(

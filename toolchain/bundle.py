@@ -82,7 +82,9 @@ class Bundle:
             "backend": self.backend,
             "device": dict(self.device),
             "engines": {
-                component: {b: {"folder": e.folder, "weights": dict(e.weights), "spec": e.spec.to_json()} for b, e in by.items()}
+                component: {
+                    b: {"folder": e.folder, "weights": dict(e.weights), "spec": e.spec.to_json()} for b, e in by.items()
+                }
                 for component, by in self.engines.items()
             },
             "samplers": dict(self.samplers),
@@ -107,11 +109,19 @@ class Bundle:
             return BundleError("a file of the bundle is missing", where=path, expected="a regular file", hint=hint)
         size = path.stat().st_size
         if size != entry.size:
-            return BundleError("a file of the bundle was changed", where=path, expected=f"{entry.size} bytes", got=f"{size} bytes", hint=hint)
+            return BundleError(
+                "a file of the bundle was changed",
+                where=path,
+                expected=f"{entry.size} bytes",
+                got=f"{size} bytes",
+                hint=hint,
+            )
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != entry.sha256:
-            return BundleError("a file of the bundle was changed", where=path, expected=f"sha256 {entry.sha256}", got=digest, hint=hint)
+            return BundleError(
+                "a file of the bundle was changed", where=path, expected=f"sha256 {entry.sha256}", got=digest, hint=hint
+            )
         return None
 
 
@@ -122,7 +132,9 @@ def read_bundle(path: Path) -> Bundle:
         data = json.loads(manifest.read_text(encoding="utf-8"))
     except FileNotFoundError:
         found = "no such folder" if not path.exists() else f"no {MANIFEST} in it"
-        raise BundleError("not a bundle", where=path, got=found, hint="diffbuild build RECIPE --model MODEL --output " + str(path)) from None
+        raise BundleError(
+            "not a bundle", where=path, got=found, hint="diffbuild build RECIPE --model MODEL --output " + str(path)
+        ) from None
     except (OSError, ValueError) as error:
         raise BundleError(f"{MANIFEST} cannot be read", where=manifest, got=error) from error
     if not isinstance(data, dict) or not isinstance(data.get("format"), int):
@@ -146,7 +158,9 @@ def read_bundle(path: Path) -> Bundle:
 
 def _structure(path: Path, data: dict[str, Any]) -> Bundle:
     engines = {
-        component: {b: EngineEntry(e["folder"], dict(e["weights"]), GraphSpec.from_json(e["spec"])) for b, e in by.items()}
+        component: {
+            b: EngineEntry(e["folder"], dict(e["weights"]), GraphSpec.from_json(e["spec"])) for b, e in by.items()
+        }
         for component, by in data["engines"].items()
     }
     files = {name: FileEntry(str(f["sha256"]), int(f["size"])) for name, f in data["files"].items()}

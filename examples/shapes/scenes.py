@@ -67,9 +67,7 @@ def all_scenes() -> tuple[list[Scene], list[Scene]]:
         (held_out if rng.random() < 0.05 else train).append(Scene((thing,), "", background))
     for first, second in itertools.combinations(things, 2):
         target = held_out if rng.random() < 0.05 else train
-        for pair, relation, background in itertools.product(
-            ((first, second), (second, first)), RELATIONS, BACKGROUNDS
-        ):
+        for pair, relation, background in itertools.product(((first, second), (second, first)), RELATIONS, BACKGROUNDS):
             target.append(Scene(pair, relation, background))
     return train, held_out
 

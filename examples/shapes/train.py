@@ -258,7 +258,9 @@ def main() -> None:
     scenes, _ = all_scenes()
     single = [s for s in scenes if len(s.things) == 1]
     double = [s for s in scenes if len(s.things) == 2]
-    chosen = [kind[rng.integers(len(kind))] for kind in (single if rng.random() < 0.25 else double for _ in range(PICTURES))]
+    chosen = [
+        kind[rng.integers(len(kind))] for kind in (single if rng.random() < 0.25 else double for _ in range(PICTURES))
+    ]
     pictures = np.stack([draw(scene, rng) for scene in chosen])
     log(started, f"drew {len(pictures)} pictures of {len({s.caption for s in chosen})} captions")
 

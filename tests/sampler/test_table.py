@@ -49,7 +49,7 @@ def test_json_round_trip_is_exact() -> None:
 def test_json_round_trip_of_the_extremes_of_float32() -> None:
     table = make_table(1)
     limits = np.finfo(np.float32)
-    table.rows[0, :5] = [limits.max, limits.min, limits.tiny, limits.smallest_subnormal, -0.0]
+    table.rows[0, :5] = np.array([limits.max, limits.min, limits.tiny, limits.smallest_subnormal, -0.0])
     read = SamplerTable.from_json(json.loads(json.dumps(table.to_json())))
     assert read.rows.tobytes() == table.rows.tobytes()
 

@@ -45,7 +45,9 @@ def cpu_features() -> str:
     """The instruction set that decides ONNX Runtime's blocked layouts and kernels, such as "x86_64-avx512"."""
     machine = platform.machine().lower().replace("amd64", "x86_64")
     try:
-        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+        flags = next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
+        ).split()
     except (OSError, StopIteration):
         return machine
     level = "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "sse"
@@ -124,7 +126,9 @@ class OnnxRuntimeBackend:
             settings = _session_options(options)
             settings.graph_optimization_level = getattr(_ort().GraphOptimizationLevel, LEVELS[options["optimization"]])
             settings.optimized_model_filepath = str(optimized)
-            settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.bin")
+            settings.add_session_config_entry(
+                "session.optimized_model_external_initializers_file_name", "optimized.bin"
+            )
             settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "0")
             names = _weight_names(graph)
             _open_session(str(graph), settings, [(base, dict(zip(names, names, strict=True)))])
@@ -188,7 +192,12 @@ class OnnxRuntimeEngine:
             got = [(n.name, tuple(n.shape)) for n in nodes]
             expected = [(t.name, t.shape) for t in tensors]
             if got != expected:
-                raise EngineError(f"the engine has other {side} than its manifest says", where=self._folder, expected=expected, got=got)
+                raise EngineError(
+                    f"the engine has other {side} than its manifest says",
+                    where=self._folder,
+                    expected=expected,
+                    got=got,
+                )
 
 
 def _ort() -> Any:
@@ -208,7 +217,7 @@ def _session_options(options: Mapping[str, Any]) -> Any:
 def _weight_names(graph: Path) -> list[str]:
     import onnx_ir as ir
 
-    from toolchain.graph.simplify import is_weight
+    from toolchain.graph.placeholder import is_weight
 
     return [str(name) for name, value in ir.load(graph).graph.initializers.items() if is_weight(value)]
 
@@ -236,7 +245,7 @@ def _share_weights(model: ir.Model, shared: Mapping[str, MappedWeights], out: Pa
 
     from toolchain.export.safetensors import write_safetensors
     from toolchain.export.weights import DTYPES
-    from toolchain.graph.transpose import placeholder
+    from toolchain.graph.placeholder import placeholder, static_shape
 
     index = {_content(weights.array(key)): (role, key) for role, weights in shared.items() for key in weights.keys()}  # noqa: SIM118
     attached: dict[str, dict[str, str]] = {role: {} for role in [*shared, "extra"]}
@@ -254,17 +263,17 @@ def _share_weights(model: ir.Model, shared: Mapping[str, MappedWeights], out: Pa
         if role == "extra":
             extra[name] = tensor
         attached[role][name] = key
-        value.const_value = placeholder(name, tensor.dtype, tuple(int(d) for d in tensor.shape))
+        value.const_value = placeholder(name, tensor.dtype, static_shape(tensor))
     ir.save(model, out / GRAPH)
     (out / ATTACHED).write_text(json.dumps(attached))
     if extra:
-        tensors = [(n, DTYPES[t.dtype], tuple(int(d) for d in t.shape)) for n, t in sorted(extra.items())]
+        tensors = [(n, DTYPES[t.dtype], static_shape(t)) for n, t in sorted(extra.items())]
         write_safetensors(out / EXTRA, tensors, lambda name: extra[name].numpy())
 
 
 def _content(array: NDArray[Any]) -> tuple[tuple[int, ...], int, bytes]:
     """Identifies a tensor by its shape and bytes."""
-    return array.shape, array.dtype.itemsize, hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).digest()
+    return array.shape, array.dtype.itemsize, hashlib.sha256(np.ascontiguousarray(array).data).digest()
 
 
 def _check_buffer(tensor: TensorSpec, array: NDArray[Any] | None, where: Path) -> None:
@@ -272,4 +281,6 @@ def _check_buffer(tensor: TensorSpec, array: NDArray[Any] | None, where: Path) -
     if array is None:
         raise EngineError("a buffer is missing", where=where, expected=expected)
     if str(array.dtype) != tensor.dtype or array.shape != tensor.shape or not array.flags.c_contiguous:
-        raise EngineError("a buffer does not fit", where=where, expected=expected, got=f"{array.dtype} {list(array.shape)}")
+        raise EngineError(
+            "a buffer does not fit", where=where, expected=expected, got=f"{array.dtype} {list(array.shape)}"
+        )

@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from toolchain.errors import ExportError
 from toolchain.graph import IR_VERSION, OPSET
+from toolchain.graph.placeholder import placeholder, static_shape
 from toolchain.graph.simplify import simplify
-from toolchain.graph.transpose import placeholder
 from toolchain.models.component import Component
 from toolchain.recipe import Bucket, ComponentRecipe
 from toolchain.signature import GraphSpec
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from toolchain.models.source import ModelSource
 
 
-def capture(component: Component, source: ModelSource, recipe: ComponentRecipe, bucket: Bucket, guided: bool) -> ir.Model:
+def capture(
+    component: Component, source: ModelSource, recipe: ComponentRecipe, bucket: Bucket, guided: bool
+) -> ir.Model:
     """The component's graph for one bucket, simplified, with its weights as placeholders named as in the checkpoint.
 
     Raises ExportError where the exporter fails or the graph does not have the component's signature.
@@ -74,7 +76,17 @@ def capture(component: Component, source: ModelSource, recipe: ComponentRecipe, 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter's chatter hides our own messages; errors still come as exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "onnxscript.optimizer._constant_folding", "onnx_ir.tensor_adapters")]
+    loggers = [
+        logging.getLogger(name)
+        for name in (
+            "torch.onnx",
+            "torch.export",
+            "onnxscript",
+            "onnx_ir",
+            "onnxscript.optimizer._constant_folding",
+            "onnx_ir.tensor_adapters",
+        )
+    ]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -94,9 +106,8 @@ def _detach_weights(model: ir.Model, parameters: set[str], prefix: str) -> None:
             continue
         tensor = value.const_value
         assert tensor is not None
-        shape = tuple(int(d) for d in tensor.shape)
         key = name.removeprefix(prefix)
-        value.const_value = placeholder(key, tensor.dtype, shape)
+        value.const_value = placeholder(key, tensor.dtype, static_shape(tensor))
         value.name = key
 
 

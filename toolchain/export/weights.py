@@ -19,12 +19,17 @@ from numpy.typing import NDArray
 
 from toolchain.errors import WeightsError
 from toolchain.export.safetensors import write_safetensors
-from toolchain.graph.simplify import is_weight
+from toolchain.graph.placeholder import is_weight, static_shape
 from toolchain.graph.transpose import SUFFIX
 from toolchain.weights import MappedWeights, TensorRef
 
 DTYPES = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16", ir.DataType.INT8: "I8"}
-NUMPY = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F64": np.dtype(np.float64)}
+NUMPY = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype(np.float64),
+}
 # Checkpoints older than the current class use other names for the same tensors; diffusers and transformers rename
 # them while loading. (current part, older part)
 RENAMED = (
@@ -55,8 +60,9 @@ def weight_uses(model: ir.Model) -> list[WeightUse]:
             tensor = value.const_value
             assert tensor is not None and name is not None
             transposed = name.endswith(SUFFIX)
-            shape = tuple(int(d) for d in tensor.shape)
-            uses.append(WeightUse(name, name.removesuffix(SUFFIX), DTYPES[tensor.dtype], shape, transposed))
+            uses.append(
+                WeightUse(name, name.removesuffix(SUFFIX), DTYPES[tensor.dtype], static_shape(tensor), transposed)
+            )
     return sorted(uses, key=lambda use: use.name)
 
 
@@ -93,7 +99,8 @@ def find_tensors(uses: Iterable[WeightUse], checkpoint: Mapping[str, TensorRef],
     if problems:
         shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise WeightsError(
-            "the checkpoint does not hold the tensors of the model that its config describes:\n    " + "\n    ".join(shown),
+            "the checkpoint does not hold the tensors of the model that its config describes:\n    "
+            + "\n    ".join(shown),
             where=where,
             hint="config.json and the weights belong together; download the folder again",
         )
@@ -132,7 +139,9 @@ def _convert(array: NDArray[Any], use: WeightUse, ref: TensorRef) -> NDArray[Any
     with np.errstate(over="ignore"):
         converted = np.ascontiguousarray(array, dtype=NUMPY[use.dtype])
     if not np.isfinite(converted).all():
-        was = "infinite or NaN in the checkpoint" if not np.isfinite(array).all() else f"beyond the range of {use.dtype}"
+        was = (
+            "infinite or NaN in the checkpoint" if not np.isfinite(array).all() else f"beyond the range of {use.dtype}"
+        )
         raise WeightsError(
             f"a weight is {was}",
             where=f"{ref.file}: {ref.key}",

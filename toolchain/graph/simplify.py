@@ -12,13 +12,11 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
+from toolchain.graph.placeholder import is_weight
+
 # A folded value is written into the graph of every bucket, so it must stay small: 4 MiB holds a 1024x1024 mask.
 INPUT_LIMIT_BYTES = 1 << 20
 OUTPUT_LIMIT_BYTES = 4 << 20
-
-
-def is_weight(value: ir.Value | None) -> bool:
-    return value is not None and isinstance(value.const_value, ir.ExternalTensor)
 
 
 def _should_fold(node: ir.Node) -> bool | None:
@@ -39,7 +37,7 @@ def simplify(model: ir.Model) -> ir.Model:
         )
         common.RemoveUnusedNodesPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
-    common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     common.ClearMetadataAndDocStringPass()(model)  # the exporter's stack traces are half of a graph's bytes
     common.RemoveUnusedOpsetsPass()(model)
     return model

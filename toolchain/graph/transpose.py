@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from toolchain.graph.simplify import is_weight
+from toolchain.graph.placeholder import is_weight, placeholder, static_shape
 
 SUFFIX = ".transposed"
 
@@ -20,7 +20,12 @@ def transpose_weights(model: ir.Model) -> ir.Model:
     graph = model.graph
     for node in list(graph):
         perm = node.attributes.get("perm")
-        if node.op_type != "Transpose" or not is_weight(node.inputs[0]) or perm is None or list(perm.as_ints()) != [1, 0]:
+        if (
+            node.op_type != "Transpose"
+            or not is_weight(node.inputs[0])
+            or perm is None
+            or list(perm.as_ints()) != [1, 0]
+        ):
             continue
         weight, output = node.inputs[0], node.outputs[0]
         assert weight is not None
@@ -29,21 +34,14 @@ def transpose_weights(model: ir.Model) -> ir.Model:
         name = weight.name + SUFFIX
         transposed = graph.initializers.get(name)
         if transposed is None:
-            rows, columns = (int(d) for d in tensor.shape)
+            rows, columns = static_shape(tensor)
             value = placeholder(name, tensor.dtype, (columns, rows))
-            transposed = ir.Value(name=name, shape=ir.Shape((columns, rows)), type=ir.TensorType(tensor.dtype), const_value=value)
+            transposed = ir.Value(
+                name=name, shape=ir.Shape((columns, rows)), type=ir.TensorType(tensor.dtype), const_value=value
+            )
             graph.register_initializer(transposed)
         ir.convenience.replace_all_uses_with(output, transposed)
         graph.remove(node, safe=True)
         if not weight.uses():
             del graph.initializers[weight.name]
     return model
-
-
-def placeholder(name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.ExternalTensor:
-    """A weight without values: only its name, dtype and shape exist until an engine attaches the bytes."""
-    bits = dtype.bitwidth
-    count = 1
-    for size in shape:
-        count *= size
-    return ir.ExternalTensor("weights", 0, count * bits // 8, dtype, shape=ir.Shape(shape), name=name)

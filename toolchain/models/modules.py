@@ -21,7 +21,7 @@ D = MAX_STATES
 def table_row(table: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A [D, D], b [D], c [D] and the input scale (scalar) of row `step` [1] of `table` [S, D*D + 2D + 1]."""
     row = table.index_select(0, step)[0]
-    a, b, c, scale = row.split([D * D, D, D, 1])
+    a, b, c, scale = row.split([D * D, D, D, 1])  # type: ignore[no-untyped-call]
     return a.reshape(D, D), b, c, scale
 
 
@@ -98,9 +98,7 @@ class VaeDecoder(nn.Module):
         return (image * 255).round().to(torch.uint8), image
 
 
-def construct(
-    make: Callable[[], nn.Module], dtype: str, keep_float32: Sequence[str], component: str
-) -> nn.Module:
+def construct(make: Callable[[], nn.Module], dtype: str, keep_float32: Sequence[str], component: str) -> nn.Module:
     """A network built in `dtype`, the modules that match `keep_float32` in float32 with casts around them.
 
     The dtype is set as torch's default while building: `.to(dtype)` fails under fake tensors. Every pattern must match

@@ -126,9 +126,7 @@ def decoder_module(source: ModelSource, recipe: ComponentRecipe, guided: bool) -
     from toolchain.models import modules
 
     config = source.config("vae")
-    vae = modules.construct(
-        lambda: AutoencoderKL.from_config(config), recipe.dtype, recipe.keep_float32, "vae_decoder"
-    )
+    vae = modules.construct(lambda: AutoencoderKL.from_config(config), recipe.dtype, recipe.keep_float32, "vae_decoder")
     return modules.VaeDecoder(vae, float(config.get("scaling_factor", 0.18215)), 0.0)
 
 
@@ -156,7 +154,9 @@ def check(source: ModelSource) -> None:
     where = source.path / "unet" / "config.json"
     for setting, reason in FOREIGN_UNET_SETTINGS.items():
         if unet.get(setting) is not None:
-            raise ModelError(f"family sd does not cover this UNet: {reason}", where=where, got=f"{setting} = {unet[setting]!r}")
+            raise ModelError(
+                f"family sd does not cover this UNet: {reason}", where=where, got=f"{setting} = {unet[setting]!r}"
+            )
     if unet["in_channels"] != vae["latent_channels"]:
         raise ModelError(
             "the UNet takes other channels than the VAE's latents: inpainting and instruction models are not supported",

@@ -92,7 +92,10 @@ def resolve_model(model: str, revision: str | None = None) -> ModelSource:
         source = _from_hub(model, revision)
     else:
         raise ModelError(
-            "no such model", where=model, expected="a diffusers folder, or a hub id such as owner/name", hint="check --model"
+            "no such model",
+            where=model,
+            expected="a diffusers folder, or a hub id such as owner/name",
+            hint="check --model",
         )
     _refuse_remote_code(source)
     return source

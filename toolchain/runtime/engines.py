@@ -26,9 +26,7 @@ class TextEncoder:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._ids, self._context = (
-            np.zeros(t.shape, t.dtype) for t in (engine.spec.inputs[0], engine.spec.outputs[0])
-        )
+        self._ids, self._context = (np.zeros(t.shape, t.dtype) for t in (engine.spec.inputs[0], engine.spec.outputs[0]))
         self._launch = engine.bind({"ids": self._ids, "context": self._context})
 
     def __call__(self, ids: NDArray[np.int64]) -> F32:

@@ -93,7 +93,10 @@ class Pipeline:
         reason = self._backend.available() or self._backend.refuse(bundle.device)
         if reason:
             raise BundleError(
-                "the bundle cannot run here", where=bundle.path, got=reason, hint="build it on this machine, from the same recipe"
+                "the bundle cannot run here",
+                where=bundle.path,
+                got=reason,
+                hint="build it on this machine, from the same recipe",
             )
         self._tokenizer = ClipTokenizer(bundle.path / bundle.tokenizers["tokenizer"])
         self._text = TextEncoder(open_engine(bundle, self._backend, "text_encoder", bundle.buckets[0]))
@@ -205,10 +208,14 @@ class Pipeline:
         if len(negatives) == 1:
             negatives = negatives * len(prompts)
         if len(negatives) != len(prompts):
-            raise RequestError("as many negative prompts as prompts are needed", expected=len(prompts), got=len(negatives))
+            raise RequestError(
+                "as many negative prompts as prompts are needed", expected=len(prompts), got=len(negatives)
+            )
         steps = defaults.steps if steps is None else steps
         if type(steps) is not int or not 1 <= steps <= MAX_EVALUATIONS:
-            raise RequestError("steps is not a number of steps", expected=f"an integer from 1 to {MAX_EVALUATIONS}", got=repr(steps))
+            raise RequestError(
+                "steps is not a number of steps", expected=f"an integer from 1 to {MAX_EVALUATIONS}", got=repr(steps)
+            )
         return Request(
             prompts,
             negatives,
@@ -275,7 +282,9 @@ class Pipeline:
             return known
         encoded = self._tokenizer.encode(prompt)
         if encoded.cut:
-            log.warning("the prompt is longer than the text encoder's %d tokens; cut: %r", encoded.ids.shape[1], encoded.cut)
+            log.warning(
+                "the prompt is longer than the text encoder's %d tokens; cut: %r", encoded.ids.shape[1], encoded.cut
+            )
         context = self._contexts[prompt] = self._text(encoded.ids)
         if len(self._contexts) > CACHED_PROMPTS:
             self._contexts.popitem(last=False)
@@ -355,7 +364,11 @@ def _upload(
     if request.latents is None:
         start = np.concatenate([g.randn((1, *shape[1:])) for g in generators])
     elif request.latents.shape != (len(request.prompts), *shape[1:]):
-        raise RequestError("the latents have another shape than the bucket", expected=(len(request.prompts), *shape[1:]), got=request.latents.shape)
+        raise RequestError(
+            "the latents have another shape than the bucket",
+            expected=(len(request.prompts), *shape[1:]),
+            got=request.latents.shape,
+        )
     else:
         start = request.latents[chosen]
     engines.states[0][...] = 0
@@ -396,8 +409,17 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
 def _checked_latents(latents: F32 | None) -> F32 | None:
     if latents is None:
         return None
-    if not isinstance(latents, np.ndarray) or latents.dtype != np.float32 or latents.ndim != 4 or not np.isfinite(latents).all():
-        raise RequestError("latents are not latents", expected="a finite float32 array [N, C, h, w]", got=f"{type(latents).__name__} {getattr(latents, 'dtype', '')} {getattr(latents, 'shape', '')}")
+    if (
+        not isinstance(latents, np.ndarray)
+        or latents.dtype != np.float32
+        or latents.ndim != 4
+        or not np.isfinite(latents).all()
+    ):
+        raise RequestError(
+            "latents are not latents",
+            expected="a finite float32 array [N, C, h, w]",
+            got=f"{type(latents).__name__} {getattr(latents, 'dtype', '')} {getattr(latents, 'shape', '')}",
+        )
     return latents
 
 

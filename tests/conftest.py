@@ -1,0 +1,61 @@
+"""Fixtures shared by all tests. The tiny model is built once per test run; parallel workers share one store."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def shared_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of one test run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def store(shared_root: Path) -> Path:
+    return shared_root / "store"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random StableDiffusionPipeline folder. Read only: tests that damage a model use `tiny_copy`."""
+    from tests.tiny import make_sd
+
+    return make_sd(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def tiny_copy(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny import RECIPE
+
+    path = tmp_path_factory.mktemp("recipes") / "tiny.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_model: Path, tiny_recipe: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A built bundle of the tiny model. Read only: tests that damage a bundle use `bundle_copy`."""
+    import toolchain
+
+    output = tmp_path_factory.mktemp("bundles") / "tiny"
+    toolchain.build(tiny_recipe, str(tiny_model), output, store=store)
+    return output
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))

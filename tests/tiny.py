@@ -1,0 +1,101 @@
+"""Small models in diffusers' format with seeded random weights, made by the tests: nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+WORDS = ("a", "red", "blue", "circle", "square", "on", "white", "background", "left", "of")
+TEXT_LENGTH = 24
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level CLIP vocabulary in which `WORDS` are one token each."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    symbols = [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            if (pieces[0], pieces[1]) not in merges:
+                merges.append((pieces[0], pieces[1]))
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+    tokens = [*symbols, *(s + "</w>" for s in symbols), *("".join(m) for m in merges)]
+    vocabulary = {t: i for i, t in enumerate([*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"])}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
+
+
+def make_sd(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0, **save: Any) -> Path:
+    """A StableDiffusionPipeline folder: 64x64 pixels, 8x8x4 latents, about 1 M parameters. `save` goes to save_pretrained."""
+    import torch
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    write_tokenizer(folder / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=TEXT_LENGTH)
+    torch.manual_seed(seed)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=TEXT_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=32,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(16, 16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=64,
+    )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    pipeline = StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+    pipeline.save_pretrained(folder, **save)
+    return folder
+
+
+RECIPE = """\
+family = "sd"
+buckets = ["1x64x64", "2x64x96"]
+
+[sampling]
+scheduler = "euler"
+steps = 4
+guidance = 5.0
+schedulers = ["model", "euler", "euler-a"]
+step_counts = [4]
+
+[check]
+prompts = ["a red circle on a white background", "a blue square"]
+seeds = [0, 1]
+psnr_db = 60.0
+ssim = 0.999
+"""
