@@ -29,7 +29,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def make_sd(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0, **save: Any) -> Path:
-    """A StableDiffusionPipeline folder: 64x64 pixels, 8x8x4 latents, about 1 M parameters. `save` goes to save_pretrained."""
+    """A StableDiffusionPipeline folder: 64x64 pixels, 8x8x4 latents. `save` goes to save_pretrained."""
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer

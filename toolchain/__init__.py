@@ -34,7 +34,22 @@ _HOME = {
     "load": "toolchain.runtime.pipeline",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "Bucket",
+    "Bundle",
+    "DiffbuildError",
+    "Pipeline",
+    "Progress",
+    "Recipe",
+    "Result",
+    "build",
+    "check_bundle",
+    "export_graphs",
+    "load",
+    "load_recipe",
+    "plan_build",
+    "read_bundle",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """A bundle: a folder with `bundle.json` that a runtime can load after it was moved or copied, without the model.
 
-Every file is listed with its size and sha256, and verified before any of it reaches an engine's loader. A flipped bit in
-a weight passes every loader silently, so the digests are ours to check.
+Every file is listed with its size and sha256, and verified before any of it reaches an engine's loader. A flipped bit
+in a weight passes every loader silently, so the digests are ours to check.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Bundle:
-    """What `bundle.json` says. `engines` is component -> bucket (or "any") -> engine; `samplers` is "spec/steps" -> file.
+    """What `bundle.json` says.
 
+    engines    component -> bucket (or "any") -> engine
+    samplers   "spec/steps" -> file
     model      name, revision, pipeline class and the digests of the weights it was built from
     settings   what the runtime needs of the model: vae_factor, latent_channels, scheduler config
     artifacts  "stage/subject" -> key of every artifact that it was put together from
@@ -95,7 +97,7 @@ class Bundle:
         }
 
     def verify(self) -> None:
-        """Compares every listed file with its size and sha256. Raises BundleError that names the first one that differs."""
+        """Compares every listed file with its size and sha256. Raises BundleError naming one that differs."""
         jobs = sorted(self.files.items(), key=lambda item: -item[1].size)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
             for problem in pool.map(lambda job: self._problem(*job), jobs):

@@ -1,8 +1,8 @@
 """recipe + model + device -> ordered steps, each a hit or a miss with the reason; and their execution.
 
 A step's key is the hash of what goes into it: the code of its stage, the keys of the steps before it, its slice of the
-recipe, the model's files, the versions that matter and, for engines, the device and the bucket. Planning imports neither
-torch nor diffusers, so that a build with nothing to do takes a fraction of a second.
+recipe, the model's files, the versions that matter and, for engines, the device and the bucket. Planning imports
+neither torch nor diffusers, so that a build with nothing to do takes a fraction of a second.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def read(pixels: Pixels) -> tuple[list[tuple[Thing, tuple[float, float]]], str]:
     ground = np.median(border.astype(float), axis=0)
     name = min(BACKGROUNDS, key=lambda key: float(np.abs(ground - BACKGROUNDS[key]).sum()))
     foreground = np.abs(pixels.astype(float) - ground).max(axis=2) > 55
-    labels, count = ndimage.label(foreground)
+    labels, _ = ndimage.label(foreground)
     found = []
     for index, box in enumerate(ndimage.find_objects(labels), start=1):
         mask = labels == index

@@ -2,8 +2,8 @@
 
 Building optimises the graph for this machine and saves it, so that opening does no graph work. The saved graph holds no
 weights: they are attached from the component's weight file, which is mapped once and shared by every bucket. Tensors
-that the optimiser made itself (reordered convolution weights, say) depend on the weights but not on the bucket: they go into one packed file that all buckets share, and only
-what a bucket has for itself goes beside its graph.
+that the optimiser made itself (reordered convolution weights, say) depend on the weights but not on the bucket: they go
+into one packed file that all buckets share, and only what a bucket has for itself goes beside its graph.
 """
 
 from __future__ import annotations
@@ -252,7 +252,8 @@ def _share_weights(model: ir.Model, shared: Mapping[str, MappedWeights], out: Pa
     extra: dict[str, ir.TensorProtocol] = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        assert tensor is not None and name is not None
+        assert tensor is not None
+        assert name is not None
         if tensor.nbytes <= INLINE_LIMIT_BYTES and tensor.dtype not in DTYPES:
             value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
             continue

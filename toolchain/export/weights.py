@@ -58,7 +58,7 @@ def weight_uses(model: ir.Model) -> list[WeightUse]:
     for name, value in model.graph.initializers.items():
         if is_weight(value):
             tensor = value.const_value
-            assert tensor is not None and name is not None
+            assert tensor is not None
             transposed = name.endswith(SUFFIX)
             uses.append(
                 WeightUse(name, name.removesuffix(SUFFIX), DTYPES[tensor.dtype], static_shape(tensor), transposed)

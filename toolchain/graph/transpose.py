@@ -30,7 +30,8 @@ def transpose_weights(model: ir.Model) -> ir.Model:
         weight, output = node.inputs[0], node.outputs[0]
         assert weight is not None
         tensor = weight.const_value
-        assert isinstance(tensor, ir.ExternalTensor) and weight.name is not None
+        assert isinstance(tensor, ir.ExternalTensor)
+        assert weight.name is not None
         name = weight.name + SUFFIX
         transposed = graph.initializers.get(name)
         if transposed is None:

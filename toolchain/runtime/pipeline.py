@@ -35,7 +35,7 @@ CACHED_TABLES = 64
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback sees after each evaluation of the network. `latents` [B, C, h, w] is a view: copy it to keep it."""
+    """What a callback sees after each evaluation of the network. `latents` [B, C, h, w] is a view, to be copied."""
 
     index: int
     total: int
@@ -127,7 +127,7 @@ class Pipeline:
 
         seed        one per picture; a single one counts up over the pictures; None draws one at random
         guidance    classifier-free guidance scale; 1 or less is none, as in diffusers
-        scheduler   a name as in `--scheduler`; what the bundle has no table for is compiled where diffusers is installed
+        scheduler   a name as in `--scheduler`; without a table in the bundle it is compiled, where diffusers is there
         size        (height, width) in pixels, one of the built buckets
         crop        take the nearest larger bucket and cut the middle out of it
         latents     float32 [N, C, h, w], standard normal, in place of the seed's
@@ -259,7 +259,7 @@ class Pipeline:
         )
 
     def _batches(self, count: int, size: tuple[int, int]) -> list[int]:
-        """Bucket batches that together hold `count` pictures: the largest that fit, then the smallest that is enough."""
+        """Bucket batches that together hold `count` pictures: the largest that fit, then the smallest."""
         built = sorted({b.batch for b in self.bundle.buckets if (b.height, b.width) == size})
         batches = []
         while count > 0:
