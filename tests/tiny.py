@@ -79,6 +79,9 @@ def make_sd(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0, **
     )
     pipeline = StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
     pipeline.save_pretrained(folder, **save)
+    # As in the real SD 1.5 config: PNDM does not read it, DDIM made from this config does.
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}, indent=2))
     return folder
 
 

@@ -104,7 +104,7 @@ def make_plan(recipe: Recipe, source: ModelSource, store: Store, *, graphs_only:
     """
     family = family_of(source, recipe.family)
     backend = backend_of(recipe.backend)
-    check_recipe(recipe, family, source)
+    check_recipe(recipe, family, backend, source)
     planner = _Planner(recipe, source, family, backend, store)
     for component in family.components:
         planner.graphs(component)
@@ -116,10 +116,14 @@ def make_plan(recipe: Recipe, source: ModelSource, store: Store, *, graphs_only:
     return Plan(recipe, source, family, backend, store, tuple(planner.steps))
 
 
-def check_recipe(recipe: Recipe, family: Family, source: ModelSource) -> None:
-    """What only the family can know of a recipe. Raises RecipeError with every problem."""
+def check_recipe(recipe: Recipe, family: Family, backend: Backend, source: ModelSource) -> None:
+    """What only family and backend can know of a recipe. Raises RecipeError with every problem."""
     problems = []
     names = [c.name for c in family.components]
+    for name, component in recipe.components.items():
+        if component.dtype not in backend.dtypes:
+            can = " or ".join(backend.dtypes)
+            problems.append(f"components.{name}.dtype: {backend.name} cannot run {component.dtype} (expected {can})")
     for table, keys in (("components", recipe.components), ("check.components", recipe.check.components)):
         for name in keys:
             if name not in names:

@@ -40,7 +40,10 @@ class Engine(Protocol):
 
 
 class Backend(Protocol):
+    """`dtypes` are those that the backend can run a whole component in."""
+
     name: str
+    dtypes: tuple[str, ...]
 
     def available(self) -> str | None:
         """Why the backend cannot run here, or None."""

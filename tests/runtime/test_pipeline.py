@@ -1,0 +1,160 @@
+"""The runtime's own behaviour; that its pictures are diffusers' is held by test_parity."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toolchain
+from toolchain.errors import RequestError
+from toolchain.runtime.noise import Generator
+
+PROMPT = "a red circle on a white background"
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_bundle: Path) -> toolchain.Pipeline:
+    return toolchain.load(tiny_bundle)
+
+
+def pixels(result: toolchain.Result) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in result.images])
+
+
+def test_same_seed_same_picture_whatever_ran_before(pipe: toolchain.Pipeline) -> None:
+    first = pixels(pipe(PROMPT, seed=7))
+    pipe("a blue square", seed=1, scheduler="euler-a", guidance=2.0, steps=4, size=(64, 96))
+    assert np.array_equal(pixels(pipe(PROMPT, seed=7)), first)
+    assert not np.array_equal(pixels(pipe(PROMPT, seed=8)), first)
+
+
+def test_a_picture_does_not_depend_on_its_place_in_a_batch(pipe: toolchain.Pipeline) -> None:
+    alone = pixels(pipe("a blue square", seed=5, size=(64, 96)))[0]
+    together = pixels(pipe([PROMPT, "a blue square", PROMPT], seed=[1, 5, 2], size=(64, 96)))
+    assert together.shape == (3, 64, 96, 3)
+    assert np.abs(together[1].astype(int) - alone.astype(int)).max() <= 1
+
+
+def test_one_seed_counts_up_and_none_is_drawn_at_random(pipe: toolchain.Pipeline) -> None:
+    assert pipe([PROMPT, PROMPT], seed=10, steps=1).seeds == [10, 11]
+    assert pipe(PROMPT, steps=1).seeds != pipe(PROMPT, steps=1).seeds
+
+
+def test_latents_in_replace_the_seed(pipe: toolchain.Pipeline) -> None:
+    noise = Generator(3).randn((1, 4, 8, 8))
+    assert np.array_equal(pixels(pipe(PROMPT, seed=0, latents=noise)), pixels(pipe(PROMPT, seed=3)))
+
+
+def test_latents_out_without_decoding(pipe: toolchain.Pipeline) -> None:
+    result = pipe([PROMPT, PROMPT], seed=0, decode=False)
+    assert result.images == []
+    assert result.latents.shape == (2, 4, 8, 8)
+    assert np.array_equal(result.latents, pipe([PROMPT, PROMPT], seed=0).latents)
+
+
+def test_the_callback_sees_every_evaluation_and_can_stop(pipe: toolchain.Pipeline) -> None:
+    seen: list[tuple[int, int, float]] = []
+
+    def watch(progress: toolchain.Progress) -> bool:
+        assert progress.latents.shape == (1, 4, 8, 8)
+        seen.append((progress.index, progress.total, progress.timestep))
+        return progress.index < 2
+
+    stopped = pipe(PROMPT, seed=0, steps=4, scheduler="euler", callback=watch)
+    assert [index for index, _, _ in seen] == [0, 1, 2]
+    assert {total for _, total, _ in seen} == {4}
+    assert seen[0][2] > seen[1][2] > seen[2][2]
+    assert len(stopped.images) == 1
+
+
+def test_crop_takes_the_middle_of_the_nearest_larger_bucket(pipe: toolchain.Pipeline) -> None:
+    whole = pixels(pipe(PROMPT, seed=0, size=(64, 96)))[0]
+    cut = pixels(pipe(PROMPT, seed=0, size=(48, 80), crop=True))[0]
+    assert np.array_equal(cut, whole[8:56, 8:88])
+
+
+def test_prompts_are_encoded_once(pipe: toolchain.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    encode = pipe._text
+    monkeypatch.setattr(pipe, "_text", lambda ids: calls.append(1) or encode(ids))
+    pipe("a prompt that nobody gave before", seed=0, steps=1)
+    pipe(["a prompt that nobody gave before"] * 2, seed=0, steps=1)
+    assert len(calls) == 1
+
+
+def test_a_table_that_is_not_in_the_bundle_is_compiled(pipe: toolchain.Pipeline) -> None:
+    assert "ddim/3" not in pipe.bundle.samplers
+    assert pipe.table("ddim", 3).evaluations == 3
+
+
+def test_timings_add_up(pipe: toolchain.Pipeline) -> None:
+    timings = pipe(PROMPT, seed=0, steps=4, scheduler="euler").timings
+    assert len(timings.steps_ms) == 4
+    assert sum(timings.steps_ms) <= timings.denoise_ms
+    assert timings.text_ms + timings.denoise_ms + timings.decode_ms <= timings.total_ms
+
+
+BAD_REQUESTS = [
+    ({"prompt": 3}, "prompt is not text"),
+    ({"prompt": ["a", None]}, "prompt is not text"),
+    ({"prompt": []}, "empty list"),
+    ({"prompt": [PROMPT, PROMPT], "negative_prompt": ["a", "b", "c"]}, "negative prompts"),
+    ({"steps": 0}, "steps"),
+    ({"steps": 1.5}, "steps"),
+    ({"steps": True}, "steps"),
+    ({"steps": 5000}, "steps"),
+    ({"seed": -1}, "seed"),
+    ({"seed": 2**64}, "seed"),
+    ({"seed": "1"}, "seed"),
+    ({"seed": True}, "seed"),
+    ({"seed": [1, 2]}, "as many seeds"),
+    ({"guidance": float("nan")}, "guidance"),
+    ({"guidance": "5"}, "guidance"),
+    ({"size": (512, 512)}, "1x64x64, 2x64x96"),
+    ({"size": (512, 512), "crop": True}, "1x64x64, 2x64x96"),
+    ({"size": "64x64"}, "size is not a size"),
+    ({"size": (60, 64)}, "--crop"),
+    ({"scheduler": "eulr"}, "euler"),
+    ({"latents": np.zeros((1, 4, 4, 4), np.float32)}, "another shape"),
+    ({"latents": np.zeros((1, 4, 8, 8))}, "float32"),
+    ({"latents": np.full((1, 4, 8, 8), np.nan, np.float32)}, "finite"),
+]
+
+
+@pytest.mark.parametrize(("request_", "message"), BAD_REQUESTS)
+def test_bad_requests(pipe: toolchain.Pipeline, request_: dict[str, object], message: str) -> None:
+    with pytest.raises(RequestError) as error:
+        pipe(**{"prompt": PROMPT, **request_})  # type: ignore[arg-type]
+    assert message in str(error.value)
+
+
+def test_the_runtime_needs_no_build_dependency(tiny_bundle: Path) -> None:
+    """A picture is drawn in a process in which importing any of the build's libraries fails."""
+    code = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {{"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "polygraphy",
+                                   "safetensors", "huggingface_hub", "scipy", "skimage", "click", "rich", "accelerate"}}:
+            raise ImportError(name + " must not be imported")
+sys.meta_path.insert(0, Refuse())
+import toolchain
+result = toolchain.load({str(tiny_bundle)!r})("a red circle", seed=0)
+print(result.images[0].size)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(64, 64)"
+
+
+def test_without_diffusers_a_missing_table_is_a_clear_error(
+    pipe: toolchain.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "toolchain.sampler.compile", None)
+    with pytest.raises(RequestError) as error:
+        pipe(PROMPT, scheduler="ddim", steps=11)
+    assert "euler/4" in str(error.value)
+    assert "diffbuild[build]" in str(error.value)

@@ -1,0 +1,157 @@
+"""Every component against its torch module, on inputs from real denoising trajectories of the reference.
+
+Each component is given what the reference made, never what the engine before it made: an error stays where it is.
+Reference modules are loaded one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolchain.bundle import ANY, Bundle
+from toolchain.check.measure import Arrays, Feed, call, compare_engine
+from toolchain.check.reference import reference_module
+from toolchain.check.report import Entry
+from toolchain.engines import backend_of
+from toolchain.models import Component, Family, ModelSource
+from toolchain.recipe import Bucket
+from toolchain.runtime.engines import open_engine
+from toolchain.runtime.noise import Generator
+from toolchain.runtime.prompt import ClipTokenizer
+from toolchain.sampler.table import SamplerTable
+from toolchain.signature import GraphSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+F32 = NDArray[np.float32]
+Progress = Callable[[str], None]
+
+
+def compare_components(
+    bundle: Bundle, source: ModelSource, family: Family, table: SamplerTable, progress: Progress
+) -> list[Entry]:
+    """Entries of every component and bucket. `table` is the sampler that the trajectories follow.
+
+    Raises EngineError when an engine cannot run, and what loading the reference raises.
+    """
+    comparison = _Comparison(bundle, source, family, progress)
+    texts = [*bundle.recipe.check.prompts, ""]
+    contexts = dict(zip(texts, comparison.text_encoder(texts), strict=True))
+    latents = comparison.denoiser(table, contexts)
+    comparison.decoder(latents)
+    return comparison.entries
+
+
+class _Comparison:
+    def __init__(self, bundle: Bundle, source: ModelSource, family: Family, progress: Progress) -> None:
+        self.bundle, self.source, self.family, self.progress = bundle, source, family, progress
+        self.prompts = bundle.recipe.check.prompts
+        self.guided = bundle.recipe.classifier_free_guidance
+        self.entries: list[Entry] = []
+
+    def text_encoder(self, texts: Sequence[str]) -> list[F32]:
+        """The reference's context [L, E] of each text."""
+        tokenizer = ClipTokenizer(self.bundle.path / self.bundle.tokenizers["tokenizer"])
+        labels = [*(f"prompt {i + 1}" for i in range(len(texts) - 1)), "empty prompt"]
+        feeds = [Feed(n, {"ids": tokenizer.encode(t).ids}) for n, t in zip(labels, texts, strict=True)]
+        component = self.family.component("text_encoder")
+        with self._reference(component) as module:
+            return [outputs["context"][0] for outputs in self._compare(component, None, module, feeds)]
+
+    def denoiser(self, table: SamplerTable, contexts: dict[str, F32]) -> dict[Bucket, list[Feed]]:
+        """The decoder's inputs for each bucket: where the reference's trajectories end."""
+        component = self.family.component("denoiser")
+        ends: dict[Bucket, list[Feed]] = {}
+        with self._reference(component) as module:
+            for bucket in self.bundle.buckets:
+                feeds: list[Feed] = []
+                ends[bucket] = []
+                spec = self.bundle.engine("denoiser", bucket).spec
+                for label, chosen in _batches(len(self.prompts), bucket.batch):
+                    self.progress(f"denoiser {bucket}: reference trajectory, {label}")
+                    inputs = self._start(spec, table, [contexts[self.prompts[i]] for i in chosen], contexts[""])
+                    recorded, latents = _trajectory(module, spec, table, inputs, self._generators(bucket.batch))
+                    feeds += [Feed(f"{label}, {when}", arrays) for when, arrays in recorded]
+                    ends[bucket].append(Feed(f"{label}, final latents", {"latents": latents}))
+                self._compare(component, bucket, module, feeds)
+        return ends
+
+    def decoder(self, feeds: dict[Bucket, list[Feed]]) -> None:
+        component = self.family.component("vae_decoder")
+        with self._reference(component) as module:
+            for bucket in self.bundle.buckets:
+                self._compare(component, bucket, module, feeds[bucket])
+
+    def _reference(self, component: Component) -> AbstractContextManager[nn.Module]:
+        self.progress(f"{component.name}: loading the reference")
+        return reference_module(component, self.source, self.guided)
+
+    def _compare(
+        self, component: Component, bucket: Bucket | None, module: nn.Module, feeds: list[Feed]
+    ) -> list[Arrays]:
+        """`bucket` is None for a component that has one engine for all of them."""
+        label = ANY if bucket is None else str(bucket)
+        some = bucket or self.bundle.buckets[0]
+        self.progress(f"{component.name} {label}: comparing {len(feeds)} inputs")
+        entries, outputs = compare_engine(
+            component.name,
+            label,
+            self.bundle.engine(component.name, some).spec,
+            module,
+            lambda: open_engine(self.bundle, backend_of(self.bundle.backend), component.name, some),
+            feeds,
+            self.bundle.recipe.check.tolerance(component.name),
+        )
+        self.entries += entries
+        return outputs
+
+    def _start(self, spec: GraphSpec, table: SamplerTable, contexts: list[F32], empty: F32) -> Arrays:
+        """Inputs of the first evaluation but for state and noise, as the runtime fills its buffers."""
+        inputs: Arrays = {t.name: np.zeros(t.shape, t.dtype) for t in spec.inputs}
+        inputs["timesteps"][: table.evaluations] = table.timesteps
+        inputs["table"][: table.evaluations] = table.rows
+        inputs["guidance"][...] = self.bundle.recipe.sampling.guidance if self.guided else 1.0
+        inputs["context"][...] = np.stack([empty] * (len(contexts) if self.guided else 0) + contexts)
+        return inputs
+
+    def _generators(self, batch: int) -> list[Generator]:
+        """Another seed for each row, so that two rows that changed places are seen even where prompts repeat."""
+        first = self.bundle.recipe.check.seeds[0]
+        return [Generator((first + row) % 2**64) for row in range(batch)]
+
+
+def _batches(prompts: int, batch: int) -> Iterator[tuple[str, list[int]]]:
+    """Prompts in groups of `batch`, each with its label; the last group repeats its last prompt."""
+    for first in range(0, prompts, batch):
+        last = min(first + batch, prompts) - 1
+        label = f"prompt {first + 1}" if last == first else f"prompts {first + 1}-{last + 1}"
+        yield label, [min(first + row, last) for row in range(batch)]
+
+
+def _trajectory(
+    module: nn.Module, spec: GraphSpec, table: SamplerTable, inputs: Arrays, generators: list[Generator]
+) -> tuple[list[tuple[str, Arrays]], F32]:
+    """The inputs of the first, middle and last evaluation, and the latents [B, C, h, w] after the last."""
+
+    def draw() -> F32:
+        shape = spec.input("noise").shape
+        return np.concatenate([g.randn((1, *shape[1:])) for g in generators])
+
+    inputs["state"][0] = draw() * np.float32(table.init_noise_sigma)
+    last = table.evaluations - 1
+    recorded = []
+    for index, draws in enumerate(table.noise_draws):
+        if draws:
+            inputs["noise"][...] = draw()
+        if index in {0, table.evaluations // 2, last}:
+            changing = {name: inputs[name].copy() for name in ("state", "step", "noise")}
+            recorded.append((f"evaluation {index + 1} of {last + 1}", {**inputs, **changing}))
+        outputs = call(module, spec, inputs)
+        inputs = {**inputs, "state": outputs["next_state"], "step": outputs["next_step"]}
+    return recorded, inputs["state"][0]

@@ -1,0 +1,193 @@
+"""One component against its reference on the same inputs, with Polygraphy: it runs both, and measures.
+
+Polygraphy's metrics are one-sided: the reference comes first, or SNR would take the engine's output for the signal.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
+from polygraphy.comparator import (
+    Comparator,
+    CosineSimilarityCompareFunc,
+    RunResults,
+    SimpleCompareFunc,
+    SnrCompareFunc,
+)
+from polygraphy.exception import PolygraphyException
+from polygraphy.logger import G_LOGGER
+
+from toolchain.check.report import Entry, Metrics
+from toolchain.engines import Engine
+from toolchain.errors import EngineError
+from toolchain.recipe import Tolerance
+from toolchain.signature import GraphSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Arrays = dict[str, NDArray[Any]]
+REFERENCE, ENGINE = "reference", "engine"
+
+
+@dataclass(frozen=True)
+class Feed:
+    """One set of inputs, and what to call it in the report."""
+
+    label: str
+    inputs: Arrays
+
+
+def call(module: nn.Module, spec: GraphSpec, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+    """The reference's outputs by name; `module` takes and returns tensors in the order of `spec`."""
+    with torch.inference_mode():
+        outputs = module(*(torch.from_numpy(np.ascontiguousarray(inputs[t.name])) for t in spec.inputs))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return {t.name: o.numpy() for t, o in zip(spec.outputs, outputs, strict=True)}
+
+
+class ReferenceRunner(BaseRunner):  # type: ignore[misc]
+    """The torch module in float32."""
+
+    def __init__(self, module: nn.Module, spec: GraphSpec) -> None:
+        super().__init__(name=REFERENCE)
+        self._module = module
+        self._spec = spec
+
+    def get_input_metadata_impl(self) -> Any:
+        return _metadata(self._spec)
+
+    def infer_impl(self, feed_dict: Mapping[str, NDArray[Any]]) -> Arrays:
+        started = time.perf_counter()
+        outputs = call(self._module, self._spec, feed_dict)
+        self.inference_time = time.perf_counter() - started
+        return outputs
+
+
+class EngineRunner(BaseRunner):  # type: ignore[misc]
+    """An engine of the bundle, opened when Polygraphy activates it, with every output bound."""
+
+    def __init__(self, open_engine: Callable[[], Engine], spec: GraphSpec) -> None:
+        super().__init__(name=ENGINE)
+        self._open = open_engine
+        self._spec = spec
+        self._engine: Engine | None = None
+        self._buffers: Arrays = {}
+        self._launch: Callable[[], None] | None = None
+
+    def activate_impl(self) -> None:
+        self._engine = self._open()
+        self._buffers = {t.name: np.zeros(t.shape, t.dtype) for t in (*self._spec.inputs, *self._spec.outputs)}
+        self._launch = self._engine.bind(self._buffers)
+
+    def get_input_metadata_impl(self) -> Any:
+        return _metadata(self._spec)
+
+    def infer_impl(self, feed_dict: Mapping[str, NDArray[Any]]) -> Arrays:
+        assert self._launch is not None
+        for name, array in feed_dict.items():
+            self._buffers[name][...] = array
+        started = time.perf_counter()
+        self._launch()
+        self.inference_time = time.perf_counter() - started
+        return {t.name: self._buffers[t.name].copy() for t in self._spec.outputs}
+
+    def deactivate_impl(self) -> None:
+        engine, self._engine, self._launch, self._buffers = self._engine, None, None, {}
+        if engine is not None:
+            engine.close()
+
+
+def compare_engine(
+    component: str,
+    bucket: str,
+    spec: GraphSpec,
+    module: nn.Module,
+    open_engine: Callable[[], Engine],
+    feeds: Sequence[Feed],
+    tolerance: Tolerance,
+) -> tuple[list[Entry], list[Arrays]]:
+    """An entry for each feed and output, and the reference's outputs for each feed.
+
+    Raises EngineError when the engine cannot be opened or run.
+    """
+    with quiet():
+        try:
+            results = Comparator.run(
+                [ReferenceRunner(module, spec), EngineRunner(open_engine, spec)], data_loader=[f.inputs for f in feeds]
+            )
+        except PolygraphyException as error:
+            raise EngineError("the engine cannot be compared", where=f"{component} {bucket}", got=error) from error
+        pairs = zip(results[REFERENCE], results[ENGINE], strict=True)
+        arrays = [[{t.name: np.asarray(side[t.name]) for t in spec.outputs} for side in pair] for pair in pairs]
+    entries = [
+        Entry(component, bucket, feed.label, t.name, *measure(reference[t.name], engine[t.name], tolerance))
+        for feed, (reference, engine) in zip(feeds, arrays, strict=True)
+        for t in spec.outputs
+    ]
+    return entries, [reference for reference, _ in arrays]
+
+
+def measure(
+    reference: NDArray[Any], engine: NDArray[Any], tolerance: Tolerance
+) -> tuple[Metrics, Metrics, tuple[str, ...]]:
+    """(measured, limits, names of the metrics that failed) of one output. Both arrays have one shape and dtype.
+
+    Floating point: all three limits of `tolerance`, and no NaN or infinity. uint8 is a picture, the rounding of a
+    float output that is compared as well: values that differ by d levels before rounding differ by ceil(d) levels at
+    most after it, so ceil(255 * max_error) is what the tolerance allows the levels. Other integers must be equal.
+    """
+    reference, engine = np.ascontiguousarray(reference), np.ascontiguousarray(engine)  # or Polygraphy refuses them
+    results = RunResults()
+    results.add([{"output": reference}], runner_name=REFERENCE)
+    results.add([{"output": engine}], runner_name=ENGINE)
+    if not np.issubdtype(reference.dtype, np.floating):
+        limit = float(math.ceil(255 * tolerance.max_error)) if reference.dtype == np.uint8 else 0.0
+        (exact,) = _compare(results, [SimpleCompareFunc(check_error_stat="max", atol=limit, rtol=0)])
+        return Metrics(difference=exact.max_absdiff), Metrics(difference=limit), () if exact else ("difference",)
+    # Polygraphy's relative error is element by element, which explodes near zero: ours is absolute, by the reference.
+    scale = float(np.abs(reference).max()) or 1.0
+    simple = SimpleCompareFunc(check_error_stat="max", atol=tolerance.max_error * scale, rtol=0)
+    cosine, snr, largest = _compare(
+        results, [CosineSimilarityCompareFunc(tolerance.cosine), SnrCompareFunc(tolerance.snr_db), simple]
+    )
+    metrics = Metrics(cosine.cosine_similarity, snr.snr, largest.max_absdiff / scale)
+    verdicts = {"cosine": bool(cosine), "snr_db": bool(snr), "max_error": bool(largest), "finite": _finite(results)}
+    limits = Metrics(tolerance.cosine, tolerance.snr_db, tolerance.max_error)
+    return metrics, limits, tuple(name for name, passed in verdicts.items() if not passed)
+
+
+def _compare(results: Any, functions: list[Any]) -> list[Any]:
+    """Polygraphy's result object of each function; it holds the value and is true where the limit is kept."""
+    with quiet():
+        accuracy = Comparator.compare_accuracy(results, compare_func=functions)
+    return [result[REFERENCE, ENGINE][0]["output"] for result in accuracy]
+
+
+def _finite(results: Any) -> bool:
+    with quiet():
+        return bool(Comparator.validate(results, check_inf=True, check_nan=True))
+
+
+def _metadata(spec: GraphSpec) -> Any:
+    metadata = TensorMetadata()
+    for tensor in spec.inputs:
+        metadata.add(tensor.name, np.dtype(tensor.dtype), tensor.shape)
+    return metadata
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Polygraphy's log, in which a missed limit is an error (the report says it), and numpy's NaN warnings."""
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(all="ignore"):
+        yield

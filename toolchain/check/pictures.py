@@ -1,0 +1,107 @@
+"""Whole pictures: the bundle against the diffusers pipeline, same prompts, seeds, scheduler, steps and guidance."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from toolchain.check.reference import reference_pipeline
+from toolchain.check.report import Picture
+from toolchain.models import ModelSource
+from toolchain.recipe import Check, Recipe
+from toolchain.runtime.pipeline import Pipeline
+from toolchain.sampler.schedulers import create, parse, quiet, reference_kwargs
+
+Pixels = NDArray[np.uint8]
+BLANK_LEVELS = 2
+"""A picture in which no channel spans more levels than this is blank: rounding alone may make this much."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture [H, W, 3] that the bundle drew; `finite` says whether its latents held no NaN or infinity."""
+
+    prompt: str
+    seed: int
+    pixels: Pixels
+    finite: bool
+
+
+def draw(pipeline: Pipeline, progress: Callable[[str], None]) -> list[Drawn]:
+    """Every prompt with every seed of the recipe's check, at every size of the bundle, with the recipe's defaults."""
+    recipe = pipeline.bundle.recipe
+    pairs = [(prompt, seed) for prompt in recipe.check.prompts for seed in recipe.check.seeds]
+    drawn = []
+    for size in dict.fromkeys((b.height, b.width) for b in pipeline.bundle.buckets):
+        progress(f"pictures {size[0]}x{size[1]}: {len(pairs)} from the bundle")
+        result = pipeline(
+            [p for p, _ in pairs], seed=[s for _, s in pairs], guidance=_guidance(recipe), size=size, decode=True
+        )
+        for (prompt, seed), image, latents in zip(pairs, result.images, result.latents, strict=True):
+            drawn.append(Drawn(prompt, seed, np.asarray(image), bool(np.isfinite(latents).all())))
+    return drawn
+
+
+def compare_pictures(
+    recipe: Recipe, source: ModelSource, drawn: list[Drawn], progress: Callable[[str], None]
+) -> list[Picture]:
+    """Each picture against the reference's, which are drawn one at a time. ModelError when it cannot be loaded."""
+    progress("pictures: loading the reference pipeline")
+    pipeline = reference_pipeline(source)
+    spec = parse(recipe.sampling.scheduler)
+    scheduler = create(spec, source.config("scheduler"))
+    pictures = []
+    for number, one in enumerate(drawn):
+        progress(f"pictures: {number + 1} of {len(drawn)} from the reference")
+        pipeline.scheduler = copy.deepcopy(scheduler)  # a trajectory uses a scheduler up
+        reference = _reference(pipeline, one, recipe, reference_kwargs(spec))
+        pictures.append(judge(one, reference, recipe.check))
+    return pictures
+
+
+def judge(drawn: Drawn, reference: Pixels, check: Check) -> Picture:
+    """One picture against the reference's of the same size, both 8-bit [H, W, 3]."""
+    identical = np.array_equal(reference, drawn.pixels)
+    psnr = np.inf if identical else float(peak_signal_noise_ratio(reference, drawn.pixels, data_range=255))
+    ssim = float(structural_similarity(reference, drawn.pixels, channel_axis=-1, data_range=255))
+    verdicts = {
+        "psnr_db": psnr >= check.psnr_db,
+        "ssim": ssim >= check.ssim,
+        "finite": drawn.finite,
+        "not blank": is_blank(reference) or not is_blank(drawn.pixels),
+    }
+    size = f"{reference.shape[0]}x{reference.shape[1]}"
+    failed = tuple(name for name, passed in verdicts.items() if not passed)
+    return Picture(drawn.prompt, drawn.seed, size, psnr, ssim, failed)
+
+
+def is_blank(pixels: Pixels) -> bool:
+    """Whether a picture [H, W, 3] is black or of one other colour throughout."""
+    return int(np.ptp(pixels, axis=(0, 1)).max()) <= BLANK_LEVELS
+
+
+def _reference(pipeline: Any, drawn: Drawn, recipe: Recipe, kwargs: dict[str, Any]) -> Pixels:
+    import torch
+
+    with quiet():
+        result = pipeline(
+            drawn.prompt,
+            height=drawn.pixels.shape[0],
+            width=drawn.pixels.shape[1],
+            num_inference_steps=recipe.sampling.steps,
+            guidance_scale=_guidance(recipe),
+            generator=torch.Generator("cpu").manual_seed(drawn.seed),
+            output_type="pil",
+            **kwargs,
+        )
+    return np.asarray(result.images[0])
+
+
+def _guidance(recipe: Recipe) -> float:
+    return recipe.sampling.guidance if recipe.classifier_free_guidance else 1.0

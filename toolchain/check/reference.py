@@ -1,0 +1,64 @@
+"""Loading the reference: a component's torch module or the whole diffusers pipeline, both in float32."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from toolchain.errors import ModelError
+from toolchain.models import Component, ModelSource
+from toolchain.sampler.schedulers import quiet
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@contextmanager
+def reference_module(component: Component, source: ModelSource, guided: bool) -> Iterator[nn.Module]:
+    """The module with the checkpoint's weights; its memory is given back at the end. ModelError if it cannot be loaded."""
+    with _loading(source):
+        module = component.reference(source, guided).requires_grad_(False)
+    try:
+        yield module
+    finally:
+        module.to("meta")  # whoever still has a name for the module holds an empty shell
+        gc.collect()
+
+
+def reference_pipeline(source: ModelSource) -> Any:
+    """The diffusers pipeline that the model names, without what looks at finished pictures. ModelError as above."""
+    import diffusers
+    import torch
+
+    cls = getattr(diffusers, source.index["_class_name"])
+    accepted = inspect.signature(cls.__init__).parameters
+    without = {"safety_checker": None, "requires_safety_checker": False}
+    kwargs = {key: value for key, value in without.items() if key in accepted}
+    with _loading(source):
+        pipeline = cls.from_pretrained(source.path, torch_dtype=torch.float32, use_safetensors=True, **kwargs)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextmanager
+def _loading(source: ModelSource) -> Iterator[None]:
+    """Without the libraries' progress bars: a check reports its own progress."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    loggers = [m for m in (diffusers.utils.logging, transformers.utils.logging) if m.is_progress_bar_enabled()]
+    for logger in loggers:
+        logger.disable_progress_bar()
+    try:
+        with quiet():
+            yield
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            "the reference cannot be loaded", where=source.path, got=error, hint="download the model again"
+        ) from error
+    finally:
+        for logger in loggers:
+            logger.enable_progress_bar()

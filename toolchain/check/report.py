@@ -1,0 +1,233 @@
+"""What a check found: numbers, limits and verdicts, as JSON and as a short table. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from toolchain.files import write_atomic
+
+SCHEMA = 1
+LISTED_FAILURES = 12
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """How far an output is from the reference's, or how far it may be. None where a metric does not apply.
+
+    cosine      cosine similarity of the flattened tensors, at least
+    snr_db      reference's power over the power of the difference, at least; inf where nothing differs
+    max_error   largest absolute difference relative to the reference's largest magnitude, at most
+    difference  largest absolute difference of integers (levels of 255 for pixels), at most
+    """
+
+    cosine: float | None = None
+    snr_db: float | None = None
+    max_error: float | None = None
+    difference: float | None = None
+
+    def named(self) -> dict[str, float]:
+        """The metrics that apply."""
+        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One output of one component on one input.
+
+    bucket  "1x64x64", or "any" where the component is the same for all of them
+    input   what it was given, such as "prompt 1, evaluation 10 of 20"
+    failed  the metrics that miss their limit, and "finite" where the engine's output holds NaN or infinity
+    """
+
+    component: str
+    bucket: str
+    input: str
+    output: str
+    metrics: Metrics
+    limits: Metrics
+    failed: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failed
+
+    @property
+    def margin_db(self) -> float:
+        """Distance to the nearest limit as a ratio of error powers, negative where one is missed; -inf for NaN."""
+        measured = self.metrics.named()
+        margins = [_margin_db(name, measured[name], limit) for name, limit in self.limits.named().items()]
+        return min(margins) if "finite" not in self.failed else -math.inf
+
+    def describe(self) -> str:
+        """One line: where, what was measured and, where it failed, what was needed."""
+        numbers = _numbers(self.metrics.named(), self.limits.named(), self.failed)
+        return f"{self.component} {self.bucket}, {self.input}, {self.output}: {numbers}"
+
+    def to_json(self) -> dict[str, Any]:
+        metrics, limits = ({k: _json(v) for k, v in m.named().items()} for m in (self.metrics, self.limits))
+        return {**asdict(self), "metrics": metrics, "limits": limits, "failed": [*self.failed], "passed": self.passed}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One whole picture against the diffusers pipeline's, both in 8 bits. `size` is "HEIGHTxWIDTH" in pixels.
+
+    psnr_db  inf where both are identical
+    failed   of "psnr_db", "ssim", "finite" (the latents hold NaN or infinity), "not blank" (one colour throughout,
+             where the reference is not)
+    """
+
+    prompt: str
+    seed: int
+    size: str
+    psnr_db: float
+    ssim: float
+    failed: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failed
+
+    def to_json(self) -> dict[str, Any]:
+        numbers = {"psnr_db": _json(self.psnr_db), "ssim": _json(self.ssim)}
+        return {**asdict(self), **numbers, "failed": [*self.failed], "passed": self.passed}
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Everything that one check found. A failed gate is a result, not an error.
+
+    model     what the user gave as the model, and the hub commit it was resolved to
+    warnings  what makes the numbers mean less than they seem, or explains why they are bad
+    versions  of what compared and what was compared with
+    limits    of the pictures: psnr_db and ssim, at least
+    """
+
+    bundle: str
+    recipe: str
+    model: str
+    revision: str | None
+    backend: str
+    device: Mapping[str, Any]
+    versions: Mapping[str, str]
+    warnings: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    pictures: tuple[Picture, ...]
+    limits: Mapping[str, float]
+
+    @property
+    def passed(self) -> bool:
+        return all(e.passed for e in self.entries) and all(p.passed for p in self.pictures)
+
+    def worst_first(self) -> list[Entry]:
+        """Every entry, the one furthest beyond or nearest to its limits first."""
+        return sorted(self.entries, key=lambda e: (e.passed, e.margin_db))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values. NaN and infinities, which JSON lacks, are the strings "nan", "inf" and "-inf"."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        worst = self.worst_first()[:1]
+        return {
+            "schema": SCHEMA,
+            "passed": self.passed,
+            **data,
+            "device": dict(self.device),
+            "versions": dict(self.versions),
+            "warnings": [*self.warnings],
+            "worst": worst[0].to_json() if worst else None,
+            "entries": [e.to_json() for e in self.entries],
+            "pictures": [p.to_json() for p in self.pictures],
+            "limits": {k: _json(v) for k, v in self.limits.items()},
+            "summary": {name: self._summary(name) for name in ("psnr_db", "ssim")},
+        }
+
+    def save(self, path: Path) -> None:
+        """Writes `to_json` in one step. StoreError when it cannot be written."""
+        write_atomic(path, (json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode())
+
+    def lines(self) -> list[str]:
+        """For a terminal: the worst of every component, bucket and output, the pictures, and what failed."""
+        lines = [f"{self.bundle} (recipe {self.recipe}, {self.backend}) against {self.model}"]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        groups: dict[tuple[str, str, str], list[Entry]] = {}
+        for entry in self.worst_first():
+            groups.setdefault((entry.component, entry.bucket, entry.output), []).append(entry)
+        order = list(dict.fromkeys((e.component, e.bucket, e.output) for e in self.entries))
+        rows: list[tuple[str, ...]] = [("component", "bucket", "output", "inputs", "worst", "")]
+        for key in order:
+            worst = groups[key][0]
+            numbers = _numbers(worst.metrics.named(), {}, ())
+            rows.append((*key, str(len(groups[key])), numbers, "passed" if worst.passed else "FAILED"))
+        lines += _table(rows)
+        for name, label in (("psnr_db", "PSNR dB"), ("ssim", "SSIM")):
+            spread = self._summary(name)
+            if spread["min"] is not None:
+                need = f"at least {_show(self.limits[name])}"
+                lines.append(
+                    f"{len(self.pictures)} pictures, {label}: min {_show(spread['min'])}, "
+                    f"median {_show(spread['median'])} ({need})"
+                )
+        return [*lines, *self._failures(), self._verdict()]
+
+    def _summary(self, name: str) -> dict[str, Any]:
+        values = [getattr(p, name) for p in self.pictures]
+        if not values:
+            return {"min": None, "median": None}
+        return {"min": _json(min(values)), "median": _json(statistics.median(values))}
+
+    def _failures(self) -> list[str]:
+        failed = [e.describe() for e in self.worst_first() if not e.passed]
+        for p in sorted(self.pictures, key=lambda p: p.psnr_db):
+            if not p.passed:
+                numbers = _numbers({"psnr_db": p.psnr_db, "ssim": p.ssim}, self.limits, p.failed)
+                failed.append(f"picture {p.size}, seed {p.seed}, {p.prompt!r}: {numbers}")
+        more = len(failed) - LISTED_FAILURES
+        shown = [f"failed: {text}" for text in failed[:LISTED_FAILURES]]
+        return [*shown, *([f"failed: {more} more, all in the JSON report"] if more > 0 else [])]
+
+    def _verdict(self) -> str:
+        results = [*(e.passed for e in self.entries), *(p.passed for p in self.pictures)]
+        failed = results.count(False)
+        return f"FAILED: {failed} of {len(results)} comparisons" if failed else f"passed: {len(results)} comparisons"
+
+
+def _margin_db(name: str, value: float, limit: float) -> float:
+    if math.isnan(value):
+        return -math.inf
+    if name == "snr_db":
+        return value - limit
+    # 1 - cosine grows with the square of the error, as powers do.
+    error, allowed = (1 - value, 1 - limit) if name == "cosine" else (value**2, limit**2)
+    if error <= 0 or allowed <= 0:
+        return math.inf if error <= allowed else -math.inf
+    return 10 * math.log10(allowed / error)
+
+
+def _numbers(values: Mapping[str, float], limits: Mapping[str, float], failed: Iterable[str]) -> str:
+    parts = []
+    for name, value in values.items():
+        side = "at most" if name in ("max_error", "difference") else "at least"
+        need = f" ({side} {_show(limits[name])})" if name in failed else ""
+        parts.append(f"{name} {_show(value)}{need}")
+    return ", ".join([*parts, *(f"not {name}" if name == "finite" else name for name in failed if name not in values)])
+
+
+def _show(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:.7g}" if 0.99 < value < 1 else f"{value:.4g}"
+
+
+def _json(value: float) -> float | str:
+    return value if math.isfinite(value) else str(float(value))
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

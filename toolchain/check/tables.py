@@ -1,0 +1,47 @@
+"""Every sampler table of a bundle against the diffusers scheduler that it stands for.
+
+A table's hidden states are a matter of choice, so two right tables may differ: what is compared is what they do.
+"""
+
+from __future__ import annotations
+
+import math
+
+from toolchain.bundle import ANY
+from toolchain.check.report import Entry, Metrics
+from toolchain.errors import SamplerError
+from toolchain.models import ModelSource
+from toolchain.runtime.pipeline import Pipeline
+from toolchain.sampler.compile import TOLERANCE, prepare, table_errors
+from toolchain.sampler.schedulers import parse
+from toolchain.sampler.table import SamplerTable
+
+
+def compare_tables(pipeline: Pipeline, source: ModelSource) -> list[Entry]:
+    """One entry per table: table and scheduler drive the same nonlinear test model with the same noises.
+
+    The scheduler is made from the model's own config. SamplerError when diffusers cannot make it.
+    """
+    entries = []
+    for label in sorted(pipeline.bundle.samplers):
+        scheduler, _, steps = label.rpartition("/")
+        error = _error(pipeline.table(scheduler, int(steps)), scheduler, int(steps), source)
+        failed = () if error <= TOLERANCE else ("max_error",)  # written so that NaN fails
+        metrics, limits = Metrics(max_error=error), Metrics(max_error=TOLERANCE)
+        entries.append(Entry("sampler", ANY, label, "trajectory", metrics, limits, failed))
+    return entries
+
+
+def _error(table: SamplerTable, scheduler: str, steps: int, source: ModelSource) -> float:
+    """Largest difference at the end relative to the largest value; infinite where they take other steps or draws."""
+
+    spec, config = parse(scheduler), source.config("scheduler")
+    schedule = prepare(spec, steps, config)
+    if len(schedule.timesteps) != table.evaluations:
+        return math.inf
+    sigma = float(getattr(schedule.scheduler, "init_noise_sigma", 1.0))
+    try:
+        errors = table_errors(table, lambda: prepare(spec, steps, config))
+    except SamplerError:
+        return math.inf  # it draws noise at other evaluations
+    return max(errors.exact, abs(table.init_noise_sigma / sigma - 1))

@@ -1,0 +1,459 @@
+"""The command line: parse, call, print. The one place where an error becomes an exit code.
+
+0 done, 1 could not, 2 wrong usage, 3 done but a gate failed, 130 interrupted. Importing this module imports click and
+nothing heavy: each command imports what it needs, so that help and completion answer at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from toolchain import pictures, progress, report
+from toolchain.errors import DiffbuildError, UsageError
+
+log = logging.getLogger("toolchain")
+
+GATE_FAILED = 3
+INTERRUPTED = 130
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+BUILD_PACKAGES = (
+    "accelerate",
+    "diffusers",
+    "huggingface_hub",
+    "ml_dtypes",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "polygraphy",
+    "scipy",
+    "skimage",
+    "torch",
+    "transformers",
+)
+"""Modules that `pip install diffbuild[build]` brings."""
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Size(click.ParamType):
+    """HEIGHTxWIDTH in pixels -> (height, width)."""
+
+    name = "heightxwidth"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        height, _, width = str(value).partition("x")
+        if not (height.isascii() and height.isdigit() and width.isascii() and width.isdigit()):
+            self.fail(f"{value!r} is not HEIGHTxWIDTH in pixels, such as 512x768.", param, ctx)
+        return int(height), int(width)
+
+
+class CommandLine(click.Group):
+    """The group of all commands, which ends the process with the exit codes above."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        given = kwargs.get("args", args[0] if args else None)
+        arguments = list(sys.argv[1:] if given is None else given)
+        kwargs["standalone_mode"] = False
+        sys.exit(_exit_code(lambda: super(CommandLine, self).main(*args, **kwargs), "--json" in arguments))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            resumes = ctx.invoked_subcommand in ("build", "export")
+            click.echo("interrupted" + ("; the same command goes on from here" if resumes else ""), err=True)
+            raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+def _exit_code(run: Callable[[], Any], as_json: bool) -> int:
+    """Runs a command; what it raises is told to the user, without a traceback unless debugging."""
+    try:
+        _start_logging()
+        return run() or 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
+    except Exception as error:
+        log.debug("the traceback of the error below", exc_info=error)
+        told = _told(error)
+        report.failure(told, as_json)
+        return told.exit_code
+
+
+def _told(error: Exception) -> DiffbuildError:
+    """Any error as one that says what to do."""
+    if isinstance(error, DiffbuildError):
+        return error
+    if isinstance(error, click.ClickException):
+        ctx = getattr(error, "ctx", None)
+        hint = f"{ctx.command_path} --help" if ctx else "diffbuild --help"
+        return UsageError(
+            error.format_message(), expected=" ".join(ctx.get_usage().split()) if ctx else None, hint=hint
+        )
+    if isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] in BUILD_PACKAGES:
+        return DiffbuildError(f"this needs {error.name}, which is not installed", hint="pip install 'diffbuild[build]'")
+    if isinstance(error, OSError) and error.errno and error.filename is not None:
+        code = errno.errorcode.get(error.errno)
+        return DiffbuildError(f"the system refused: {error.strerror}", where=error.filename, got=code)
+    said = " ".join(str(error).split())
+    bug = "this is a bug; -v or DIFFBUILD_LOG=debug shows the traceback to report"
+    return DiffbuildError(f"{type(error).__name__}: {said} ({bug})")
+
+
+def _start_logging() -> None:
+    name = os.environ.get("DIFFBUILD_LOG") or "warning"
+    progress.start_logging(LEVELS.get(name.lower(), logging.WARNING))
+    if name.lower() not in LEVELS:
+        raise UsageError("DIFFBUILD_LOG is not a log level", expected=" or ".join(LEVELS), got=name)
+
+
+def _set_level(_: click.Context, param: click.Parameter, given: bool) -> None:
+    if given:
+        log.setLevel(logging.DEBUG if param.name == "verbose" else logging.ERROR)
+
+
+def verbosity(command: Command) -> Command:
+    """-v and -q, before and after the command's name."""
+    for name, flag, text in (
+        ("quiet", "-q", "No progress and no warnings."),
+        ("verbose", "-v", "Log what happens, and tracebacks."),
+    ):
+        option = click.option(f"--{name}", flag, is_flag=True, expose_value=False, callback=_set_level, help=text)
+        command = option(command)
+    return command
+
+
+def examples(*commands: str) -> str:
+    """An epilog that keeps its lines."""
+    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+model_option = click.option(
+    "--model", required=True, metavar="DIR_OR_HUB_ID", help="A diffusers folder, or a hub id such as owner/name."
+)
+revision_option = click.option("--revision", metavar="REVISION", help="Branch, tag or commit of a hub id.")
+store_option = click.option(
+    "--store",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where artifacts are kept and found.  [default: $DIFFBUILD_STORE, or ./artifacts]",
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on stdout."
+)
+
+
+@click.group(
+    cls=CommandLine,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=examples(
+        "diffbuild doctor",
+        "diffbuild build recipes/sd15-fp32.toml --model owner/name --output bundle",
+        'diffbuild generate bundle "a lighthouse at dusk" --seed 0 --output a.png',
+        "diffbuild check bundle --model owner/name",
+    )
+    + "\n\n\b\nExit codes: 0 done, 1 could not, 2 wrong usage, 3 done but a gate failed, 130 interrupted.",
+)
+@click.version_option(package_name="diffbuild", prog_name="diffbuild")
+@verbosity
+def cli() -> None:
+    """Compile diffusion models ahead of time.
+
+    A recipe and a diffusers model become a bundle: engines for one machine and a list of sizes. A bundle draws pictures
+    without torch and diffusers, and `check` proves that it still is the same model.
+    """
+
+
+@cli.command(epilog=examples("diffbuild plan recipes/sd15-fp32.toml --model owner/name"))
+@recipe_argument
+@model_option
+@revision_option
+@store_option
+@json_option
+@verbosity
+def plan(recipe: Path, model: str, revision: str | None, store: Path | None, as_json: bool) -> None:
+    """Show what a build would do, and build nothing.
+
+    Each step is a hit, which is in the store, or a miss, with the fields that changed since it was last built.
+    """
+    from toolchain.api import plan_build
+
+    planned = plan_build(recipe, model, revision=revision, store=store)
+    _answer(as_json, lambda: report.plan_json(planned), lambda: report.plan_lines(planned))
+
+
+@cli.command(
+    epilog=examples(
+        "diffbuild build recipes/sd15-fp32.toml --model owner/name --output bundle",
+        "diffbuild build recipes/sd15-fp32.toml --model ./model --output bundle --store /data/store",
+    )
+)
+@recipe_argument
+@model_option
+@click.option(
+    "--output", "-o", required=True, type=click.Path(path_type=Path), metavar="BUNDLE", help="The new bundle."
+)
+@revision_option
+@store_option
+@json_option
+@verbosity
+def build(recipe: Path, model: str, output: Path, revision: str | None, store: Path | None, as_json: bool) -> None:
+    """Build a bundle: RECIPE says what to compile, --model says from which model.
+
+    Builds what the store does not hold yet. After an error or an interruption the same command goes on where it
+    stopped; a second run is all hits. An older bundle at --output is replaced only when all went well.
+    """
+    from toolchain.api import plan_build
+    from toolchain.assemble import assemble
+
+    started = time.perf_counter()
+    planned = plan_build(recipe, model, revision=revision, store=store)
+    with progress.steps(len(planned.steps), planned.recipe.name) as shown:
+        bundle = assemble(planned, output, shown)
+    result = (bundle, shown.finished, time.perf_counter() - started)
+    _answer(as_json, lambda: report.build_json(*result), lambda: report.build_lines(*result))
+
+
+@cli.command(epilog=examples("diffbuild export recipes/sd15-fp32.toml --model ./model --output graphs"))
+@recipe_argument
+@model_option
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The new folder.")
+@revision_option
+@store_option
+@json_option
+@verbosity
+def export(recipe: Path, model: str, output: Path, revision: str | None, store: Path | None, as_json: bool) -> None:
+    """Write the ONNX graphs alone, from the model's config files; no weights are needed.
+
+    Beside each COMPONENT-BUCKET.onnx lies a .weights.json: which tensor of the checkpoint each initializer is.
+    """
+    from toolchain.api import export_graphs, plan_build
+    from toolchain.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    planned = plan_build(loaded, model, revision=revision, store=store, graphs_only=True)
+    with progress.steps(len(planned.steps), loaded.name) as shown:
+        graphs = export_graphs(loaded, model, output, revision=revision, store=store, progress=shown)
+    names = [str(graph) for graph in graphs]
+    _answer(as_json, lambda: {"output": str(output), "graphs": names}, lambda: names)
+
+
+@cli.command(
+    epilog=examples(
+        'diffbuild generate bundle "a lighthouse at dusk" --seed 0 --output a.png',
+        'diffbuild generate bundle "a red barn" --steps 30 --scheduler dpm++2m:karras --guidance 6',
+        'diffbuild generate bundle "one" "two" --size 512x768 --output pair.png    # pair-1.png, pair-2.png',
+    )
+)
+@bundle_argument
+@click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
+@click.option("--negative", default="", metavar="TEXT", help="What the pictures should not show.")
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Of the first picture, counting up.  [default: random]")
+@click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the recipe's]")
+@click.option("--scheduler", metavar="NAME", help="Such as euler or dpm++2m:karras.  [default: the recipe's]")
+@click.option("--guidance", type=float, help="Classifier-free guidance scale.  [default: the recipe's]")
+@click.option("--size", type=Size(), metavar="HEIGHTxWIDTH", help="One of the built sizes.  [default: the first]")
+@click.option("--crop", is_flag=True, help="Cut --size out of the middle of the nearest larger built size.")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    metavar="FILE.png",
+    help="Several pictures become FILE-1.png and so on.  [default: diffbuild-SEED.png]",
+)
+@click.option("--no-verify", is_flag=True, help="Trust the bundle's files without comparing their sha256.")
+@json_option
+@verbosity
+def generate(bundle: Path, output: Path | None, no_verify: bool, as_json: bool, **request: Any) -> None:
+    """Draw a picture for each PROMPT with a bundle.
+
+    The same seed gives the same picture. Prompt, seed and settings are written into the PNG as text.
+    """
+    from toolchain.runtime.pipeline import load
+
+    pictures.check_picture_output(output)
+    started = time.perf_counter()
+    pipe = load(bundle, verify=not no_verify, warm_up=False)
+    load_ms = (time.perf_counter() - started) * 1e3
+    with progress.evaluations() as shown:
+        drawn = pictures.draw(pipe, request, shown)
+    images = pictures.save(drawn, output)
+    document = {"images": images, "load_ms": load_ms, "timings": vars(drawn.result.timings)}
+    _answer(as_json, lambda: document, lambda: report.generate_lines(images, drawn.result.timings, load_ms))
+
+
+@cli.command(epilog=examples("diffbuild check bundle --model owner/name --report check.json"))
+@bundle_argument
+@model_option
+@revision_option
+@click.option("--report", "target", type=click.Path(path_type=Path), metavar="FILE.json", help="Also write the report.")
+@json_option
+@verbosity
+def check(bundle: Path, model: str, revision: str | None, target: Path | None, as_json: bool) -> None:
+    """Compare a bundle with the model that it was built from; exit code 3 when a tolerance of the recipe is missed."""
+    from toolchain.api import check_bundle
+
+    pictures.check_output(target)
+    with progress.working(f"comparing {bundle} with {model}"):
+        compared = check_bundle(bundle, model, revision=revision)
+    if target is not None:
+        compared.save(target)
+    _answer(as_json, compared.to_json, compared.lines)
+    raise click.exceptions.Exit(0 if compared.passed else GATE_FAILED)
+
+
+@cli.command(epilog=examples("diffbuild inspect bundle --verify", "diffbuild inspect bundle --json"))
+@bundle_argument
+@click.option("--verify", is_flag=True, help="Compare every file with its sha256.")
+@json_option
+@verbosity
+def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
+    """Show what a bundle holds: model, recipe, device, sizes, samplers, and whether it can run here."""
+    from toolchain.bundle import read_bundle
+    from toolchain.engines import backend_of
+
+    found = read_bundle(bundle)
+    if verify:
+        with progress.working("comparing digests"):
+            found.verify()
+    backend = backend_of(found.backend)
+    refused = backend.available() or backend.refuse(found.device)
+    _answer(
+        as_json,
+        lambda: report.bundle_json(found, refused, verify),
+        lambda: report.bundle_lines(found, refused, verify),
+    )
+
+
+@cli.command(epilog=examples("diffbuild doctor", "diffbuild doctor --json"))
+@store_option
+@json_option
+@verbosity
+@click.pass_context
+def doctor(ctx: click.Context, store: Path | None, as_json: bool) -> None:
+    """Show which backends can run here and why not, library versions, CPU, GPU and the store's disk.
+
+    Exit code 0 when at least one backend works, 1 when none does.
+    """
+    from toolchain.api import default_store
+    from toolchain.doctor import doctor_lines, examine
+
+    facts = examine(store or default_store())
+    _answer(as_json, lambda: facts, lambda: doctor_lines(facts))
+    ctx.exit(0 if facts["works"] else 1)
+
+
+@cli.group(epilog=examples("diffbuild cache ls", "diffbuild cache gc --dry-run"))
+def cache() -> None:
+    """Look at the artifact store, check it, and clean it up."""
+
+
+@cache.command("ls", epilog=examples("diffbuild cache ls --store /data/store"))
+@store_option
+@json_option
+@verbosity
+def cache_ls(store: Path | None, as_json: bool) -> None:
+    """List every artifact with its size and its last use."""
+    from toolchain.api import default_store
+    from toolchain.artifacts import Store
+
+    opened = Store(store or default_store())
+    found = list(opened.artifacts())
+    _answer(as_json, lambda: report.cache_json(opened.root, found), lambda: report.cache_lines(opened.root, found))
+
+
+@cache.command("verify", epilog=examples("diffbuild cache verify", "diffbuild cache verify --quarantine"))
+@store_option
+@click.option(
+    "--quarantine", is_flag=True, help="Move damaged artifacts aside, so that the next build makes them anew."
+)
+@json_option
+@verbosity
+def cache_verify(store: Path | None, quarantine: bool, as_json: bool) -> None:
+    """Read every byte of the store; exit code 3 when an artifact is damaged."""
+    from toolchain.api import default_store
+    from toolchain.artifacts import Store
+
+    opened = Store(store or default_store())
+    with progress.working(f"reading {opened.root}"):
+        problems = report.damage(opened, quarantine)
+        whole = sum(1 for _ in opened.artifacts())
+    document = {"store": str(opened.root), "problems": problems}
+    _answer(as_json, lambda: document, lambda: report.damage_lines(opened.root, problems, whole))
+    raise click.exceptions.Exit(GATE_FAILED if problems else 0)
+
+
+@cache.command("gc", epilog=examples("diffbuild cache gc --dry-run", "diffbuild cache gc --min-age 24"))
+@store_option
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option(
+    "--min-age",
+    "hours",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    metavar="HOURS",
+    help="Keep what was built or reused within this time.",
+)
+@json_option
+@verbosity
+def cache_gc(store: Path | None, dry_run: bool, hours: float, as_json: bool) -> None:
+    """Remove the artifacts that no bundle was built from, and what killed builds left.
+
+    Bundles are complete copies: they keep working. Artifacts of a bundle that is still at the place where it was built
+    are kept, so that building it again stays fast.
+    """
+    from toolchain.api import default_store
+    from toolchain.artifacts import Store
+
+    opened = Store(store or default_store())
+    done = opened.gc(dry_run=dry_run, min_age_s=hours * 3600)
+    _answer(
+        as_json,
+        lambda: report.gc_json(opened.root, done, dry_run),
+        lambda: report.gc_lines(opened.root, done, dry_run),
+    )
+
+
+@cli.command(
+    epilog=examples(
+        "diffbuild completion bash >> ~/.bashrc",
+        "diffbuild completion zsh >> ~/.zshrc",
+        "diffbuild completion fish > ~/.config/fish/completions/diffbuild.fish",
+    )
+)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes commands and options in SHELL."""
+    from click.shell_completion import get_completion_class
+
+    script = get_completion_class(shell)
+    assert script is not None
+    click.echo(script(cli, {}, "diffbuild", "_DIFFBUILD_COMPLETE").source())
+
+
+def _answer(as_json: bool, document: Callable[[], Any], text: Callable[[], Any]) -> None:
+    """Prints a command's result in the form that was asked for."""
+    if as_json:
+        report.document(document())
+    else:
+        report.lines(text())
+
+
+def main() -> None:
+    """The entry point of `diffbuild`."""
+    cli(prog_name="diffbuild")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What this machine can do: the facts behind `diffbuild doctor`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from toolchain.report import megabytes, table
+
+LIBRARIES: dict[str, tuple[str, ...]] = {
+    "generate": ("numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers", "pillow"),
+    "build": ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "huggingface-hub"),
+    "check": ("polygraphy", "scikit-image", "scipy"),
+    "tensorrt": ("tensorrt", "cuda-python"),
+}
+ALTERNATIVES = frozenset({"onnxruntime", "onnxruntime-gpu"})
+"""One of these is enough."""
+GPU_FIELDS = ("name", "compute_cap", "memory.total", "driver_version")
+
+
+def examine(store: Path) -> dict[str, Any]:
+    """Everything that `doctor` tells. `works` is whether one backend at least can run here."""
+    from toolchain.engines import BACKENDS
+    from toolchain.engines.onnxruntime import cpu_features, physical_cores
+
+    backends = {name: backend.available() for name, backend in BACKENDS.items()}
+    libraries = {use: {name: _version(name) for name in names} for use, names in LIBRARIES.items()}
+    gpus, no_gpu = _gpus()
+    return {
+        "works": any(reason is None for reason in backends.values()),
+        "backends": {name: {"works": reason is None, "reason": reason} for name, reason in backends.items()},
+        "versions": {"diffbuild": _version("diffbuild"), "python": platform.python_version()},
+        "libraries": libraries,
+        "missing": {use: _missing(found) for use, found in libraries.items()},
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": {"features": cpu_features(), "physical_cores": physical_cores()},
+        "gpus": gpus,
+        "no_gpu": no_gpu,
+        "store": _store(store),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _missing(found: Mapping[str, str | None]) -> list[str]:
+    lacking = [name for name, number in found.items() if number is None]
+    have_one = any(found.get(name) for name in ALTERNATIVES)
+    return [name for name in lacking if not (have_one and name in ALTERNATIVES)]
+
+
+def _gpus() -> tuple[list[dict[str, str]], str | None]:
+    """NVIDIA GPUs as nvidia-smi lists them, or why there are none."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except FileNotFoundError:
+        return [], "nvidia-smi is not installed"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [], f"nvidia-smi does not answer: {error}"
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        return [], f"nvidia-smi: {said[0] if said else f'exit code {done.returncode}'}"
+    rows = [[entry.strip() for entry in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    gpus = [dict(zip(("name", "compute_capability", "memory", "driver"), row, strict=False)) for row in rows]
+    return gpus, None if gpus else "nvidia-smi lists none"
+
+
+def _store(store: Path) -> dict[str, Any]:
+    path = Path(os.path.abspath(store))
+    place = next(p for p in (path, *path.parents) if p.is_dir())
+    writable = os.access(place, os.W_OK | os.X_OK)
+    return {
+        "path": str(path),
+        "exists": path.is_dir(),
+        "writable": writable,
+        "free_bytes": shutil.disk_usage(place).free,
+    }
+
+
+def doctor_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    store, cpu = facts["store"], facts["cpu"]
+    rows = [
+        ["diffbuild", f"{facts['versions']['diffbuild']}, Python {facts['versions']['python']}, {facts['system']}"],
+        ["cpu", f"{cpu['features']}, {cpu['physical_cores']} physical cores"],
+    ]
+    rows += [["gpu", ", ".join(gpu.values())] for gpu in facts["gpus"]] or [["gpu", f"none: {facts['no_gpu']}"]]
+    for name, backend in facts["backends"].items():
+        rows.append([f"backend {name}", "works" if backend["works"] else f"cannot run: {backend['reason']}"])
+    for use, found in facts["libraries"].items():
+        listed = ", ".join(f"{name} {number}" for name, number in found.items() if number) or "nothing"
+        missing = facts["missing"][use]
+        rows.append([f"for {use}", listed + (f"; missing: {', '.join(missing)}" if missing else "")])
+    state = "" if store["exists"] else ", not there yet"
+    state += "" if store["writable"] else ", not writable"
+    rows.append(["store", f"{store['path']}{state}, {megabytes(store['free_bytes'])} free"])
+    yield from table(rows, indent="")
+    if facts["missing"]["build"]:
+        yield "hint: pip install 'diffbuild[build]' installs what a build needs"
+    if not facts["works"]:
+        yield "no backend can run here. hint: pip install onnxruntime"

@@ -1,0 +1,276 @@
+"""What the commands print: one JSON document, or text for people. Holds no logic of theirs and imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from toolchain.errors import DiffbuildError
+
+if TYPE_CHECKING:
+    from toolchain.artifacts import Artifact, GcReport, Store
+    from toolchain.bundle import Bundle
+    from toolchain.plan import Plan, Step
+    from toolchain.progress import Finished
+    from toolchain.runtime.pipeline import Timings
+
+SCHEMA = 1
+"""Of every JSON document. Raised when a field goes or changes its meaning, not when one is added."""
+MADE_OF = ("graph", "weights", "packed")
+"""Inputs of a step that are keys of other steps: what changed in those is told there."""
+
+
+def document(data: Mapping[str, Any]) -> None:
+    """Prints the one JSON document of a command. Numbers that JSON does not know become null."""
+    own = {key: value for key, value in data.items() if key != "schema"}
+    click.echo(json.dumps({"schema": SCHEMA, **_finite(own)}, indent=1, default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def lines(texts: Iterator[str] | Sequence[str]) -> None:
+    click.echo("\n".join(texts))
+
+
+def failure(error: DiffbuildError, as_json: bool) -> None:
+    """An error on stderr, and as a document on stdout where a program reads it."""
+    click.echo(f"error: {error}", err=True)
+    if as_json:
+        parts = {name: getattr(error, name) for name in ("what", "where", "expected", "got", "hint")}
+        document({"error": {k: v if v is None else str(v) for k, v in parts.items()}})
+
+
+def megabytes(size: int) -> str:
+    """A size in bytes as people write it: decimal units, one digit behind the point."""
+    for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= one:
+            return f"{size / one:.1f} {unit}"
+    return f"{size} B"
+
+
+def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> Iterator[str]:
+    """Rows in columns as wide as their widest entry; the last column is left as it is."""
+    widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
+    for row in rows:
+        padded = [text.ljust(width) for text, width in zip(row, widths, strict=False)]
+        yield (indent + "  ".join([*padded, row[-1]])).rstrip()
+
+
+def subject(step: Step, recipe: str) -> str:
+    """A step's name as people read it: every subject starts with the recipe's, which says nothing within one build."""
+    return f"{step.stage} {step.subject.removeprefix(f'{recipe} ')}"
+
+
+# --- plan and build ---------------------------------------------------------------------------------------------------
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    steps = [{"stage": s.stage, "subject": s.subject, "key": s.key, "hit": s.hit} for s in plan.steps]
+    for entry, step in zip(steps, plan.steps, strict=True):
+        entry["changed"] = list(step.changed)
+    source = {"name": plan.source.name, "path": str(plan.source.path), "revision": plan.source.revision}
+    totals = {"hits": len(plan.steps) - plan.misses, "misses": plan.misses}
+    return {"recipe": plan.recipe.name, "model": source, "store": str(plan.store.root), "steps": steps, **totals}
+
+
+def plan_lines(plan: Plan) -> Iterator[str]:
+    revision = f" at {plan.source.revision}" if plan.source.revision else ""
+    yield f"recipe {plan.recipe.name}, model {plan.source.name}{revision}, store {plan.store.root}"
+    rows = []
+    for step in plan.steps:
+        reasons = [_readable(change) for change in step.changed] or ["not built yet"]
+        first, *others = [""] if step.hit else list(dict.fromkeys(reasons))
+        rows.append(["hit" if step.hit else "miss", subject(step, plan.recipe.name), first])
+        rows += [["", "", other] for other in others]
+    yield from table(rows)
+    yield f"{len(plan.steps)} steps: {len(plan.steps) - plan.misses} hits, {plan.misses} misses"
+
+
+def _readable(change: str) -> str:
+    """ "graph: "0ad1..." -> "77fe..."" says to people only that the step before is another one; digests are cut."""
+    field, _, values = change.partition(": ")
+    if field in MADE_OF:
+        return f"its {field} is made anew"
+    return f"{field}: " + re.sub(r"[0-9a-f]{13,}", lambda match: match[0][:12], values)
+
+
+def build_json(bundle: Bundle, finished: Sequence[Finished], seconds: float) -> dict[str, Any]:
+    steps = [
+        {"stage": f.step.stage, "subject": f.step.subject, "key": f.step.key, "result": f.what, "seconds": f.seconds}
+        for f in finished
+    ]
+    built = sum(f.what == "built" for f in finished)
+    totals = {"hits": len(steps) - built, "built": built, "seconds": seconds}
+    size = sum(entry.size for entry in bundle.files.values())
+    return {"bundle": str(bundle.path), "bytes": size, "buckets": _buckets(bundle), "steps": steps, **totals}
+
+
+def build_lines(bundle: Bundle, finished: Sequence[Finished], seconds: float) -> Iterator[str]:
+    built = sum(f.what == "built" for f in finished)
+    size = megabytes(sum(entry.size for entry in bundle.files.values()))
+    yield f"{bundle.path}: {size}, {len(finished)} steps: {built} built, {len(finished) - built} hits, {seconds:.1f} s"
+    yield f'next: diffbuild generate {bundle.path} "a prompt" --seed 0'
+
+
+# --- bundles ----------------------------------------------------------------------------------------------------------
+
+
+def _buckets(bundle: Bundle) -> list[str]:
+    return [str(bucket) for bucket in bundle.buckets]
+
+
+def _component_bytes(bundle: Bundle, component: str) -> dict[str, int]:
+    """Bytes of a component: by role for the weight files that all buckets share, by bucket for the engines."""
+    sizes: dict[str, int] = {}
+    for bucket, entry in bundle.engines[component].items():
+        sizes |= {role: bundle.files[name].size for role, name in entry.weights.items()}
+        sizes[bucket] = sum(f.size for name, f in bundle.files.items() if name.startswith(f"{entry.folder}/"))
+    return sizes
+
+
+def bundle_json(bundle: Bundle, refused: str | None, verified: bool) -> dict[str, Any]:
+    listed = {
+        "bundle": str(bundle.path),
+        "family": bundle.family,
+        "model": bundle.model,
+        "recipe": bundle.recipe.to_json(),
+        "backend": bundle.backend,
+        "device": bundle.device,
+        "runs_here": refused is None,
+        "refused": refused,
+        "buckets": _buckets(bundle),
+        "components": {c: {"bytes": _component_bytes(bundle, c)} for c in bundle.engines},
+        "samplers": list(bundle.samplers),
+        "tools": bundle.tools,
+        "bytes": sum(entry.size for entry in bundle.files.values()),
+        "files": {name: {"sha256": f.sha256, "bytes": f.size} for name, f in bundle.files.items()},
+    }
+    return {**listed, "verified": verified}
+
+
+def bundle_lines(bundle: Bundle, refused: str | None, verified: bool) -> Iterator[str]:
+    model = bundle.model
+    at = f" at {model['revision']}" if model.get("revision") else ""
+    sampling = bundle.recipe.sampling
+    rows = [
+        ["bundle", str(bundle.path)],
+        ["model", f"{model.get('name')}{at} ({model.get('pipeline')}, family {bundle.family})"],
+        ["recipe", bundle.recipe.name],
+        ["defaults", f"{sampling.scheduler}, {sampling.steps} steps, guidance {sampling.guidance:g}"],
+        ["device", f"{bundle.backend}: " + ", ".join(f"{k} {v}" for k, v in bundle.device.items())],
+        ["runs here", "yes" if refused is None else f"no: {refused}"],
+        ["buckets", ", ".join(_buckets(bundle)) + " (batch x height x width)"],
+        ["samplers", ", ".join(bundle.samplers) + " (scheduler/steps)"],
+        ["built with", ", ".join(f"{name} {version}" for name, version in bundle.tools.items())],
+    ]
+    for component in bundle.engines:
+        dtype = bundle.recipe.component(component).dtype
+        sizes = _component_bytes(bundle, component)
+        rows.append([component, f"{dtype}, " + ", ".join(f"{what} {megabytes(n)}" for what, n in sizes.items())])
+    total = megabytes(sum(entry.size for entry in bundle.files.values()))
+    checked = "every sha256 is right" if verified else "sha256 not compared (--verify does)"
+    yield from table([*rows, ["files", f"{len(bundle.files)}, {total}; {checked}"]], indent="")
+
+
+def generate_lines(images: Sequence[Mapping[str, Any]], timings: Timings, load_ms: float) -> Iterator[str]:
+    for image in images:
+        yield f"{image['path']}  seed {image['seed']}"
+    steps = len(timings.steps_ms)
+    each = f" ({timings.denoise_ms / steps:.1f} ms each)" if steps else ""
+    yield (
+        f"loaded in {load_ms / 1e3:.2f} s, generated in {timings.total_ms / 1e3:.2f} s: text {timings.text_ms:.0f} ms, "
+        f"{steps} steps {timings.denoise_ms:.0f} ms{each}, decoding {timings.decode_ms:.0f} ms"
+    )
+
+
+# --- the store --------------------------------------------------------------------------------------------------------
+
+
+def _size(artifact: Artifact) -> int:
+    return sum(record.size for record in artifact.files.values())
+
+
+def cache_json(store: Path, artifacts: Sequence[Artifact]) -> dict[str, Any]:
+    entries = [{"stage": a.stage, "subject": a.subject, "key": a.key, "bytes": _size(a)} for a in artifacts]
+    return {"store": str(store), "artifacts": entries, "bytes": sum(_size(a) for a in artifacts)}
+
+
+def cache_lines(store: Path, artifacts: Sequence[Artifact]) -> Iterator[str]:
+    if not artifacts:
+        yield f"{store}: no artifacts" + ("" if store.is_dir() else "; there is no such folder")
+        return
+    now = time.time()
+    rows = []
+    for artifact in artifacts:
+        used = _age(now - (artifact.path / "manifest.json").stat().st_mtime)
+        rows.append([artifact.stage, artifact.subject, megabytes(_size(artifact)), used, artifact.key[:12]])
+    yield from table([["stage", "subject", "size", "used", "key"], *rows], indent="")
+    yield f"{store}: {len(artifacts)} artifacts, {megabytes(sum(_size(a) for a in artifacts))}"
+
+
+def _age(seconds: float) -> str:
+    for unit, one in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= one:
+            return f"{seconds / one:.0f} {unit} ago"
+    return "just now"
+
+
+def damage(store: Store, quarantine: bool) -> list[dict[str, Any]]:
+    """What `Store.verify` finds; with `quarantine` the damaged artifacts are moved aside, each once."""
+    moved: dict[Path, str | None] = {}
+    found = []
+    for place, problem in store.verify():
+        path = place if isinstance(place, Path) else place.path
+        if path not in moved:
+            moved[path] = str(store.quarantine(path.parent.name, path.name)) if quarantine else None
+        found.append({"path": str(path), "problem": problem, "moved_to": moved[path]})
+    return found
+
+
+def damage_lines(store: Path, problems: Sequence[Mapping[str, Any]], count: int) -> Iterator[str]:
+    if not problems:
+        yield f"{store}: all {count} artifacts are whole"
+        return
+    for problem in problems:
+        moved = f"; moved to {problem['moved_to']}" if problem["moved_to"] else ""
+        yield f"damaged: {problem['path']}: {problem['problem']}{moved}"
+    if not all(problem["moved_to"] for problem in problems):
+        yield "to have them made anew: diffbuild cache verify --quarantine, then build again"
+
+
+def gc_json(store: Path, report: GcReport, dry_run: bool) -> dict[str, Any]:
+    return {
+        "store": str(store),
+        "dry_run": dry_run,
+        "removed": dict(report.removed),
+        "kept": dict(report.kept),
+        "leftovers": dict(report.leftovers),
+        "dropped_bundles": list(report.dropped_bundles),
+        "bytes_freed": report.bytes_freed,
+    }
+
+
+def gc_lines(store: Path, report: GcReport, dry_run: bool) -> Iterator[str]:
+    verb = "would remove" if dry_run else "removed"
+    for name, size in [*report.removed.items(), *report.leftovers.items()]:
+        yield f"{verb} {name}, {megabytes(size)}"
+    for bundle in report.dropped_bundles:
+        yield f"{'would forget' if dry_run else 'forgot'} the bundle {bundle}, which is gone"
+    in_use = sum(reason.startswith("part of ") for reason in report.kept.values())
+    yield (
+        f"{store}: {verb} {len(report.removed)} artifacts and {len(report.leftovers)} leftovers, "
+        f"{megabytes(report.bytes_freed)}; kept {in_use} that bundles need and {len(report.kept) - in_use} used lately"
+    )
