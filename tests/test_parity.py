@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import toolchain
 from toolchain.sampler.schedulers import compatible, create, parse, reference_kwargs
 

@@ -54,7 +54,9 @@ def build(
     progress: Progress = lambda step, what: None,
 ) -> Bundle:
     """Builds what the store lacks and writes a bundle. `model` is a diffusers folder or a hub id."""
-    from toolchain.assemble import assemble
+    from toolchain.assemble import assemble, check_output
+
+    check_output(Path(output))
 
     return assemble(plan_build(recipe, model, revision=revision, store=store), Path(output), progress)
 
@@ -101,9 +103,15 @@ def export_graphs(
     return [Path(output) / name for name in names]
 
 
-def check_bundle(bundle: str | Path, model: str, *, revision: str | None = None) -> CheckReport:
+def check_bundle(
+    bundle: str | Path,
+    model: str,
+    *,
+    revision: str | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> CheckReport:
     """Compares a bundle with the model that it was built from. See `toolchain.check`."""
     from toolchain.bundle import read_bundle
     from toolchain.check import compare
 
-    return compare(read_bundle(Path(bundle)), resolve_model(model, revision))
+    return compare(read_bundle(Path(bundle)), resolve_model(model, revision), progress=progress)

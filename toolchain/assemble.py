@@ -23,10 +23,6 @@ def assemble(plan: Plan, output: Path, progress: Callable[[Step, str], None] = l
 
     A bundle that was put together from the same artifacts is left as it is. Raises the errors of every stage.
     """
-    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).exists():
-        raise UsageError(
-            "the output folder holds something else than a bundle", where=output, hint="give a new or an empty folder"
-        )
     existing = _existing(output)
     wanted = {step.name: step.key for step in plan.steps if step.stage != "graph"}
     if existing is not None and dict(existing.artifacts) == wanted and _complete(existing):
@@ -38,6 +34,14 @@ def assemble(plan: Plan, output: Path, progress: Callable[[Step, str], None] = l
     publish_folder(output, writer.fill)
     plan.store.register_bundle(output, [f"{step.stage}/{step.key}" for step in plan.steps])
     return read_bundle(output)
+
+
+def check_output(output: Path) -> None:
+    """Raises UsageError for a folder with other files in it: a wrong path must not cost anything."""
+    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).exists():
+        raise UsageError(
+            "the output folder holds something else than a bundle", where=output, hint="give a new or an empty folder"
+        )
 
 
 def _existing(output: Path) -> Bundle | None:

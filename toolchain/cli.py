@@ -1,141 +1,20 @@
-"""The command line: parse, call, print. The one place where an error becomes an exit code.
+"""The command line: parse, call, print.
 
-0 done, 1 could not, 2 wrong usage, 3 done but a gate failed, 130 interrupted. Importing this module imports click and
-nothing heavy: each command imports what it needs, so that help and completion answer at once.
+Importing this module imports click and nothing heavy: each command imports what it needs, so that help and completion
+answer at once.
 """
 
 from __future__ import annotations
 
-import errno
-import logging
-import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import click
 
 from toolchain import pictures, progress, report
-from toolchain.errors import DiffbuildError, UsageError
-
-log = logging.getLogger("toolchain")
-
-GATE_FAILED = 3
-INTERRUPTED = 130
-LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-BUILD_PACKAGES = (
-    "accelerate",
-    "diffusers",
-    "huggingface_hub",
-    "ml_dtypes",
-    "onnx",
-    "onnx_ir",
-    "onnxscript",
-    "polygraphy",
-    "scipy",
-    "skimage",
-    "torch",
-    "transformers",
-)
-"""Modules that `pip install diffbuild[build]` brings."""
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class Size(click.ParamType):
-    """HEIGHTxWIDTH in pixels -> (height, width)."""
-
-    name = "heightxwidth"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        height, _, width = str(value).partition("x")
-        if not (height.isascii() and height.isdigit() and width.isascii() and width.isdigit()):
-            self.fail(f"{value!r} is not HEIGHTxWIDTH in pixels, such as 512x768.", param, ctx)
-        return int(height), int(width)
-
-
-class CommandLine(click.Group):
-    """The group of all commands, which ends the process with the exit codes above."""
-
-    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
-        given = kwargs.get("args", args[0] if args else None)
-        arguments = list(sys.argv[1:] if given is None else given)
-        kwargs["standalone_mode"] = False
-        sys.exit(_exit_code(lambda: super(CommandLine, self).main(*args, **kwargs), "--json" in arguments))
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            resumes = ctx.invoked_subcommand in ("build", "export")
-            click.echo("interrupted" + ("; the same command goes on from here" if resumes else ""), err=True)
-            raise click.exceptions.Exit(INTERRUPTED) from None
-
-
-def _exit_code(run: Callable[[], Any], as_json: bool) -> int:
-    """Runs a command; what it raises is told to the user, without a traceback unless debugging."""
-    try:
-        _start_logging()
-        return run() or 0
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return error.exit_code
-    except Exception as error:
-        log.debug("the traceback of the error below", exc_info=error)
-        told = _told(error)
-        report.failure(told, as_json)
-        return told.exit_code
-
-
-def _told(error: Exception) -> DiffbuildError:
-    """Any error as one that says what to do."""
-    if isinstance(error, DiffbuildError):
-        return error
-    if isinstance(error, click.ClickException):
-        ctx = getattr(error, "ctx", None)
-        hint = f"{ctx.command_path} --help" if ctx else "diffbuild --help"
-        return UsageError(
-            error.format_message(), expected=" ".join(ctx.get_usage().split()) if ctx else None, hint=hint
-        )
-    if isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] in BUILD_PACKAGES:
-        return DiffbuildError(f"this needs {error.name}, which is not installed", hint="pip install 'diffbuild[build]'")
-    if isinstance(error, OSError) and error.errno and error.filename is not None:
-        code = errno.errorcode.get(error.errno)
-        return DiffbuildError(f"the system refused: {error.strerror}", where=error.filename, got=code)
-    said = " ".join(str(error).split())
-    bug = "this is a bug; -v or DIFFBUILD_LOG=debug shows the traceback to report"
-    return DiffbuildError(f"{type(error).__name__}: {said} ({bug})")
-
-
-def _start_logging() -> None:
-    name = os.environ.get("DIFFBUILD_LOG") or "warning"
-    progress.start_logging(LEVELS.get(name.lower(), logging.WARNING))
-    if name.lower() not in LEVELS:
-        raise UsageError("DIFFBUILD_LOG is not a log level", expected=" or ".join(LEVELS), got=name)
-
-
-def _set_level(_: click.Context, param: click.Parameter, given: bool) -> None:
-    if given:
-        log.setLevel(logging.DEBUG if param.name == "verbose" else logging.ERROR)
-
-
-def verbosity(command: Command) -> Command:
-    """-v and -q, before and after the command's name."""
-    for name, flag, text in (
-        ("quiet", "-q", "No progress and no warnings."),
-        ("verbose", "-v", "Log what happens, and tracebacks."),
-    ):
-        option = click.option(f"--{name}", flag, is_flag=True, expose_value=False, callback=_set_level, help=text)
-        command = option(command)
-    return command
-
-
-def examples(*commands: str) -> str:
-    """An epilog that keeps its lines."""
-    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
-
+from toolchain.console import GATE_FAILED, CommandLine, examples, size, verbosity
 
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
@@ -208,7 +87,7 @@ def plan(recipe: Path, model: str, revision: str | None, store: Path | None, as_
 @json_option
 @verbosity
 def build(recipe: Path, model: str, output: Path, revision: str | None, store: Path | None, as_json: bool) -> None:
-    """Build a bundle: RECIPE says what to compile, --model says from which model.
+    """Build a bundle from a recipe and a model.
 
     Builds what the store does not hold yet. After an error or an interruption the same command goes on where it
     stopped; a second run is all hits. An older bundle at --output is replaced only when all went well.
@@ -233,9 +112,10 @@ def build(recipe: Path, model: str, output: Path, revision: str | None, store: P
 @json_option
 @verbosity
 def export(recipe: Path, model: str, output: Path, revision: str | None, store: Path | None, as_json: bool) -> None:
-    """Write the ONNX graphs alone, from the model's config files; no weights are needed.
+    """Write the ONNX graphs alone, without weights.
 
-    Beside each COMPONENT-BUCKET.onnx lies a .weights.json: which tensor of the checkpoint each initializer is.
+    Needs the model's config files and nothing else. Beside each COMPONENT-BUCKET.onnx lies a .weights.json: which
+    tensor of the checkpoint each initializer is.
     """
     from toolchain.api import export_graphs, plan_build
     from toolchain.recipe import load_recipe
@@ -262,7 +142,7 @@ def export(recipe: Path, model: str, output: Path, revision: str | None, store: 
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the recipe's]")
 @click.option("--scheduler", metavar="NAME", help="Such as euler or dpm++2m:karras.  [default: the recipe's]")
 @click.option("--guidance", type=float, help="Classifier-free guidance scale.  [default: the recipe's]")
-@click.option("--size", type=Size(), metavar="HEIGHTxWIDTH", help="One of the built sizes.  [default: the first]")
+@click.option("--size", type=size, metavar="HEIGHTxWIDTH", help="One of the built sizes.  [default: the first]")
 @click.option("--crop", is_flag=True, help="Cut --size out of the middle of the nearest larger built size.")
 @click.option(
     "--output",
@@ -300,12 +180,15 @@ def generate(bundle: Path, output: Path | None, no_verify: bool, as_json: bool, 
 @json_option
 @verbosity
 def check(bundle: Path, model: str, revision: str | None, target: Path | None, as_json: bool) -> None:
-    """Compare a bundle with the model that it was built from; exit code 3 when a tolerance of the recipe is missed."""
+    """Compare a bundle with the model that it was built from.
+
+    Exit code 3 when a tolerance of the recipe is missed.
+    """
     from toolchain.api import check_bundle
 
     pictures.check_output(target)
-    with progress.working(f"comparing {bundle} with {model}"):
-        compared = check_bundle(bundle, model, revision=revision)
+    with progress.working(f"comparing {bundle} with {model}") as say:
+        compared = check_bundle(bundle, model, revision=revision, progress=say)
     if target is not None:
         compared.save(target)
     _answer(as_json, compared.to_json, compared.lines)
@@ -318,7 +201,7 @@ def check(bundle: Path, model: str, revision: str | None, target: Path | None, a
 @json_option
 @verbosity
 def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
-    """Show what a bundle holds: model, recipe, device, sizes, samplers, and whether it can run here."""
+    """Show what a bundle holds, and whether it can run here."""
     from toolchain.bundle import read_bundle
     from toolchain.engines import backend_of
 
@@ -341,9 +224,10 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
 @verbosity
 @click.pass_context
 def doctor(ctx: click.Context, store: Path | None, as_json: bool) -> None:
-    """Show which backends can run here and why not, library versions, CPU, GPU and the store's disk.
+    """Show what can run on this machine, and why not.
 
-    Exit code 0 when at least one backend works, 1 when none does.
+    Lists backends, library versions, CPU, GPU and the disk of the store. Exit code 0 when
+    one backend at least works, 1 when none does.
     """
     from toolchain.api import default_store
     from toolchain.doctor import doctor_lines, examine

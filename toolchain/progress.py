@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -98,14 +98,19 @@ def evaluations() -> Iterator[Evaluations]:
 
 
 @contextmanager
-def working(what: str) -> Iterator[None]:
-    """For work that does not say how far it is; stdout as in `steps`."""
+def working(what: str) -> Iterator[Callable[[str], None]]:
+    """For work whose length nobody knows: gives what to call with each thing that it turns to. stdout as in `steps`."""
     with redirect_stdout(sys.stderr), _bar() as bar:
-        if bar:
-            bar.add_task(what, total=None)
-        elif _shown():
-            click.echo(f"{what} ...", err=True)
-        yield
+        task = bar.add_task(what, total=None) if bar else None
+
+        def say(text: str) -> None:
+            if bar:
+                bar.update(task, description=text)
+            elif _shown():
+                click.echo(f"{text} ...", err=True)
+
+        say(what)
+        yield say
 
 
 def _shown() -> bool:

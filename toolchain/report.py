@@ -1,4 +1,4 @@
-"""What the commands print: one JSON document, or text for people. Holds no logic of theirs and imports nothing heavy."""
+"""What the commands print: one JSON document, or text for people. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -91,20 +91,23 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield f"recipe {plan.recipe.name}, model {plan.source.name}{revision}, store {plan.store.root}"
     rows = []
     for step in plan.steps:
-        reasons = [_readable(change) for change in step.changed] or ["not built yet"]
-        first, *others = [""] if step.hit else list(dict.fromkeys(reasons))
+        first, *others = [""] if step.hit else _reasons(step)
         rows.append(["hit" if step.hit else "miss", subject(step, plan.recipe.name), first])
         rows += [["", "", other] for other in others]
     yield from table(rows)
     yield f"{len(plan.steps)} steps: {len(plan.steps) - plan.misses} hits, {plan.misses} misses"
 
 
-def _readable(change: str) -> str:
-    """ "graph: "0ad1..." -> "77fe..."" says to people only that the step before is another one; digests are cut."""
-    field, _, values = change.partition(": ")
-    if field in MADE_OF:
-        return f"its {field} is made anew"
-    return f"{field}: " + re.sub(r"[0-9a-f]{13,}", lambda match: match[0][:12], values)
+def _reasons(step: Step) -> list[str]:
+    """Why a step is a miss. A changed key says to people only that it is made from something new; digests are cut."""
+    fields = [change.partition(": ") for change in step.changed]
+    own = [
+        f"{field}: " + re.sub(r"[0-9a-f]{13,}", lambda m: m[0][:12], v)
+        for field, _, v in fields
+        if field not in MADE_OF
+    ]
+    made_of = ", ".join(field for field, _, _ in fields if field in MADE_OF)
+    return own + ([f"made from new {made_of}"] if made_of else []) or ["not built yet"]
 
 
 def build_json(bundle: Bundle, finished: Sequence[Finished], seconds: float) -> dict[str, Any]:

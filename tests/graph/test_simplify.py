@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+
 from toolchain.graph.placeholder import is_weight, placeholder
 from toolchain.graph.simplify import simplify
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from toolchain.graph.transpose import SUFFIX, transpose_weights
 
 from tests.graph.test_simplify import F32, model, ops, value, weight
+from toolchain.graph.transpose import SUFFIX, transpose_weights
 
 
 def linear(perm: list[int], w: ir.Value, x: ir.Value, name: str = "y") -> list[ir.Node]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import toolchain
 from toolchain.errors import RequestError
 from toolchain.runtime.noise import Generator
@@ -138,7 +139,7 @@ import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {{"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "polygraphy",
-                                   "safetensors", "huggingface_hub", "scipy", "skimage", "click", "rich", "accelerate"}}:
+                                   "safetensors", "huggingface_hub", "scipy", "skimage", "click", "rich"}}:
             raise ImportError(name + " must not be imported")
 sys.meta_path.insert(0, Refuse())
 import toolchain

@@ -147,11 +147,14 @@ def measure(
     float output that is compared as well: values that differ by d levels before rounding differ by ceil(d) levels at
     most after it, so ceil(255 * max_error) is what the tolerance allows the levels. Other integers must be equal.
     """
-    reference, engine = np.ascontiguousarray(reference), np.ascontiguousarray(engine)  # or Polygraphy refuses them
+    floating = np.issubdtype(reference.dtype, np.floating)
     results = RunResults()
-    results.add([{"output": reference}], runner_name=REFERENCE)
-    results.add([{"output": engine}], runner_name=ENGINE)
-    if not np.issubdtype(reference.dtype, np.floating):
+    for name, array in ((REFERENCE, reference), (ENGINE, engine)):
+        # float64, because sums over float32 leave the cosine of equal tensors at 1 - 1e-7; Polygraphy refuses arrays
+        # that are not contiguous.
+        wide = np.ascontiguousarray(array, np.float64 if floating else array.dtype)
+        results.add([{"output": wide}], runner_name=name)
+    if not floating:
         limit = float(math.ceil(255 * tolerance.max_error)) if reference.dtype == np.uint8 else 0.0
         (exact,) = _compare(results, [SimpleCompareFunc(check_error_stat="max", atol=limit, rtol=0)])
         return Metrics(difference=exact.max_absdiff), Metrics(difference=limit), () if exact else ("difference",)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def reference_module(component: Component, source: ModelSource, guided: bool) -> Iterator[nn.Module]:
-    """The module with the checkpoint's weights; its memory is given back at the end. ModelError if it cannot be loaded."""
+    """The module with the checkpoint's weights; its memory is given back at the end. ModelError if it cannot load."""
     with _loading(source):
         module = component.reference(source, guided).requires_grad_(False)
     try:
@@ -33,11 +33,11 @@ def reference_pipeline(source: ModelSource) -> Any:
     import diffusers
     import torch
 
-    cls = getattr(diffusers, source.index["_class_name"])
-    accepted = inspect.signature(cls.__init__).parameters
     without = {"safety_checker": None, "requires_safety_checker": False}
-    kwargs = {key: value for key, value in without.items() if key in accepted}
     with _loading(source):
+        cls = getattr(diffusers, source.index["_class_name"])
+        accepted = inspect.signature(cls.__init__).parameters
+        kwargs = {key: value for key, value in without.items() if key in accepted}
         pipeline = cls.from_pretrained(source.path, torch_dtype=torch.float32, use_safetensors=True, **kwargs)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -45,13 +45,15 @@ def reference_pipeline(source: ModelSource) -> Any:
 
 @contextmanager
 def _loading(source: ModelSource) -> Iterator[None]:
-    """Without the libraries' progress bars: a check reports its own progress."""
+    """Without the libraries' progress bars and advice: a check reports its own progress."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
     loggers = [m for m in (diffusers.utils.logging, transformers.utils.logging) if m.is_progress_bar_enabled()]
     for logger in loggers:
         logger.disable_progress_bar()
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
     try:
         with quiet():
             yield
@@ -60,5 +62,6 @@ def _loading(source: ModelSource) -> Iterator[None]:
             "the reference cannot be loaded", where=source.path, got=error, hint="download the model again"
         ) from error
     finally:
+        transformers.utils.logging.set_verbosity(verbosity)
         for logger in loggers:
             logger.enable_progress_bar()

@@ -202,6 +202,8 @@ def _margin_db(name: str, value: float, limit: float) -> float:
         return -math.inf
     if name == "snr_db":
         return value - limit
+    if name == "difference" and value <= limit:
+        return math.inf  # one level is what rounding does: no measure of how close the values are
     # 1 - cosine grows with the square of the error, as powers do.
     error, allowed = (1 - value, 1 - limit) if name == "cosine" else (value**2, limit**2)
     if error <= 0 or allowed <= 0:

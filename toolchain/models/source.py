@@ -79,7 +79,7 @@ def resolve_model(model: str, revision: str | None = None) -> ModelSource:
     Raises ModelError for a missing folder, a single-file checkpoint, remote code, or an unreachable hub.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         source = ModelSource(path.resolve(), model, None)
     elif path.is_file():
         raise ModelError(

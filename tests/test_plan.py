@@ -1,0 +1,164 @@
+"""What a plan calls a hit, what it blames a miss on, and that nothing is built twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import toolchain
+from tests.tiny import RECIPE
+from toolchain.artifacts import Store
+from toolchain.errors import RecipeError, UsageError
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def misses(plan: toolchain.api.Plan) -> list[str]:  # type: ignore[name-defined]
+    return [step.name for step in plan.steps if not step.hit]
+
+
+@pytest.fixture
+def built(tiny_bundle: Path, store: Path, tiny_model: Path, tmp_path: Path) -> dict[str, object]:
+    """Arguments of `plan_build` for the model that `tiny_bundle` was built from."""
+    return {"model": str(tiny_model), "store": store}
+
+
+def test_a_second_build_is_all_hits(built: dict[str, str], tiny_recipe: Path) -> None:
+    assert misses(toolchain.plan_build(tiny_recipe, **built)) == []  # type: ignore[arg-type]
+
+
+def test_a_new_bucket_builds_only_what_belongs_to_it(built: dict[str, str], tmp_path: Path) -> None:
+    recipe = write(tmp_path / "tiny.toml", RECIPE.replace('"2x64x96"]', '"2x64x96", "1x96x64"]'))
+    assert misses(toolchain.plan_build(recipe, **built)) == [  # type: ignore[arg-type]
+        "graph tiny denoiser 1x96x64",
+        "graph tiny vae_decoder 1x96x64",
+        "engine tiny denoiser 1x96x64",
+        "engine tiny vae_decoder 1x96x64",
+    ]
+
+
+def test_sampling_defaults_rebuild_nothing(built: dict[str, str], tmp_path: Path) -> None:
+    recipe = write(tmp_path / "tiny.toml", RECIPE.replace("guidance = 5.0", "guidance = 3.0"))
+    assert misses(toolchain.plan_build(recipe, **built)) == []  # type: ignore[arg-type]
+
+
+def test_a_new_step_count_compiles_its_tables_alone(built: dict[str, str], tmp_path: Path) -> None:
+    recipe = write(tmp_path / "tiny.toml", RECIPE.replace("step_counts = [4]", "step_counts = [4, 6]"))
+    plan = toolchain.plan_build(recipe, **built)  # type: ignore[arg-type]
+    assert misses(plan) == [f"sampler tiny {name}/6" for name in ("model", "euler", "euler-a")]
+
+
+def test_a_miss_names_the_field_that_changed(built: dict[str, str], tmp_path: Path) -> None:
+    recipe = write(tmp_path / "tiny.toml", RECIPE + '\n[components.vae_decoder]\ndtype = "float16"\n')
+    plan = toolchain.plan_build(recipe, **built)  # type: ignore[arg-type]
+    step = plan.step("graph tiny vae_decoder 1x64x64")
+    assert not step.hit
+    assert step.changed == ('recipe.dtype: "float32" -> "float16"',)
+    assert plan.step("graph tiny denoiser 1x64x64").hit
+
+
+def test_changed_weights_change_weights_and_engines_but_no_graph(
+    built: dict[str, str], tiny_copy: Path, tiny_recipe: Path
+) -> None:
+    file = tiny_copy / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 0x01
+    file.write_bytes(data)
+    plan = toolchain.plan_build(tiny_recipe, str(tiny_copy), store=built["store"])  # type: ignore[arg-type]
+    assert {step.split()[0] for step in misses(plan)} == {"weights", "packed", "engine"}
+    assert all("denoiser" in step for step in misses(plan))
+    assert any("checkpoint" in line for line in plan.step("weights tiny denoiser").changed)
+
+
+def test_a_second_bucket_writes_no_weight_again(
+    tiny_bundle: Path, store: Path, tiny_recipe: Path, tiny_model: Path
+) -> None:
+    """What a bucket adds is its graph: nothing the size of a weight lies beside it."""
+    plan = toolchain.plan_build(tiny_recipe, str(tiny_model), store=store)
+    weights = Store(store).lookup("weights", plan.step("weights tiny denoiser").key)
+    assert weights is not None
+    total = sum(record.size for record in weights.files.values())
+    for bucket in ("1x64x64", "2x64x96"):
+        engine = Store(store).lookup("engine", plan.step(f"engine tiny denoiser {bucket}").key)
+        assert engine is not None
+        assert set(engine.files) == {"graph.onnx", "attached.json"}
+        assert sum(record.size for record in engine.files.values()) < 0.3 * total
+
+
+def test_a_build_onto_other_files_is_refused_before_any_work(
+    tiny_recipe: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "precious"
+    output.mkdir()
+    (output / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="something else than a bundle"):
+        toolchain.build(tiny_recipe, str(tiny_model), output, store=tmp_path / "store")
+    assert (output / "thesis.txt").read_text() == "years of work"
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_damaged_bundle_is_put_together_again(
+    tiny_recipe: Path, tiny_model: Path, store: Path, bundle_copy: Path
+) -> None:
+    (bundle_copy / "engines" / "denoiser" / "weights.safetensors").unlink()
+    toolchain.build(tiny_recipe, str(tiny_model), bundle_copy, store=store)
+    toolchain.read_bundle(bundle_copy).verify()
+
+
+BAD_RECIPES = [
+    ('buckets = ["1x64x64"]\n', 'buckets = ["1x72x64"]\n', None),
+    ("", "[components.transformer]\ndtype = 'float16'\n", "components.transformer: unknown component"),
+    ("", "[check.components.unet]\n", "check.components.unet: unknown component"),
+    ("", "[components.denoiser]\ndtype = 'bfloat16'\n", "onnxruntime cannot run bfloat16"),
+    ('scheduler = "euler"', 'scheduler = "eulr"', "sampling.schedulers"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), BAD_RECIPES)
+def test_recipes_that_do_not_fit(
+    built: dict[str, str], tmp_path: Path, old: str, new: str, message: str | None
+) -> None:
+    text = RECIPE.replace(old, new, 1) if old else RECIPE + new
+    recipe = write(tmp_path / "tiny.toml", text)
+    if message is None:
+        toolchain.plan_build(recipe, **built)  # type: ignore[arg-type]
+        return
+    with pytest.raises(RecipeError) as error:
+        toolchain.plan_build(recipe, **built)  # type: ignore[arg-type]
+    assert message in str(error.value)
+
+
+def test_a_pattern_that_matches_no_module(built: dict[str, str], tmp_path: Path) -> None:
+    text = RECIPE + '[components.denoiser]\ndtype = "float16"\nkeep_float32 = ["conv_inn"]\n'
+    with pytest.raises(RecipeError) as error:
+        toolchain.build(write(tmp_path / "tiny.toml", text), built["model"], tmp_path / "out", store=tmp_path / "store")
+    assert "conv_inn" in str(error.value)
+    assert "conv_in" in str(error.value)
+
+
+def test_graphs_alone_need_no_weights(tiny_copy: Path, tiny_recipe: Path, store: Path, tmp_path: Path) -> None:
+    for file in tiny_copy.rglob("*.safetensors"):
+        file.unlink()
+    graphs = toolchain.export_graphs(tiny_recipe, str(tiny_copy), tmp_path / "graphs", store=store)
+    assert sorted(g.name for g in graphs) == [
+        "denoiser-1x64x64.onnx",
+        "denoiser-2x64x96.onnx",
+        "text_encoder-any.onnx",
+        "vae_decoder-1x64x64.onnx",
+        "vae_decoder-2x64x96.onnx",
+    ]
+    weights = json.loads((tmp_path / "graphs" / "denoiser-1x64x64.weights.json").read_text())
+    assert {"name", "key", "dtype", "shape", "transposed"} == set(weights[0])
+
+
+def test_graphs_point_into_the_checkpoint_where_it_is_there(
+    tiny_model: Path, tiny_recipe: Path, store: Path, tmp_path: Path
+) -> None:
+    toolchain.export_graphs(tiny_recipe, str(tiny_model), tmp_path / "graphs", store=store)
+    weights = json.loads((tmp_path / "graphs" / "vae_decoder-1x64x64.weights.json").read_text())
+    assert all(Path(entry["file"]).is_file() and entry["nbytes"] > 0 for entry in weights)
