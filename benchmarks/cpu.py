@@ -59,7 +59,8 @@ import sys
 from toolchain.export.capture import capture
 from toolchain.models import MODELS, resolve_model
 from toolchain.recipe import Bucket, ComponentRecipe
-graph = capture(MODELS["sd"].component("denoiser"), resolve_model(sys.argv[1]), ComponentRecipe(), Bucket(1, 512, 512), True)
+component, source = MODELS["sd"].component("denoiser"), resolve_model(sys.argv[1])
+graph = capture(component, source, ComponentRecipe(), Bucket(1, 512, 512), True)
 print(len(list(graph.graph)))
 """
 
@@ -137,9 +138,10 @@ def bucket_sizes(bundle: Path) -> dict[str, Any]:
 def parity(bundle: Path) -> dict[str, Any]:
     """Worst PSNR of two pictures against diffusers for every scheduler that can drive the model."""
     import numpy as np
-    import toolchain
     import torch
     from diffusers import StableDiffusionPipeline
+
+    import toolchain
     from toolchain.sampler.schedulers import compatible, create, parse, reference_kwargs
 
     pipe = toolchain.load(bundle)

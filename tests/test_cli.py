@@ -42,7 +42,7 @@ def run_json(*arguments: object, code: int = 0) -> dict[str, Any]:
     """The command's one JSON document; anything else on stdout fails to parse."""
     document: dict[str, Any] = json.loads(run(*arguments, "--json", code=code).stdout)
     assert document["schema"] == 1
-    assert list(document)[0] == "schema"
+    assert next(iter(document)) == "schema"
     return document
 
 

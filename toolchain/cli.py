@@ -93,8 +93,9 @@ def build(recipe: Path, model: str, output: Path, revision: str | None, store: P
     stopped; a second run is all hits. An older bundle at --output is replaced only when all went well.
     """
     from toolchain.api import plan_build
-    from toolchain.assemble import assemble
+    from toolchain.assemble import assemble, check_output
 
+    check_output(output)
     started = time.perf_counter()
     planned = plan_build(recipe, model, revision=revision, store=store)
     with progress.steps(len(planned.steps), planned.recipe.name) as shown:

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 import toolchain
-from toolchain.bundle import read_bundle
+from toolchain.bundle import Bundle, read_bundle
 from toolchain.check import CheckReport, compare
 from toolchain.check.tables import compare_tables
 from toolchain.errors import BundleError, DiffbuildError, ModelError
-from toolchain.models import resolve_model
+from toolchain.models import ModelSource, resolve_model
 from toolchain.runtime.pipeline import Pipeline
 from toolchain.weights import read_header
 
@@ -119,9 +119,15 @@ def test_every_metric_and_input_is_in_the_report(good: CheckReport) -> None:
     assert {"torch", "diffusers", "polygraphy", "scikit-image", "diffbuild"} <= set(data["versions"])
 
 
-def test_the_public_function_runs_the_check(tiny_bundle: Path, tiny_model: Path, monkeypatch: Any) -> None:
-    seen = []
-    monkeypatch.setattr("toolchain.check.compare", lambda bundle, source: seen.append((bundle.path, source.name)))
+def test_the_public_function_runs_the_check(
+    tiny_bundle: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Path, str]] = []
+
+    def fake(bundle: Bundle, source: ModelSource, **_: Any) -> None:
+        seen.append((bundle.path, source.name))
+
+    monkeypatch.setattr("toolchain.check.compare", fake)
     toolchain.check_bundle(tiny_bundle, str(tiny_model))
     assert seen == [(tiny_bundle, str(tiny_model))]
 

@@ -97,6 +97,11 @@ def test_lines_name_what_failed_and_what_was_needed() -> None:
     assert "FAILED: 2 of 3 comparisons" in text
 
 
+def test_lines_show_the_worst_of_each_metric_by_itself() -> None:
+    lines = report([entry(snr_db=80.0, max_error=0.005), entry(snr_db=50.0, max_error=0.001)], []).lines()
+    assert "vae_decoder  1x64x64  image   2       cosine 0.99999, snr_db 50, max_error 0.005  passed" in lines
+
+
 def test_lines_count_the_failures_that_they_leave_out() -> None:
     lines = report([entry(str(i), ("snr_db",), snr_db=1.0) for i in range(20)], []).lines()
     assert sum(line.startswith("failed: vae") for line in lines) == 12

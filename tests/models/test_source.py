@@ -11,6 +11,7 @@ import pytest
 
 from toolchain.errors import ModelError
 from toolchain.models import family_of, resolve_model
+from toolchain.models.source import select_files
 
 
 def edit(path: Path, **changes: object) -> None:
@@ -84,9 +85,47 @@ def test_a_hub_id_is_resolved_to_a_commit_first(tiny_model: Path, monkeypatch: p
         return str(tiny_model)
 
     monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, revision: SimpleNamespace(sha=commit))
+    files = [SimpleNamespace(rfilename=name) for name in ("model_index.json", "unet/config.json", "unet/evil.py")]
+    found = SimpleNamespace(sha=commit, siblings=files)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, revision: found)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     source = resolve_model("owner/name", "main")
     assert source.revision == commit
     assert asked["revision"] == commit
-    assert not any(p.endswith((".py", ".bin", ".pt", ".ckpt")) for p in asked["patterns"])  # type: ignore[attr-defined]
+    assert asked["patterns"] == ["model_index.json", "unet/config.json"]
+
+
+def test_one_set_of_weights_is_downloaded() -> None:
+    """A repository laid out as SD 1.5's: every variant and single-file checkpoints beside the components."""
+    wanted = [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/merges.txt",
+        "tokenizer/vocab.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+    ]
+    unwanted = [
+        ".gitattributes",
+        "README.md",
+        "v1-5-pruned.safetensors",
+        "v1-5-pruned.ckpt",
+        "safety_checker/model.safetensors",
+        "feature_extractor/preprocessor_config.json",
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder/pytorch_model.bin",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+    ]
+    assert select_files(sorted(wanted + unwanted)) == wanted
+
+
+def test_shards_count_as_plain_weights() -> None:
+    shards = [f"unet/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    half = "unet/diffusion_pytorch_model.fp16.safetensors"
+    assert select_files([*shards, half]) == shards
+    assert select_files([half]) == [half]

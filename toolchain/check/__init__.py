@@ -106,7 +106,7 @@ def _differences(bundle: Bundle, source: ModelSource, family: Family) -> list[st
 
     lines = []
     for component in family.components:
-        built_from = bundle.model["checkpoint"][component.name]
+        built_from = bundle.model.get("checkpoint", {}).get(component.name)
         found = {path.name: file_digest(path) for path in find_weights(source.path / component.folder)}
         if found != built_from:
             lines.append(f"the {component.name}'s weights are not those that the bundle was built from")

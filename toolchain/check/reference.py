@@ -38,7 +38,9 @@ def reference_pipeline(source: ModelSource) -> Any:
         cls = getattr(diffusers, source.index["_class_name"])
         accepted = inspect.signature(cls.__init__).parameters
         kwargs = {key: value for key, value in without.items() if key in accepted}
-        pipeline = cls.from_pretrained(source.path, torch_dtype=torch.float32, use_safetensors=True, **kwargs)
+        pipeline = cls.from_pretrained(
+            source.path, torch_dtype=torch.float32, use_safetensors=True, variant=source.variant, **kwargs
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

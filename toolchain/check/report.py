@@ -14,6 +14,8 @@ from toolchain.files import write_atomic
 
 SCHEMA = 1
 LISTED_FAILURES = 12
+AT_MOST = ("max_error", "difference")
+"""The metrics that count errors; the others count likeness, and their limits are the least that will do."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class CheckReport:
         write_atomic(path, (json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode())
 
     def lines(self) -> list[str]:
-        """For a terminal: the worst of every component, bucket and output, the pictures, and what failed."""
+        """For a terminal: the worst of each metric by component, bucket and output, the pictures, and what failed."""
         lines = [f"{self.bundle} (recipe {self.recipe}, {self.backend}) against {self.model}"]
         lines += [f"warning: {warning}" for warning in self.warnings]
         groups: dict[tuple[str, str, str], list[Entry]] = {}
@@ -161,9 +163,9 @@ class CheckReport:
         order = list(dict.fromkeys((e.component, e.bucket, e.output) for e in self.entries))
         rows: list[tuple[str, ...]] = [("component", "bucket", "output", "inputs", "worst", "")]
         for key in order:
-            worst = groups[key][0]
-            numbers = _numbers(worst.metrics.named(), {}, ())
-            rows.append((*key, str(len(groups[key])), numbers, "passed" if worst.passed else "FAILED"))
+            numbers = _numbers(_worst(groups[key]), {}, ())
+            passed = all(entry.passed for entry in groups[key])
+            rows.append((*key, str(len(groups[key])), numbers, "passed" if passed else "FAILED"))
         lines += _table(rows)
         for name, label in (("psnr_db", "PSNR dB"), ("ssim", "SSIM")):
             spread = self._summary(name)
@@ -197,6 +199,18 @@ class CheckReport:
         return f"FAILED: {failed} of {len(results)} comparisons" if failed else f"passed: {len(results)} comparisons"
 
 
+def _worst(entries: Iterable[Entry]) -> dict[str, float]:
+    """The worst value of each metric over entries that have the same ones; NaN is worse than any number."""
+    values: dict[str, list[float]] = {}
+    for entry in entries:
+        for name, value in entry.metrics.named().items():
+            values.setdefault(name, []).append(value)
+    return {
+        name: math.nan if any(map(math.isnan, found)) else (max if name in AT_MOST else min)(found)
+        for name, found in values.items()
+    }
+
+
 def _margin_db(name: str, value: float, limit: float) -> float:
     if math.isnan(value):
         return -math.inf
@@ -214,7 +228,7 @@ def _margin_db(name: str, value: float, limit: float) -> float:
 def _numbers(values: Mapping[str, float], limits: Mapping[str, float], failed: Iterable[str]) -> str:
     parts = []
     for name, value in values.items():
-        side = "at most" if name in ("max_error", "difference") else "at least"
+        side = "at most" if name in AT_MOST else "at least"
         need = f" ({side} {_show(limits[name])})" if name in failed else ""
         parts.append(f"{name} {_show(value)}{need}")
     return ", ".join([*parts, *(f"not {name}" if name == "finite" else name for name in failed if name not in values)])

@@ -68,7 +68,7 @@ def physical_cores() -> int:
 
 class OnnxRuntimeBackend:
     name = "onnxruntime"
-    dtypes = ("float32", "float16")  # its CPU kernels have no bfloat16 convolution
+    dtypes: tuple[str, ...] = ("float32", "float16")  # its CPU kernels have no bfloat16 convolution
 
     def available(self) -> str | None:
         try:

@@ -95,7 +95,9 @@ def text_reference(source: ModelSource, guided: bool) -> nn.Module:
     from toolchain.models import modules
 
     folder = source.path / "text_encoder"
-    return modules.ClipTextEncoder(CLIPTextModel.from_pretrained(folder, dtype=torch.float32).eval())
+    return modules.ClipTextEncoder(
+        CLIPTextModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, variant=source.variant).eval()
+    )
 
 
 def step_module(source: ModelSource, recipe: ComponentRecipe, guided: bool) -> nn.Module:
@@ -116,7 +118,9 @@ def step_reference(source: ModelSource, guided: bool) -> nn.Module:
 
     from toolchain.models import modules
 
-    unet = UNet2DConditionModel.from_pretrained(source.path / "unet", torch_dtype=torch.float32, use_safetensors=True)
+    unet = UNet2DConditionModel.from_pretrained(
+        source.path / "unet", torch_dtype=torch.float32, use_safetensors=True, variant=source.variant
+    )
     return modules.UNetStep(unet.eval(), guided)
 
 
@@ -136,7 +140,9 @@ def decoder_reference(source: ModelSource, guided: bool) -> nn.Module:
 
     from toolchain.models import modules
 
-    vae = AutoencoderKL.from_pretrained(source.path / "vae", torch_dtype=torch.float32, use_safetensors=True)
+    vae = AutoencoderKL.from_pretrained(
+        source.path / "vae", torch_dtype=torch.float32, use_safetensors=True, variant=source.variant
+    )
     return modules.VaeDecoder(vae.eval(), float(source.config("vae").get("scaling_factor", 0.18215)), 0.0)
 
 

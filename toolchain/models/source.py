@@ -11,7 +11,9 @@ from typing import Any
 
 from toolchain.errors import ModelError
 
-HUB_FILES = ("*.json", "*.safetensors", "*/merges.txt")
+# Parts of a repository that nothing here compiles: a safety checker alone is 1.2 GB.
+UNUSED_FOLDERS = ("safety_checker", "feature_extractor", "image_encoder")
+VARIANT = re.compile(r"(?P<stem>.+)\.(fp16|bf16|non_ema|ema_only)(?P<rest>(-\d+-of-\d+)?\.safetensors(\.index\.json)?)")
 LIBRARIES = ("diffusers", "transformers")
 
 
@@ -32,6 +34,12 @@ class ModelSource:
         """The config of one component; the scheduler's and the tokenizer's have names of their own."""
         names = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
         return self._json(self.path / folder / names.get(folder, "config.json"))
+
+    @property
+    def variant(self) -> str | None:
+        """ "fp16" where that is all there is: diffusers and transformers must be told to load it."""
+        weights = {f.name for f in self.path.glob("*/*.safetensors")}
+        return "fp16" if weights and all(".fp16" in name for name in weights) else None
 
     def has_weights(self, folder: str) -> bool:
         return any((self.path / folder).glob("*.safetensors"))
@@ -119,12 +127,12 @@ def _from_hub(repository: str, revision: str | None) -> ModelSource:
 
     try:
         if constants.is_offline_mode():
-            folder = snapshot_download(
-                repository, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=True
-            )
+            folder = snapshot_download(repository, revision=revision, local_files_only=True)
             return ModelSource(Path(folder), repository, Path(folder).name)
-        commit = HfApi().model_info(repository, revision=revision).sha
-        folder = snapshot_download(repository, revision=commit, allow_patterns=list(HUB_FILES))
+        found = HfApi().model_info(repository, revision=revision)
+        commit = found.sha
+        files = select_files([f.rfilename for f in found.siblings or []])
+        folder = snapshot_download(repository, revision=commit, allow_patterns=files)
     except RepositoryNotFoundError:
         raise ModelError(
             "neither a local folder nor a repository on the hub",
@@ -139,3 +147,25 @@ def _from_hub(repository: str, revision: str | None) -> ModelSource:
             hint="connect to the network, unset HF_HUB_OFFLINE, or give a local diffusers folder as --model",
         ) from error
     return ModelSource(Path(folder), repository, commit)
+
+
+def select_files(names: list[str]) -> list[str]:
+    """What of a repository is downloaded: json, tokenizer text and one set of safetensors per component.
+
+    Single-file checkpoints at the top, pickles, code, and variants of weights that are there in full are left alone.
+    """
+    chosen = []
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        if (not folder and file != "model_index.json") or "/" in folder or folder in UNUSED_FOLDERS:
+            continue
+        variant = VARIANT.fullmatch(name)
+        if variant and any(_is_plain(other, variant["stem"]) for other in names):
+            continue
+        if file.endswith((".json", ".safetensors", ".txt")):
+            chosen.append(name)
+    return chosen
+
+
+def _is_plain(name: str, stem: str) -> bool:
+    return re.fullmatch(re.escape(stem) + r"(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name) is not None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -24,8 +22,9 @@ from toolchain.runtime.engines import F32, BucketEngines, TextEncoder, open_engi
 from toolchain.runtime.loop import denoise
 from toolchain.runtime.noise import Generator
 from toolchain.runtime.prompt import ClipTokenizer
+from toolchain.runtime.request import Request, check_guidance, check_latents, check_seeds, check_steps, check_texts
 from toolchain.sampler.schedulers import parse
-from toolchain.sampler.table import MAX_EVALUATIONS, SamplerTable
+from toolchain.sampler.table import SamplerTable
 
 log = logging.getLogger("toolchain")
 
@@ -65,19 +64,6 @@ class Result:
     latents: F32
     seeds: list[int]
     timings: Timings
-
-
-@dataclass(frozen=True)
-class Request:
-    """One call with everything filled in and checked. `latents` [N, C, h, w] standard normal, or None."""
-
-    prompts: list[str]
-    negatives: list[str]
-    seeds: list[int]
-    table: SamplerTable
-    guidance: float
-    size: tuple[int, int]
-    latents: F32 | None
 
 
 class Pipeline:
@@ -203,40 +189,24 @@ class Pipeline:
         latents: F32 | None,
     ) -> Request:
         defaults = self.bundle.recipe.sampling
-        prompts = _texts("prompt", prompt)
-        negatives = _texts("negative_prompt", negative_prompt)
+        prompts = check_texts("prompt", prompt)
+        negatives = check_texts("negative_prompt", negative_prompt)
         if len(negatives) == 1:
             negatives = negatives * len(prompts)
         if len(negatives) != len(prompts):
             raise RequestError(
                 "as many negative prompts as prompts are needed", expected=len(prompts), got=len(negatives)
             )
-        steps = defaults.steps if steps is None else steps
-        if type(steps) is not int or not 1 <= steps <= MAX_EVALUATIONS:
-            raise RequestError(
-                "steps is not a number of steps", expected=f"an integer from 1 to {MAX_EVALUATIONS}", got=repr(steps)
-            )
+        steps = check_steps(defaults.steps if steps is None else steps)
         return Request(
             prompts,
             negatives,
-            _seeds(seed, len(prompts)),
+            check_seeds(seed, len(prompts)),
             self.table(scheduler or defaults.scheduler, steps),
-            self._guidance(defaults.guidance if guidance is None else guidance),
+            check_guidance(self._default_guidance if guidance is None else guidance, self._guided),
             size or (self.bundle.buckets[0].height, self.bundle.buckets[0].width),
-            _checked_latents(latents),
+            check_latents(latents),
         )
-
-    def _guidance(self, guidance: float) -> float:
-        if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not math.isfinite(guidance):
-            raise RequestError("guidance is not a number", expected="a finite number", got=repr(guidance))
-        if guidance > 1 and not self.bundle.recipe.classifier_free_guidance:
-            raise RequestError(
-                "the bundle was built without classifier-free guidance",
-                expected="guidance of 1 or less",
-                got=guidance,
-                hint="set classifier_free_guidance = true in the recipe and build again",
-            )
-        return max(1.0, float(guidance))
 
     def _bucket_size(self, size: tuple[int, int], crop: bool) -> tuple[int, int]:
         """(height, width) of the buckets to run, in pixels."""
@@ -323,6 +293,10 @@ class Pipeline:
         return (engines.pixels.copy() if decode else engines.pixels[:0]), engines.states[done % 2][0].copy()
 
     @property
+    def _default_guidance(self) -> float:
+        return self.bundle.recipe.sampling.guidance if self._guided else 1.0
+
+    @property
     def _guided(self) -> bool:
         return self.bundle.recipe.classifier_free_guidance
 
@@ -383,44 +357,6 @@ def _upload(
 def _draw(noise: NDArray[np.generic], generators: list[Generator]) -> None:
     for row, generator in enumerate(generators):
         noise[row : row + 1] = generator.randn((1, *noise.shape[1:]))
-
-
-def _texts(name: str, value: str | Sequence[str]) -> list[str]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
-        raise RequestError(f"{name} is not text", expected="a string or a list of strings", got=repr(value)[:80])
-    if not texts:
-        raise RequestError(f"{name} is an empty list", expected="at least one string", got=value)
-    return list(texts)
-
-
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    if seed is None:
-        seed = secrets.randbits(32)
-    seeds = [seed + i for i in range(count)] if type(seed) is int else seed
-    expected = "an integer from 0 to 2**64 - 1, or one for each prompt"
-    if not isinstance(seeds, list | tuple) or not all(type(s) is int and 0 <= s < 2**64 for s in seeds):
-        raise RequestError("seed is not a seed", expected=expected, got=repr(seed)[:80])
-    if len(seeds) != count:
-        raise RequestError("as many seeds as prompts are needed", expected=count, got=len(seeds))
-    return list(seeds)
-
-
-def _checked_latents(latents: F32 | None) -> F32 | None:
-    if latents is None:
-        return None
-    if (
-        not isinstance(latents, np.ndarray)
-        or latents.dtype != np.float32
-        or latents.ndim != 4
-        or not np.isfinite(latents).all()
-    ):
-        raise RequestError(
-            "latents are not latents",
-            expected="a finite float32 array [N, C, h, w]",
-            got=f"{type(latents).__name__} {getattr(latents, 'dtype', '')} {getattr(latents, 'shape', '')}",
-        )
-    return latents
 
 
 def _crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
