@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import toolchain
 from tests.tiny import RECIPE
 from toolchain.artifacts import Store
-from toolchain.errors import RecipeError, UsageError
+from toolchain.errors import RecipeError, StoreError, UsageError
 
 
 def write(path: Path, text: str) -> Path:
@@ -100,6 +101,28 @@ def test_a_build_onto_other_files_is_refused_before_any_work(
         toolchain.build(tiny_recipe, str(tiny_model), output, store=tmp_path / "store")
     assert (output / "thesis.txt").read_text() == "years of work"
     assert not (tmp_path / "store").exists()
+
+
+def test_changed_defaults_reach_the_bundle_though_every_artifact_is_a_hit(
+    built: dict[str, str], bundle_copy: Path, tmp_path: Path
+) -> None:
+    recipe = write(tmp_path / "tiny.toml", RECIPE.replace("guidance = 5.0", "guidance = 3.0"))
+    bundle = toolchain.build(recipe, built["model"], bundle_copy, store=Path(built["store"]))
+    assert bundle.recipe.sampling.guidance == 3.0
+
+
+def test_a_damaged_artifact_reaches_no_bundle(tiny_recipe: Path, tiny_model: Path, store: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(store, tmp_path / "store"))
+    plan = toolchain.plan_build(tiny_recipe, str(tiny_model), store=own)
+    weights = next((own / "weights" / plan.step("weights tiny denoiser").key).glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 0x01
+    weights.chmod(0o644)
+    weights.write_bytes(data)
+    with pytest.raises(StoreError, match="damaged") as error:
+        toolchain.build(tiny_recipe, str(tiny_model), tmp_path / "bundle", store=own)
+    assert "cache verify --quarantine" in str(error.value)
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_damaged_bundle_is_put_together_again(

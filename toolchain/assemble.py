@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from toolchain.artifacts import Artifact, publish_folder
 from toolchain.bundle import ANY, MANIFEST, Bundle, EngineEntry, FileEntry, read_bundle
-from toolchain.errors import BundleError, UsageError
+from toolchain.errors import BundleError, StoreError, UsageError
 from toolchain.plan import EXPORT_TOOLS, Plan, Step, execute, tool_versions
 from toolchain.signature import GraphSpec
 
@@ -25,7 +26,7 @@ def assemble(plan: Plan, output: Path, progress: Callable[[Step, str], None] = l
     """
     existing = _existing(output)
     wanted = {step.name: step.key for step in plan.steps if step.stage != "graph"}
-    if existing is not None and dict(existing.artifacts) == wanted and _complete(existing):
+    if existing is not None and dict(existing.artifacts) == wanted and _same(existing, plan) and _complete(existing):
         for step in plan.steps:
             progress(step, "hit")
         return existing
@@ -37,11 +38,25 @@ def assemble(plan: Plan, output: Path, progress: Callable[[Step, str], None] = l
 
 
 def check_output(output: Path) -> None:
-    """Raises UsageError for a folder with other files in it: a wrong path must not cost anything."""
+    """Raises UsageError for a folder that cannot be written, or has other files in it, before hours of work."""
+    parent = next(p for p in [output, *output.absolute().parents] if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        got = "no write permission" if parent.is_dir() else "a file"
+        hint = "give a path in a folder that you may write to"
+        raise UsageError("the output cannot be written", where=parent, expected="a writable folder", got=got, hint=hint)
     if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).exists():
         raise UsageError(
             "the output folder holds something else than a bundle", where=output, hint="give a new or an empty folder"
         )
+
+
+def _same(bundle: Bundle, plan: Plan) -> bool:
+    """Whether what lies in the manifest beside the artifacts is that of the plan: defaults of sampling, say."""
+    source = plan.source
+    return bundle.recipe == plan.recipe and (bundle.model["name"], bundle.model["revision"]) == (
+        source.name,
+        source.revision,
+    )
 
 
 def _existing(output: Path) -> Bundle | None:
@@ -97,6 +112,15 @@ class _Writer:
             tools={"diffbuild": version("diffbuild")} | {k: str(v) for k, v in tool_versions(EXPORT_TOOLS).items()},
         )
         (folder / MANIFEST).write_text(json.dumps(bundle.to_json(), indent=1) + "\n", encoding="utf-8")
+        try:
+            bundle.verify()  # the store checks sizes on lookup, and digests only when it is asked to
+        except BundleError as error:
+            raise StoreError(
+                "an artifact in the store is damaged",
+                where=plan.store.root,
+                got=f"{error.what}: {error.where}",
+                hint=f"diffbuild cache verify --quarantine --store {plan.store.root}, then build again",
+            ) from error
 
     def _step(self, stage: str, subject: str) -> Step:
         return self.plan.step(f"{stage} {self.plan.recipe.name} {subject}")

@@ -21,6 +21,7 @@ from toolchain.signature import GraphSpec
 
 FORMAT = 1
 MANIFEST = "bundle.json"
+AGAIN = "build the bundle again, or copy it again from where it was built"
 ANY = "any"
 """Stands for the bucket of a component that is the same for all of them."""
 
@@ -106,9 +107,8 @@ class Bundle:
 
     def _problem(self, name: str, entry: FileEntry) -> BundleError | None:
         path = self.path / name
-        hint = "build the bundle again, or copy it again from where it was built"
         if path.is_symlink() or not path.is_file():
-            return BundleError("a file of the bundle is missing", where=path, expected="a regular file", hint=hint)
+            return BundleError("a file of the bundle is missing", where=path, expected="a regular file", hint=AGAIN)
         size = path.stat().st_size
         if size != entry.size:
             return BundleError(
@@ -116,13 +116,17 @@ class Bundle:
                 where=path,
                 expected=f"{entry.size} bytes",
                 got=f"{size} bytes",
-                hint=hint,
+                hint=AGAIN,
             )
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != entry.sha256:
             return BundleError(
-                "a file of the bundle was changed", where=path, expected=f"sha256 {entry.sha256}", got=digest, hint=hint
+                "a file of the bundle was changed",
+                where=path,
+                expected=f"sha256 {entry.sha256}",
+                got=digest,
+                hint=AGAIN,
             )
         return None
 
@@ -138,9 +142,9 @@ def read_bundle(path: Path) -> Bundle:
             "not a bundle", where=path, got=found, hint="diffbuild build RECIPE --model MODEL --output " + str(path)
         ) from None
     except (OSError, ValueError) as error:
-        raise BundleError(f"{MANIFEST} cannot be read", where=manifest, got=error) from error
+        raise BundleError(f"{MANIFEST} cannot be read", where=manifest, got=error, hint=AGAIN) from error
     if not isinstance(data, dict) or not isinstance(data.get("format"), int):
-        raise BundleError(f"{MANIFEST} is not a bundle's manifest", where=manifest)
+        raise BundleError(f"{MANIFEST} is not a bundle's manifest", where=manifest, hint=AGAIN)
     if data["format"] != FORMAT:
         newer = data["format"] > FORMAT
         raise BundleError(
@@ -153,7 +157,9 @@ def read_bundle(path: Path) -> Bundle:
     try:
         bundle = _structure(path, data)
     except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
-        raise BundleError(f"{MANIFEST} is damaged", where=manifest, got=f"{type(error).__name__}: {error}") from error
+        raise BundleError(
+            f"{MANIFEST} is damaged", where=manifest, got=f"{type(error).__name__}: {error}", hint=AGAIN
+        ) from error
     _check_paths(bundle)
     return bundle
 

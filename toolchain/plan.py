@@ -19,8 +19,8 @@ from typing import Any
 from toolchain.artifacts import Artifact, Json, Store, content_key
 from toolchain.bundle import ANY
 from toolchain.engines import Backend, backend_of
-from toolchain.errors import RecipeError
-from toolchain.export.safetensors import find_weights
+from toolchain.errors import RecipeError, RequestError
+from toolchain.export.safetensors import find_weights, read_folder
 from toolchain.models import Component, Family, ModelSource, family_of
 from toolchain.recipe import Bucket, Recipe
 from toolchain.sampler.schedulers import parse
@@ -135,8 +135,9 @@ def check_recipe(recipe: Recipe, family: Family, backend: Backend, source: Model
     for spec in dict.fromkeys([recipe.sampling.scheduler, *recipe.sampling.schedulers]):
         try:
             parse(spec)
-        except Exception as error:
-            problems.append(f"sampling.schedulers: {str(error).splitlines()[0]} ({spec})")
+        except RequestError as error:
+            hint = f"; {error.hint}" if error.hint else ""
+            problems.append(f"sampling.schedulers: {error.what} (got {spec}){hint}")
     if problems:
         raise RecipeError("the recipe does not fit the model:\n    " + "\n    ".join(problems), where=recipe.name)
 
@@ -202,6 +203,8 @@ class _Planner:
             "tools": tool_versions(EXPORT_TOOLS),
         }
         weights = self.add("weights", component.name, inputs, lambda built, out: _weights(folder, built[first], out))
+        if not self.steps[-1].hit:
+            read_folder(folder)  # a damaged or half-downloaded file is found now, not after the export
         roles = {"weights": self.name("weights", component.name)}
         shared: dict[str, Json] = {"weights": weights}
         tied: dict[str, Json] = {"backend": self.backend.name, "device": self.backend.device(), "options": self.options}
@@ -287,7 +290,6 @@ def _export(planner: _Planner, component: Component, bucket: Bucket, folder: Pat
 def _weights(checkpoint: Path, graph: Artifact, out: Path) -> None:
     import onnx_ir as ir
 
-    from toolchain.export.safetensors import read_folder
     from toolchain.export.weights import find_tensors, weight_uses, write_weights
 
     uses = weight_uses(ir.load(graph.file("graph.onnx")))

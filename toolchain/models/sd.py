@@ -31,12 +31,12 @@ FOREIGN_UNET_SETTINGS = {
 
 def vae_factor(source: ModelSource) -> int:
     """Pixels per latent along each side."""
-    return int(2 ** (len(source.config("vae")["block_out_channels"]) - 1))
+    return int(2 ** (len(source.setting("vae", "block_out_channels")) - 1))
 
 
 def latent_shape(source: ModelSource, bucket: Bucket) -> tuple[int, int, int, int]:
     factor = vae_factor(source)
-    return bucket.batch, int(source.config("vae")["latent_channels"]), bucket.height // factor, bucket.width // factor
+    return bucket.batch, int(source.setting("vae", "latent_channels")), bucket.height // factor, bucket.width // factor
 
 
 def text_length(source: ModelSource) -> int:
@@ -44,7 +44,7 @@ def text_length(source: ModelSource) -> int:
 
 
 def text_spec(source: ModelSource, bucket: Bucket, guided: bool) -> GraphSpec:
-    length, width = text_length(source), int(source.config("text_encoder")["hidden_size"])
+    length, width = text_length(source), int(source.setting("text_encoder", "hidden_size"))
     return GraphSpec(
         (TensorSpec("ids", "int64", (1, length)),),
         (TensorSpec("context", "float32", (1, length, width)),),
@@ -53,7 +53,7 @@ def text_spec(source: ModelSource, bucket: Bucket, guided: bool) -> GraphSpec:
 
 def step_spec(source: ModelSource, bucket: Bucket, guided: bool) -> GraphSpec:
     latents = latent_shape(source, bucket)
-    width = int(source.config("text_encoder")["hidden_size"])
+    width = int(source.setting("text_encoder", "hidden_size"))
     state = TensorSpec("state", "float32", (MAX_STATES, *latents))
     step = TensorSpec("step", "int64", (1,))
     return GraphSpec(
@@ -156,32 +156,38 @@ def check(source: ModelSource) -> None:
                 expected=" or ".join(classes),
                 got=source.class_of(folder),
             )
-    unet, vae, text = source.config("unet"), source.config("vae"), source.config("text_encoder")
+    unet = source.config("unet")
+    latent_channels = source.setting("vae", "latent_channels")
+    in_channels = source.setting("unet", "in_channels")
+    cross_attention, width = (
+        source.setting("unet", "cross_attention_dim"),
+        source.setting("text_encoder", "hidden_size"),
+    )
     where = source.path / "unet" / "config.json"
     for setting, reason in FOREIGN_UNET_SETTINGS.items():
         if unet.get(setting) is not None:
             raise ModelError(
                 f"family sd does not cover this UNet: {reason}", where=where, got=f"{setting} = {unet[setting]!r}"
             )
-    if unet["in_channels"] != vae["latent_channels"]:
+    if in_channels != latent_channels:
         raise ModelError(
             "the UNet takes other channels than the VAE's latents: inpainting and instruction models are not supported",
             where=where,
-            expected=f"in_channels = {vae['latent_channels']}",
-            got=unet["in_channels"],
+            expected=f"in_channels = {latent_channels}",
+            got=in_channels,
         )
-    if unet["cross_attention_dim"] != text["hidden_size"]:
+    if cross_attention != width:
         raise ModelError(
             "the text encoder does not fit the UNet",
             where=where,
-            expected=f"cross_attention_dim = {text['hidden_size']}, the text encoder's hidden_size",
-            got=unet["cross_attention_dim"],
+            expected=f"cross_attention_dim = {width}, the text encoder's hidden_size",
+            got=cross_attention,
             hint="the folder mixes components of two models; download it again",
         )
 
 
 def settings(source: ModelSource) -> dict[str, Any]:
-    return {"vae_factor": vae_factor(source), "latent_channels": int(source.config("vae")["latent_channels"])}
+    return {"vae_factor": vae_factor(source), "latent_channels": int(source.setting("vae", "latent_channels"))}
 
 
 SD = Family(

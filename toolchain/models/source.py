@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from toolchain.errors import ModelError
+from toolchain.errors import ModelError, UsageError
 
 # Parts of a repository that nothing here compiles: a safety checker alone is 1.2 GB.
 UNUSED_FOLDERS = ("safety_checker", "feature_extractor", "image_encoder")
@@ -34,6 +34,14 @@ class ModelSource:
         """The config of one component; the scheduler's and the tokenizer's have names of their own."""
         names = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
         return self._json(self.path / folder / names.get(folder, "config.json"))
+
+    def setting(self, folder: str, key: str) -> Any:
+        """One entry of a component's config; ModelError where it is missing."""
+        config = self.config(folder)
+        if key not in config:
+            where = self.path / folder / "config.json"
+            raise ModelError("the config lacks a setting", where=where, expected=key, hint="download the folder again")
+        return config[key]
 
     @property
     def variant(self) -> str | None:
@@ -87,6 +95,8 @@ def resolve_model(model: str, revision: str | None = None) -> ModelSource:
     Raises ModelError for a missing folder, a single-file checkpoint, remote code, or an unreachable hub.
     """
     path = Path(model).expanduser()
+    if revision is not None and path.exists():
+        raise UsageError("a revision belongs to a hub id, and the model is a local path", where=path, got=revision)
     if model and path.is_dir():
         source = ModelSource(path.resolve(), model, None)
     elif path.is_file():
