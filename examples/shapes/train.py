@@ -139,7 +139,7 @@ def train_vae(vae: AutoencoderKL, pictures: np.ndarray, steps: int, device: str,
         # A fixed small noise instead of the usual KL term: with it, hard-edged pictures are learnt from the first steps
         # and latents forgive small errors.
         decoded = vae.decode(posterior.mean + LATENT_NOISE * torch.randn_like(posterior.mean)).sample
-        # Shapes cover a twentieth of a picture: unweighted, their hue is learnt last (green, blue, purple came out alike).
+        # Shapes cover a twentieth of a picture: unweighted, their hue is learnt last (green, blue and purple alike).
         ground = batch[:, :, :1, :1]
         weight = 1 + 4 * ((batch - ground).abs().amax(dim=1, keepdim=True) > 0.1)
         error = decoded - batch

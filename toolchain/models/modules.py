@@ -42,10 +42,11 @@ def guide(output: Tensor, guidance: Tensor) -> Tensor:
 class UNetStep(nn.Module):
     """One denoising step of a UNet family: scaling, guidance batch, network, guidance and update."""
 
-    def __init__(self, unet: nn.Module, guided: bool) -> None:
+    def __init__(self, unet: nn.Module, guided: bool, dtype: str) -> None:
         super().__init__()
         self.unet = unet
         self.guided = guided
+        self.dtype: torch.dtype = getattr(torch, dtype)
 
     def forward(
         self,
@@ -58,12 +59,11 @@ class UNetStep(nn.Module):
         context: Tensor,
     ) -> tuple[Tensor, Tensor]:
         row = table_row(table, step)
-        dtype = next(p.dtype for n, p in self.unet.named_parameters() if n.endswith("conv_in.weight"))
-        latents = (state[0] * row[3]).to(dtype)
+        latents = (state[0] * row[3]).to(self.dtype)
         if self.guided:
             latents = torch.cat([latents, latents])
         time = timesteps.index_select(0, step).expand(latents.shape[0])
-        output = self.unet(latents, time, context.to(dtype), return_dict=False)[0]
+        output = self.unet(latents, time, context.to(self.dtype), return_dict=False)[0]
         # Without guidance the input still exists, so that every step graph has the same signature.
         output = guide(output, guidance) if self.guided else output.float() + 0 * guidance
         return advance(row, state, output, noise), step + 1
@@ -84,16 +84,16 @@ class ClipTextEncoder(nn.Module):
 class VaeDecoder(nn.Module):
     """Latents [B, C, h, w] float32 -> pixels [B, H, W, 3] uint8, and the same before rounding as float32 in [0, 1]."""
 
-    def __init__(self, vae: nn.Module, scaling_factor: float, shift_factor: float) -> None:
+    def __init__(self, vae: nn.Module, scaling_factor: float, shift_factor: float, dtype: str) -> None:
         super().__init__()
         self.vae = vae
         self.scaling_factor = scaling_factor
         self.shift_factor = shift_factor
+        self.dtype: torch.dtype = getattr(torch, dtype)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = next(self.vae.decoder.parameters()).dtype  # type: ignore[union-attr]
         latents = latents / self.scaling_factor + self.shift_factor
-        decoded: Tensor = self.vae.decode(latents.to(dtype), return_dict=False)[0]  # type: ignore[operator]
+        decoded: Tensor = self.vae.decode(latents.to(self.dtype), return_dict=False)[0]  # type: ignore[operator]
         image = (decoded.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return (image * 255).round().to(torch.uint8), image
 

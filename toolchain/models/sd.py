@@ -109,7 +109,7 @@ def step_module(source: ModelSource, recipe: ComponentRecipe, guided: bool) -> n
     unet = modules.construct(
         lambda: UNet2DConditionModel.from_config(config), recipe.dtype, recipe.keep_float32, "denoiser"
     )
-    return modules.UNetStep(unet, guided)
+    return modules.UNetStep(unet, guided, recipe.dtype)
 
 
 def step_reference(source: ModelSource, guided: bool) -> nn.Module:
@@ -121,7 +121,7 @@ def step_reference(source: ModelSource, guided: bool) -> nn.Module:
     unet = UNet2DConditionModel.from_pretrained(
         source.path / "unet", torch_dtype=torch.float32, use_safetensors=True, variant=source.variant
     )
-    return modules.UNetStep(unet.eval(), guided)
+    return modules.UNetStep(unet.eval(), guided, "float32")
 
 
 def decoder_module(source: ModelSource, recipe: ComponentRecipe, guided: bool) -> nn.Module:
@@ -131,7 +131,7 @@ def decoder_module(source: ModelSource, recipe: ComponentRecipe, guided: bool) -
 
     config = source.config("vae")
     vae = modules.construct(lambda: AutoencoderKL.from_config(config), recipe.dtype, recipe.keep_float32, "vae_decoder")
-    return modules.VaeDecoder(vae, float(config.get("scaling_factor", 0.18215)), 0.0)
+    return modules.VaeDecoder(vae, float(config.get("scaling_factor", 0.18215)), 0.0, recipe.dtype)
 
 
 def decoder_reference(source: ModelSource, guided: bool) -> nn.Module:
@@ -143,7 +143,8 @@ def decoder_reference(source: ModelSource, guided: bool) -> nn.Module:
     vae = AutoencoderKL.from_pretrained(
         source.path / "vae", torch_dtype=torch.float32, use_safetensors=True, variant=source.variant
     )
-    return modules.VaeDecoder(vae.eval(), float(source.config("vae").get("scaling_factor", 0.18215)), 0.0)
+    scaling_factor = float(source.config("vae").get("scaling_factor", 0.18215))
+    return modules.VaeDecoder(vae.eval(), scaling_factor, 0.0, "float32")
 
 
 def check(source: ModelSource) -> None:

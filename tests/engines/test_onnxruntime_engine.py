@@ -1,0 +1,132 @@
+"""The ONNX Runtime backend: what it refuses, what it shares, and that its levels agree with torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from toolchain.engines import BACKENDS, backend_of
+from toolchain.engines.onnxruntime import OnnxRuntimeBackend, cpu_features, physical_cores
+from toolchain.errors import EngineError, UsageError
+from toolchain.export.capture import capture
+from toolchain.export.safetensors import read_folder
+from toolchain.export.weights import find_tensors, weight_uses, write_weights
+from toolchain.models import MODELS, resolve_model
+from toolchain.recipe import Bucket, ComponentRecipe
+from toolchain.signature import GraphSpec, TensorSpec
+
+BUCKET = Bucket(1, 64, 64)
+VAE = MODELS["sd"].component("vae_decoder")
+BACKEND = OnnxRuntimeBackend()
+
+
+@pytest.fixture(scope="module", params=["float32", "float16"])
+def prepared(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The decoder's graph and weight file, its signature, inputs and torch's outputs in float32."""
+    folder = tmp_path_factory.mktemp(request.param)
+    source = resolve_model(str(tiny_model))
+    graph = BACKEND.prepare(capture(VAE, source, ComponentRecipe(request.param), BUCKET, True))
+    ir.save(graph, folder / "graph.onnx")
+    uses = weight_uses(graph)
+    write_weights(uses, find_tensors(uses, read_folder(tiny_model / "vae"), folder), folder / "weights.safetensors")
+    latents = np.random.default_rng(0).standard_normal((1, 4, 8, 8)).astype(np.float32)
+    with torch.no_grad():
+        expected = VAE.reference(source, True)(torch.from_numpy(latents))
+    return request.param, folder, VAE.spec(source, BUCKET, True), latents, [e.numpy() for e in expected]
+
+
+@pytest.mark.parametrize("level", ["basic", "extended", "all"])
+def test_every_level_equals_torch(prepared: Any, level: str, tmp_path: Path) -> None:
+    dtype, folder, spec, latents, (pixels, image) = prepared
+    options = {"optimization": level, "threads": 1}
+    weights = {"weights": folder / "weights.safetensors"}
+    if BACKEND.packs(options):
+        (tmp_path / "packed").mkdir()
+        BACKEND.pack(folder / "graph.onnx", weights, tmp_path / "packed", options)
+        weights["packed"] = tmp_path / "packed" / "packed.safetensors"
+    out = tmp_path / "engine"
+    out.mkdir()
+    BACKEND.build(folder / "graph.onnx", weights, out, options)
+    engine = BACKEND.open(out, weights, spec, options)
+    found = {t.name: np.zeros(t.shape, t.dtype) for t in spec.outputs}
+    engine.bind({"latents": latents, **found})()
+    tolerance = 1e-5 if dtype == "float32" else 5e-3
+    assert np.abs(found["image"] - image).max() <= tolerance
+    assert np.abs(found["pixels"].astype(int) - pixels).max() <= 1 + (dtype == "float16")
+    if level == "all":
+        assert set(json.loads((out / "attached.json").read_text())["packed"])
+    # What is made once is shared: beside the graph lies nothing that the packed file could hold.
+    assert not (out / "extra.safetensors").exists()
+    engine.close()
+
+
+def opened(prepared: Any, out: Path, spec: GraphSpec | None = None) -> Any:
+    _, folder, right, _, _ = prepared
+    options = {"optimization": "basic", "threads": 1}
+    weights = {"weights": folder / "weights.safetensors"}
+    BACKEND.build(folder / "graph.onnx", weights, out, options)
+    return BACKEND.open(out, weights, spec or right, options)
+
+
+def test_outputs_that_are_not_bound_are_not_delivered(prepared: Any, tmp_path: Path) -> None:
+    engine = opened(prepared, tmp_path)
+    pixels = np.zeros((1, 64, 64, 3), np.uint8)
+    engine.bind({"latents": prepared[3], "pixels": pixels})()
+    assert pixels.any()
+
+
+BAD_BUFFERS = [
+    ({}, "a buffer is missing"),
+    ({"latents": np.zeros((1, 4, 8, 9), np.float32)}, "a buffer does not fit"),
+    ({"latents": np.zeros((1, 4, 8, 8), np.float64)}, "a buffer does not fit"),
+    ({"latents": np.zeros((8, 8, 4, 1), np.float32).T}, "a buffer does not fit"),
+]
+
+
+@pytest.mark.parametrize(("buffers", "message"), BAD_BUFFERS)
+def test_buffers_that_do_not_fit(prepared: Any, tmp_path: Path, buffers: dict[str, Any], message: str) -> None:
+    engine = opened(prepared, tmp_path)
+    with pytest.raises(EngineError, match=message):
+        engine.bind(buffers)
+
+
+def test_an_engine_with_another_signature(prepared: Any, tmp_path: Path) -> None:
+    wrong = GraphSpec((TensorSpec("latents", "float32", (2, 4, 8, 8)),), prepared[2].outputs)
+    with pytest.raises(EngineError, match="other inputs than its manifest says"):
+        opened(prepared, tmp_path, wrong)
+
+
+def test_a_graph_that_cannot_be_read(prepared: Any, tmp_path: Path) -> None:
+    opened(prepared, tmp_path)
+    (tmp_path / "graph.onnx").write_bytes(b"not a graph")
+    with pytest.raises(EngineError, match="cannot open the graph"):
+        BACKEND.open(
+            tmp_path,
+            {"weights": prepared[1] / "weights.safetensors"},
+            prepared[2],
+            {"optimization": "basic", "threads": 1},
+        )
+
+
+def test_devices() -> None:
+    here = BACKEND.device()
+    assert BACKEND.available() is None
+    assert BACKEND.refuse(here) is None
+    assert BACKEND.refuse({**here, "onnxruntime": here["onnxruntime"].rsplit(".", 1)[0] + ".99"}) is None
+    assert "0.9.0" in str(BACKEND.refuse({**here, "onnxruntime": "0.9.0"}))
+    reason = str(BACKEND.refuse({**here, "cpu": "aarch64"}))
+    assert "aarch64" in reason
+    assert cpu_features() in reason
+    assert physical_cores() >= 1
+
+
+def test_an_unknown_backend() -> None:
+    assert list(BACKENDS) == ["onnxruntime"]
+    with pytest.raises(UsageError, match="unknown backend"):
+        backend_of("tensorrtt")
