@@ -146,7 +146,7 @@ def parity(bundle: Path) -> dict[str, Any]:
 
     pipe = toolchain.load(bundle)
     config = pipe.bundle.settings["scheduler"]
-    reference = StableDiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32, safety_checker=None)
+    reference = StableDiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32, safety_checker=None)
     reference.set_progress_bar_config(disable=True)
     prompts = [PROMPT, "a yellow triangle above a purple ring on a black background"]
     result = {}

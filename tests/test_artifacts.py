@@ -400,6 +400,14 @@ def test_registering_again_replaces_what_the_bundle_needs(store: Store, tmp_path
     assert store.gc(min_age_s=0).removed.keys() == {ref(old)}
 
 
+def test_registering_the_same_again_writes_nothing(store: Store, tmp_path: Path) -> None:
+    artifact = built(store)
+    bundle = bundle_of(tmp_path, store, artifact)
+    before = (store.root / ".bundles.json").stat().st_mtime_ns
+    store.register_bundle(bundle, [ref(artifact)])
+    assert (store.root / ".bundles.json").stat().st_mtime_ns == before
+
+
 def test_registering_refuses_what_is_no_reference(store: Store, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="not the name of an artifact"):
         store.register_bundle(tmp_path, ["0" * 64])
@@ -538,10 +546,15 @@ def version(number: int) -> Callable[[Path], None]:
     return write
 
 
+def owns(name: str) -> bool:
+    """What `version` writes, of any number."""
+    return name == "bundle.json" or name.startswith("sub/only_in_")
+
+
 def test_publish_folder_creates_and_replaces(tmp_path: Path) -> None:
     target = tmp_path / "new" / "bundle"
     publish_folder(target, version(1))
-    publish_folder(target, version(2))
+    publish_folder(target, version(2), owns=owns)
     assert (target / "bundle.json").read_text() == "2"
     assert names(target / "sub") == ["only_in_2"]
     assert names(target.parent) == ["bundle"]
@@ -574,7 +587,7 @@ def test_publish_folder_restores_the_old_one_when_the_rename_fails(
 
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(StoreError, match="EIO"):
-        publish_folder(target, version(2))
+        publish_folder(target, version(2), owns=owns)
     assert (target / "bundle.json").read_text() == "1"
     assert names(tmp_path) == ["bundle"]
 
@@ -595,7 +608,7 @@ def test_publish_folder_does_not_disturb_another_publisher(tmp_path: Path) -> No
         publish_folder(tmp_path / "bundle", version(1))
         version(2)(folder)
 
-    publish_folder(tmp_path / "bundle", outer)
+    publish_folder(tmp_path / "bundle", outer, owns=owns)
     assert (tmp_path / "bundle" / "bundle.json").read_text() == "2"
     assert names(tmp_path) == ["bundle"]
 
@@ -612,6 +625,32 @@ def test_publish_folder_refuses_to_replace_something_else(tmp_path: Path) -> Non
             publish_folder(target, version(1))
     (tmp_path / "empty").mkdir()
     publish_folder(tmp_path / "empty", version(1))
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "sub/notes.txt", "mine/deep/notes.txt"])
+def test_publish_folder_keeps_files_of_somebody_else(tmp_path: Path, name: str) -> None:
+    target = tmp_path / "bundle"
+    publish_folder(target, version(1))
+    (target / name).parent.mkdir(parents=True, exist_ok=True)
+    (target / name).write_text("years of work")
+    with pytest.raises(StoreError, match=f"refusing to replace(.|\n)*got: {name}(.|\n)*move them") as error:
+        publish_folder(target, version(2), owns=owns)
+    assert error.value.where == target
+    assert (target / name).read_text() == "years of work"
+    assert (target / "bundle.json").read_text() == "1"
+    assert names(tmp_path) == ["bundle"]
+    with pytest.raises(StoreError, match="sub/only_in_1"):
+        publish_folder(target, version(2), owns=lambda other: other == name)
+    publish_folder(target, version(2), owns=lambda _: True)
+    assert names(target / "sub") == ["only_in_2"]
+
+
+def test_owning_files_is_no_leave_to_replace_a_folder_of_others(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "resnet.onnx").touch()
+    with pytest.raises(StoreError, match="refusing to replace"):
+        publish_folder(tmp_path / "models", version(1), owns=lambda name: name.endswith(".onnx"))
+    assert names(tmp_path / "models") == ["resnet.onnx"]
 
 
 def test_publish_folder_refuses_links(tmp_path: Path) -> None:

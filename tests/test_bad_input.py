@@ -52,7 +52,13 @@ class World:
         """Digest of every file, link and folder of the world, and the artifacts of the store."""
         found = {str(p): _identity(p) for p in sorted(self.root.rglob("*")) if ".locks" not in p.parts}
         artifacts = {f"{a.stage}/{a.key}": "artifact" for a in Store(self.store).artifacts()}
-        return {**found, **artifacts, "bundles": (self.store / ".bundles.json").read_text()}
+        bundles = json.loads((self.store / ".bundles.json").read_text())["bundles"]
+        # Tests beside this one register bundles of their own in the store that all share.
+        return {
+            **found,
+            **artifacts,
+            "bundles": str({b: r for b, r in bundles.items() if b.startswith(str(self.root))}),
+        }
 
 
 def _identity(path: Path) -> str:
@@ -202,6 +208,11 @@ def other_folder(w: World) -> list[object]:
     (w.root / "photos").mkdir()
     (w.root / "photos" / "a.jpg").write_text("a")
     return w.build(output=w.root / "photos")
+
+
+def file_in_the_bundle(w: World) -> list[object]:
+    (w.bundle / "notes.txt").write_text("years of work")
+    return w.build()
 
 
 def five_block_vae(w: World) -> list[object]:
@@ -444,6 +455,27 @@ BUNDLES = [
         ("bundle.json is damaged", "engines"),
         "build the bundle again",
     ),
+    Case(
+        "manifest without a denoiser",
+        manifest(lambda d: d["engines"].pop("denoiser")),
+        1,
+        ("bundle.json is damaged", "denoiser"),
+        "build the bundle again",
+    ),
+    Case(
+        "manifest without a text encoder",
+        manifest(lambda d: d["engines"].pop("text_encoder")),
+        1,
+        ("the bundle has no such engine", "text_encoder"),
+        "build the bundle again",
+    ),
+    Case(
+        "extra file in an engine's folder",
+        bundle_file(lambda w: (w.bundle / "engines/denoiser/1x64x64/more.bin").write_text("x")),
+        1,
+        ("does not list", "more.bin"),
+        "move it",
+    ),
     Case("path above the bundle", manifest(add_file("../x")), 1, ("leaves the bundle", "../x")),
     Case("absolute path", manifest(add_file("/etc/passwd")), 1, ("leaves the bundle", "/etc/passwd")),
     Case("link out of the bundle", bundle_file(link_outside), 1, ("leaves the bundle", "weights.safetensors")),
@@ -542,6 +574,13 @@ REQUESTS = [
 PLACES = [
     Case(
         "bundle onto other files", other_folder, 2, ("holds something else than a bundle", "photos"), "an empty folder"
+    ),
+    Case(
+        "bundle with other files in it",
+        file_in_the_bundle,
+        2,
+        ("holds other files beside the bundle", "notes.txt"),
+        "move them to another place",
     ),
     Case("bundle onto a file", lambda w: w.build(output=w.picture), 2, ("the output cannot be written", "old.png")),
     Case(

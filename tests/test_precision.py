@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import toolchain
 from tests.test_parity import draw_with_diffusers, psnr_db
+from toolchain.errors import RequestError
 
 RECIPE = """\
 family = "sd"
@@ -48,8 +50,13 @@ def test_without_guidance_the_batch_is_not_doubled(tiny_model: Path, store: Path
     recipe.write_text(text)
     bundle = toolchain.build(recipe, str(tiny_model), tmp_path / "bundle", store=store)
     assert bundle.engines["denoiser"]["1x64x64"].spec.input("context").shape[0] == 1
-    ours = np.asarray(toolchain.load(bundle.path)("a red circle", seed=0, steps=4, scheduler="ddim").images[0])
+    pipe = toolchain.load(bundle.path)
+    ours = np.asarray(pipe("a red circle", seed=0, steps=4, scheduler="ddim").images[0])
     theirs = draw_with_diffusers(
         tiny_model, ["a red circle"], [0], "ddim", num_inference_steps=4, guidance_scale=1.0, height=64, width=64
     )[0]
     assert psnr_db(ours, theirs) >= 60
+    with pytest.raises(RequestError, match="negative prompt"):
+        pipe("a red circle", negative_prompt="blue")
+    with pytest.raises(RequestError, match="without classifier-free guidance"):
+        pipe("a red circle", guidance=5.0)

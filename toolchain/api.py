@@ -39,9 +39,8 @@ def plan_build(
     graphs_only: bool = False,
 ) -> Plan:
     """What a build would do: every step, hit or miss, and the field that changed."""
-    return make_plan(
-        _recipe(recipe), resolve_model(model, revision), Store(store or default_store()), graphs_only=graphs_only
-    )
+    source = resolve_model(model, revision, weights=not graphs_only)
+    return make_plan(_recipe(recipe), source, Store(store or default_store()), graphs_only=graphs_only)
 
 
 def build(
@@ -81,6 +80,9 @@ def export_graphs(
     from toolchain.export.weights import find_tensors, weight_uses
 
     plan_ = plan_build(recipe, model, revision=revision, store=store, graphs_only=True)
+    folders = {c.name: plan_.source.path / c.folder for c in plan_.family.components}
+    # Read now, so that a damaged file is found before the graphs are built and not after.
+    checkpoints = {name: read_folder(f) for name, f in folders.items() if plan_.source.has_weights(f.name)}
     built = execute(plan_, progress)
     names: list[str] = []
 
@@ -91,15 +93,14 @@ def export_graphs(
             name = f"{component}-{label}"
             (folder / f"{name}.onnx").write_bytes(graph.read_bytes())
             uses = weight_uses(ir.load(graph))
-            checkpoint = plan_.source.path / plan_.family.component(component).folder
-            found = plan_.source.has_weights(checkpoint.name)
-            tensors = find_tensors(uses, read_folder(checkpoint), checkpoint) if found else {}
+            checkpoint = checkpoints.get(component)
+            tensors = find_tensors(uses, checkpoint, folders[component]) if checkpoint is not None else {}
             places = {k: {"file": str(t.file), "offset": t.offset, "nbytes": t.nbytes} for k, t in tensors.items()}
             entries = [{**asdict(use), **places.get(use.name, {})} for use in uses]
             (folder / f"{name}.weights.json").write_text(json.dumps(entries, indent=1))
             names.append(f"{name}.onnx")
 
-    publish_folder(Path(output), fill)
+    publish_folder(Path(output), fill, owns=lambda name: "/" not in name and name.endswith((".onnx", ".weights.json")))
     return [Path(output) / name for name in names]
 
 

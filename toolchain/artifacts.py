@@ -224,11 +224,16 @@ class Store:
         return digest
 
     def register_bundle(self, bundle: Path, keys: Iterable[str]) -> None:
-        """Keeps the artifacts `keys`, each "stage/key", from `gc` for as long as `bundle` holds a bundle.json."""
+        """Keeps the artifacts `keys`, each "stage/key", from `gc` for as long as `bundle` holds a bundle.json.
+
+        Writes nothing, and takes no lock, when just that is registered already.
+        """
         refs = sorted(set(keys))
         for ref in refs:
             stage, _, key = ref.partition("/")
             self._folder(stage, key)
+        if self._bundles().get(os.path.abspath(bundle)) == refs:
+            return
         with locked(self._lock("bundles"), wait=True, purpose="it changes the list of bundles"):
             self._write_bundles({**self._bundles(), os.path.abspath(bundle): refs})
 

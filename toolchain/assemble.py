@@ -7,33 +7,38 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from toolchain.artifacts import Artifact, publish_folder
+from toolchain.artifacts import Artifact, Store, publish_folder
 from toolchain.bundle import ANY, MANIFEST, Bundle, EngineEntry, FileEntry, read_bundle
 from toolchain.errors import BundleError, StoreError, UsageError
+from toolchain.files import foreign_files, some
 from toolchain.plan import EXPORT_TOOLS, Plan, Step, execute, tool_versions
 from toolchain.signature import GraphSpec
 
+FOLDERS = ("engines/", "samplers/", "tokenizers/")
 FICLONE = 0x40049409  # ioctl of Linux: both files share their blocks until one is written
 
 
 def assemble(plan: Plan, output: Path, progress: Callable[[Step, str], None] = lambda step, what: None) -> Bundle:
     """Builds what the store does not hold yet and writes the bundle, replacing an older one only when all went well.
 
-    A bundle that was put together from the same artifacts is left as it is. Raises the errors of every stage.
+    A bundle that was put together from the same artifacts, all still in the store, is left as it is. Raises the errors
+    of every stage.
     """
-    existing = _existing(output)
-    wanted = {step.name: step.key for step in plan.steps if step.stage != "graph"}
-    if existing is not None and dict(existing.artifacts) == wanted and _same(existing, plan) and _complete(existing):
+    refs = [f"{step.stage}/{step.key}" for step in plan.steps]
+    existing = _existing(output) if plan.misses == 0 else None
+    if existing is not None and _same(existing, plan) and _complete(existing, plan.store):
+        plan.store.register_bundle(output, refs)
         for step in plan.steps:
             progress(step, "hit")
         return existing
     built = execute(plan, progress)
     writer = _Writer(plan, built, output)
-    publish_folder(output, writer.fill)
-    plan.store.register_bundle(output, [f"{step.stage}/{step.key}" for step in plan.steps])
+    publish_folder(output, writer.fill, owns=_owns(output))
+    plan.store.register_bundle(output, refs)
     return read_bundle(output)
 
 
@@ -48,14 +53,46 @@ def check_output(output: Path) -> None:
         raise UsageError(
             "the output folder holds something else than a bundle", where=output, hint="give a new or an empty folder"
         )
+    if foreign := foreign_files(output, _owns(output)):
+        raise UsageError(
+            "the output folder holds other files beside the bundle",
+            where=output,
+            expected="only the files of the bundle, which is replaced as a whole",
+            got=some(foreign),
+            hint="move them to another place, or give a new output folder",
+        )
+
+
+def _owns(output: Path) -> Callable[[str], bool]:
+    """Tells the files of the bundle at `output` from those that somebody else put into its folder.
+
+    The manifest is read with the first question: what is there when the folder is replaced counts.
+    """
+
+    @cache
+    def listed() -> frozenset[str] | None:
+        try:
+            return frozenset(json.loads((output / MANIFEST).read_text(encoding="utf-8"))["files"].keys())
+        except FileNotFoundError:
+            return frozenset()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None  # damaged: go by the folders that every bundle has
+
+    def owns(name: str) -> bool:
+        names = listed()
+        return name == MANIFEST or (name.startswith(FOLDERS) if names is None else name in names)
+
+    return owns
 
 
 def _same(bundle: Bundle, plan: Plan) -> bool:
-    """Whether what lies in the manifest beside the artifacts is that of the plan: defaults of sampling, say."""
-    source = plan.source
-    return bundle.recipe == plan.recipe and (bundle.model["name"], bundle.model["revision"]) == (
-        source.name,
-        source.revision,
+    """Whether artifacts and what lies in the manifest beside them are the plan's: defaults of sampling, say."""
+    wanted = {step.name: step.key for step in plan.steps if step.stage != "graph"}
+    model = (bundle.model["name"], bundle.model["revision"])
+    return (
+        dict(bundle.artifacts) == wanted
+        and bundle.recipe == plan.recipe
+        and model == (plan.source.name, plan.source.revision)
     )
 
 
@@ -66,12 +103,16 @@ def _existing(output: Path) -> Bundle | None:
         return None  # nothing there, or damaged: it is written anew
 
 
-def _complete(bundle: Bundle) -> bool:
-    def size(name: str) -> int | None:
-        path = bundle.path / name
-        return path.stat().st_size if path.is_file() else None
+def _complete(bundle: Bundle, store: Store) -> bool:
+    """Whether every file has its content. The store remembers digests, so that asking again costs next to nothing."""
 
-    return all(size(name) == entry.size for name, entry in bundle.files.items())
+    def whole(name: str, entry: FileEntry) -> bool:
+        path = bundle.path / name
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != entry.size:
+            return False
+        return store.digest_of(path) == entry.sha256
+
+    return all(whole(name, entry) for name, entry in bundle.files.items())
 
 
 class _Writer:

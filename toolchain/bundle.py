@@ -69,11 +69,17 @@ class Bundle:
 
     @property
     def buckets(self) -> list[Bucket]:
-        return sorted(Bucket.parse(b) for b in self.engines["denoiser"])
+        """Those that were built, in the order of the recipe: the first is the default."""
+        return [b for b in self.recipe.buckets if str(b) in self.engines["denoiser"]]
 
     def engine(self, component: str, bucket: Bucket) -> EngineEntry:
-        entries = self.engines[component]
-        return entries[ANY] if ANY in entries else entries[str(bucket)]
+        """Raises BundleError when there is none."""
+        entries = self.engines.get(component, {})
+        entry = entries.get(ANY) or entries.get(str(bucket))
+        if entry is None:
+            name = f"{component} {bucket}"
+            raise BundleError("the bundle has no such engine", where=self.path / MANIFEST, got=name, hint=AGAIN)
+        return entry
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -132,7 +138,7 @@ class Bundle:
 
 
 def read_bundle(path: Path) -> Bundle:
-    """Reads and checks `bundle.json`; touches no other file. Raises BundleError."""
+    """Reads and checks `bundle.json`, and which files lie beside it; reads no other file. Raises BundleError."""
     manifest = path / MANIFEST
     try:
         data = json.loads(manifest.read_text(encoding="utf-8"))
@@ -167,26 +173,44 @@ def read_bundle(path: Path) -> Bundle:
 def _structure(path: Path, data: dict[str, Any]) -> Bundle:
     engines = {
         component: {
-            b: EngineEntry(e["folder"], dict(e["weights"]), GraphSpec.from_json(e["spec"])) for b, e in by.items()
+            b: EngineEntry(str(e["folder"]), _texts(e["weights"]), GraphSpec.from_json(e["spec"]))
+            for b, e in by.items()
         }
         for component, by in data["engines"].items()
     }
     files = {name: FileEntry(str(f["sha256"]), int(f["size"])) for name, f in data["files"].items()}
+    recipe = Recipe.from_json(data["recipe"])
+    _check_engines(engines, recipe)
     return Bundle(
         path=path,
         model=data["model"],
         family=data["family"],
         settings=data["settings"],
-        recipe=Recipe.from_json(data["recipe"]),
+        recipe=recipe,
         backend=data["backend"],
         device=data["device"],
         engines=engines,
-        samplers=data["samplers"],
-        tokenizers=data["tokenizers"],
+        samplers=_texts(data["samplers"]),
+        tokenizers=_texts(data["tokenizers"]),
         files=files,
         artifacts=data["artifacts"],
         tools=data["tools"],
     )
+
+
+def _texts(data: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in data.items()}
+
+
+def _check_engines(engines: Mapping[str, Mapping[str, EngineEntry]], recipe: Recipe) -> None:
+    """Every component must serve every bucket. Raises ValueError, and KeyError without a denoiser."""
+    built = engines["denoiser"].keys()
+    if not any(str(bucket) in built for bucket in recipe.buckets):
+        raise ValueError("engines.denoiser has no bucket of the recipe")
+    for component, by in engines.items():
+        missing = sorted(built - by.keys())
+        if missing and ANY not in by:
+            raise ValueError(f"engines.{component} lacks {', '.join(missing)}")
 
 
 def _check_paths(bundle: Bundle) -> None:
@@ -203,6 +227,28 @@ def _check_paths(bundle: Bundle) -> None:
     for name in single:
         if name not in bundle.files:
             raise BundleError("the manifest uses a file that it does not list", where=bundle.path / MANIFEST, got=name)
+    for name in folders:
+        _check_folder(bundle, name)
+
+
+def _check_folder(bundle: Bundle, folder: str) -> None:
+    """What a loader is given as a folder may hold listed files alone; a listed file that is missing `verify` finds."""
+    prefix = f"{PurePosixPath(folder)}/"
+    if not any(name.startswith(prefix) for name in bundle.files):
+        where = bundle.path / MANIFEST
+        raise BundleError("the manifest uses a folder of which it lists no file", where=where, got=folder, hint=AGAIN)
+    place = bundle.path / folder
+    found = (p for p in place.rglob("*") if p.is_symlink() or not p.is_dir())
+    extra = sorted(
+        name for p in found if (name := p.relative_to(place).as_posix()) and prefix + name not in bundle.files
+    )
+    if extra:
+        raise BundleError(
+            "a folder of the bundle holds a file that the manifest does not list",
+            where=place / extra[0],
+            got=f"{len(extra)} of them" if len(extra) > 1 else None,
+            hint="move it to another place, or copy the bundle again from where it was built",
+        )
 
 
 def describe_buckets(buckets: Iterable[Bucket]) -> str:

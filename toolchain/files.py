@@ -15,7 +15,7 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -279,12 +279,27 @@ def _acquire(fd: int, wait: bool, purpose: str) -> bool:
     return True
 
 
-def publish_folder(target: Path, fill: Callable[[Path], None]) -> None:
+def foreign_files(folder: Path, owns: Callable[[str], bool]) -> list[str]:
+    """What lies in `folder`, at any depth, and `owns` does not accept: relative names with slashes. StoreError."""
+    with store_errors("cannot read a folder", folder):
+        return [name for name, _ in walk_files(folder) if not owns(name)] if folder.is_dir() else []
+
+
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """The first names, and how many more there are."""
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
+
+
+def publish_folder(
+    target: Path, fill: Callable[[Path], None], *, owns: Callable[[str], bool] = lambda _: False
+) -> None:
     """Fills a new folder and puts it at `target` in one step, replacing an earlier one only when all went well.
 
     `fill` writes into the empty folder it is given. What it raises is raised here, with `target` as it was. An existing
-    folder is replaced only when it is empty or shares a file name with the new one, so that a wrong path never costs
-    somebody's files. A folder that a crash left aside between the two renames is put back first.
+    folder is replaced only when it is empty, or shares a file name with the new one and holds no file of somebody
+    else: each must be in the new folder too, or be accepted by `owns`, which gets its relative name with slashes. So a
+    wrong path never costs somebody's files. A folder that a crash left aside between the two renames is put back first.
     """
     target = Path(os.path.realpath(target))
     if not target.name or (target.exists() and not target.is_dir()):
@@ -300,6 +315,7 @@ def publish_folder(target: Path, fill: Callable[[Path], None]) -> None:
             require_own_files(new)
             sync_tree(new)
             with _parent_lock(target):
+                _require_replaceable(new, target, owns)
                 _swap(new, target)
 
 
@@ -342,8 +358,8 @@ def _recover(target: Path) -> None:
                     os.close(fd)
 
 
-def _swap(new: Path, target: Path) -> None:
-    """Puts `new` at `target`; on any failure before that, `target` is what it was. Raises OSError, StoreError."""
+def _require_replaceable(new: Path, target: Path, owns: Callable[[str], bool]) -> None:
+    """StoreError when putting `new` at `target` would cost files that nobody published there."""
     names = {entry.name for entry in os.scandir(new) if entry.is_file()}
     there = {entry.name for entry in os.scandir(target)} if target.is_dir() else set()
     if there and not there & names:
@@ -354,6 +370,20 @@ def _swap(new: Path, target: Path) -> None:
             got=", ".join(sorted(there)[:5]),
             hint="choose another output folder, or empty this one",
         )
+    made = {name for name, _ in walk_files(new)}
+    foreign = foreign_files(target, lambda name: name in made or owns(name))
+    if foreign:
+        raise StoreError(
+            "refusing to replace a folder that holds other files",
+            where=target,
+            expected="only files that an earlier run wrote",
+            got=some(foreign),
+            hint="move them to another place, or give a new output folder",
+        )
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Puts `new` at `target`; on any failure before that, `target` is what it was. Raises OSError."""
     old = target.with_name(temporary_name(f".{target.name}") + ".old")
     try:
         if os.path.lexists(target):

@@ -93,7 +93,7 @@ class Artifact:
                 where=self.path / name,
                 expected=expected,
                 got=got,
-                hint=f"delete {self.path} and build again",
+                hint=f"diffbuild cache verify --quarantine --store {self.path.parent.parent}, then build again",
             )
 
     def problems(self) -> Iterator[tuple[str, str, object, object]]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures, and the settings of each: those that were asked for, the recipe's where none were."""
+    """Pictures, and the settings that each was drawn with."""
 
     result: Result
     settings: list[dict[str, Any]]
@@ -27,20 +27,12 @@ class Drawn:
 
 def draw(pipe: Pipeline, request: Mapping[str, Any], shown: Callback) -> Drawn:
     """Calls the pipeline with the options of `generate`, by their names there. Raises RequestError."""
-    from toolchain.sampler.schedulers import parse
-
     wanted = {k: request[k] for k in ("seed", "steps", "scheduler", "guidance", "size", "crop")}
-    prompts = list(request["prompts"])
-    result = pipe(prompts, negative_prompt=request["negative"], callback=shown, **wanted)
-    default = pipe.bundle.recipe.sampling
-    common = {
-        "steps": default.steps if wanted["steps"] is None else wanted["steps"],
-        "scheduler": parse(wanted["scheduler"] or default.scheduler).canonical,
-        "guidance": default.guidance if wanted["guidance"] is None else wanted["guidance"],
-    }
-    own = zip(prompts, result.seeds, strict=True)
-    negative = request["negative"]
-    return Drawn(result, [{"prompt": p, "negative_prompt": negative, "seed": seed, **common} for p, seed in own])
+    result = pipe(list(request["prompts"]), negative_prompt=request["negative"], callback=shown, **wanted)
+    ran = result.request
+    common = {"steps": ran.table.steps, "scheduler": ran.table.name, "guidance": ran.guidance}
+    own = zip(ran.prompts, ran.negatives, ran.seeds, strict=True)
+    return Drawn(result, [{"prompt": p, "negative_prompt": n, "seed": seed, **common} for p, n, seed in own])
 
 
 def save(drawn: Drawn, output: Path | None) -> list[dict[str, Any]]:

@@ -26,11 +26,12 @@ from toolchain.recipe import Bucket, Recipe
 from toolchain.sampler.schedulers import parse
 
 EXPORT_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
+ENGINE_CODE = ("engines", "graph", "export/safetensors.py", "export/weights.py", "weights.py")
 CODE = {  # which packages of ours decide a stage's outcome
     "graph": ("models", "export", "graph", "sampler/table.py"),
-    "weights": ("export", "graph", "weights.py"),
-    "packed": ("engines", "graph"),
-    "engine": ("engines", "graph"),
+    "weights": ("models", "export", "graph", "weights.py"),
+    "packed": ENGINE_CODE,
+    "engine": ENGINE_CODE,
     "sampler": ("sampler",),
     "tokenizer": ("models/tokenizers.py",),
 }
@@ -43,6 +44,7 @@ class Step:
     """One artifact to have. `name` is "stage subject"; `run` gets the artifacts built before it and a folder to fill.
 
     changed: for a miss, the fields that differ from the last artifact of the same name; empty when there was none.
+    needs: names of the steps whose artifacts `run` reads.
     """
 
     stage: str
@@ -52,6 +54,7 @@ class Step:
     hit: bool
     changed: tuple[str, ...]
     run: Callable[[Built, Path], None]
+    needs: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -106,13 +109,15 @@ def make_plan(recipe: Recipe, source: ModelSource, store: Store, *, graphs_only:
     backend = backend_of(recipe.backend)
     check_recipe(recipe, family, backend, source)
     planner = _Planner(recipe, source, family, backend, store)
+    if not graphs_only:
+        # Quick to build, and so first: what cannot be compiled here is refused before hours of work.
+        planner.tokenizer()
+        planner.samplers()
     for component in family.components:
         planner.graphs(component)
     if not graphs_only:
         for component in family.components:
             planner.engines(component)
-        planner.tokenizer()
-        planner.samplers()
     return Plan(recipe, source, family, backend, store, tuple(planner.steps))
 
 
@@ -151,13 +156,21 @@ class _Planner:
         self.guided = recipe.classifier_free_guidance
         self.options: dict[str, Any] = recipe.to_json()[backend.name]
 
-    def add(self, stage: str, subject: str, inputs: dict[str, Json], run: Callable[[Built, Path], None]) -> str:
+    def add(
+        self,
+        stage: str,
+        subject: str,
+        inputs: dict[str, Json],
+        run: Callable[[Built, Path], None],
+        needs: Sequence[str] = (),
+    ) -> str:
         inputs = {"code": code_digest(stage), **inputs}
         key = content_key(stage, inputs)
         hit = self.store.lookup(stage, key) is not None
         # One subject per model and recipe, so that `explain` compares like with like.
         changed = [] if hit else self.store.explain(stage, f"{self.recipe.name} {subject}", inputs)
-        self.steps.append(Step(stage, f"{self.recipe.name} {subject}", key, inputs, hit, tuple(changed), run))
+        name = f"{self.recipe.name} {subject}"
+        self.steps.append(Step(stage, name, key, inputs, hit, tuple(changed), run, tuple(needs)))
         return key
 
     def name(self, stage: str, subject: str) -> str:
@@ -202,32 +215,39 @@ class _Planner:
             "backend": self.backend.name,
             "tools": tool_versions(EXPORT_TOOLS),
         }
-        weights = self.add("weights", component.name, inputs, lambda built, out: _weights(folder, built[first], out))
+        shared: dict[str, Json] = {
+            "weights": self.add(
+                "weights", component.name, inputs, lambda built, out: _weights(folder, built[first], out), [first]
+            )
+        }
         if not self.steps[-1].hit:
             read_folder(folder)  # a damaged or half-downloaded file is found now, not after the export
-        roles = {"weights": self.name("weights", component.name)}
-        shared: dict[str, Json] = {"weights": weights}
-        tied: dict[str, Json] = {"backend": self.backend.name, "device": self.backend.device(), "options": self.options}
-        if component.per_bucket and self.backend.packs(self.options):
+        if self.backend.packs(self.options):
             # Made from the first bucket, and so the same for whatever buckets follow it.
-            source = self.key("graph", f"{component.name} {labels[0]}")
-
-            def pack(built: Built, out: Path) -> None:
-                files = {role: _only_file(built[name]) for role, name in roles.items() if name in built}
-                self.backend.pack(built[first].file("graph.onnx"), files, out, self.options)
-
-            packed = self.add("packed", component.name, {**tied, **shared, "graph": source}, pack)
-            shared["packed"] = packed
-            roles["packed"] = self.name("packed", component.name)
+            shared["packed"] = self.tied("packed", component, labels[0], dict(shared))
         for label in labels:
-            graph = self.name("graph", f"{component.name} {label}")
+            self.tied("engine", component, label, shared)
 
-            def run(built: Built, out: Path, graph: str = graph) -> None:
-                files = {role: _only_file(built[name]) for role, name in roles.items()}
-                self.backend.build(built[graph].file("graph.onnx"), files, out, self.options)
+    def tied(self, stage: str, component: Component, label: str, shared: dict[str, Json]) -> str:
+        """A step of the backend: from the graph of one bucket and the weight files `shared`, role -> key."""
+        make = self.backend.pack if stage == "packed" else self.backend.build
+        graph = self.name("graph", f"{component.name} {label}")
+        roles = {role: self.name(role, component.name) for role in shared}
+        inputs: dict[str, Json] = {
+            "backend": self.backend.name,
+            "device": self.backend.device(),
+            # What is saved does not depend on how many threads will run it.
+            "options": {k: v for k, v in self.options.items() if k != "threads"},
+            **shared,
+            "graph": self.key("graph", f"{component.name} {label}"),
+        }
 
-            key = self.key("graph", f"{component.name} {label}")
-            self.add("engine", f"{component.name} {label}", {**tied, **shared, "graph": key}, run)
+        def run(built: Built, out: Path) -> None:
+            files = {role: _only_file(built[name]) for role, name in roles.items()}
+            make(built[graph].file("graph.onnx"), files, out, self.options)
+
+        subject = component.name if stage == "packed" else f"{component.name} {label}"
+        return self.add(stage, subject, inputs, run, [graph, *roles.values()])
 
     def tokenizer(self) -> None:
         from toolchain.models.tokenizers import write_clip_tokenizer
@@ -300,17 +320,25 @@ def execute(plan: Plan, progress: Callable[[Step, str], None]) -> dict[str, Arti
     """Builds what is missing and returns every artifact by its step's name.
 
     `progress` is called with (step, "start" | "built" | "hit"). What was built before an error or an interruption stays
-    in the store, and the next build goes on from there.
+    in the store, and the next build goes on from there. What a step reads is verified before it runs, since damage in
+    it would go on under a key that says otherwise; a build with nothing to do reads no artifact. StoreError.
     """
     built: dict[str, Artifact] = {}
+    sound: set[str] = set()
     for step in plan.steps:
         progress(step, "start")
 
         def fill(folder: Path, step: Step = step) -> None:
+            for name in step.needs:
+                if name not in sound:
+                    built[name].verify()
+                    sound.add(name)
             step.run(built, folder)
 
         artifact, was_built = plan.store.get_or_build(step.stage, step.subject, step.inputs, fill)
         built[step.name] = artifact
+        if was_built:
+            sound.add(step.name)
         progress(step, "built" if was_built else "hit")
     return built
 

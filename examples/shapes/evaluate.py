@@ -49,7 +49,7 @@ def draw_with_diffusers(model: Path) -> Callable[[list[str], list[int]], list[Pi
     import torch
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
 
     def run(prompts: list[str], seeds: list[int]) -> list[Pixels]:

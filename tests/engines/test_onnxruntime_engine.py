@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from toolchain.export.weights import find_tensors, weight_uses, write_weights
 from toolchain.models import MODELS, resolve_model
 from toolchain.recipe import Bucket, ComponentRecipe
 from toolchain.signature import GraphSpec, TensorSpec
+from toolchain.weights import read_header
 
 BUCKET = Bucket(1, 64, 64)
 VAE = MODELS["sd"].component("vae_decoder")
@@ -45,11 +46,13 @@ def prepared(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory:
 def test_every_level_equals_torch(prepared: Any, level: str, tmp_path: Path) -> None:
     dtype, folder, spec, latents, (pixels, image) = prepared
     options = {"optimization": level, "threads": 1}
-    weights = {"weights": folder / "weights.safetensors"}
+    weights, packed = {"weights": folder / "weights.safetensors"}, {}
     if BACKEND.packs(options):
         (tmp_path / "packed").mkdir()
         BACKEND.pack(folder / "graph.onnx", weights, tmp_path / "packed", options)
         weights["packed"] = tmp_path / "packed" / "packed.safetensors"
+        shutil.copy(weights["packed"], folder)
+        packed = read_header(weights["packed"])
     out = tmp_path / "engine"
     out.mkdir()
     BACKEND.build(folder / "graph.onnx", weights, out, options)
@@ -59,11 +62,16 @@ def test_every_level_equals_torch(prepared: Any, level: str, tmp_path: Path) -> 
     tolerance = 1e-5 if dtype == "float32" else 5e-3
     assert np.abs(found["image"] - image).max() <= tolerance
     assert np.abs(found["pixels"].astype(int) - pixels).max() <= 1 + (dtype == "float16")
-    if level == "all":
-        assert set(json.loads((out / "attached.json").read_text())["packed"])
-    # What is made once is shared: beside the graph lies nothing that the packed file could hold.
-    assert not (out / "extra.safetensors").exists()
+    # What is made once is shared: the graph holds nothing that a weight file holds.
+    assert [f.name for f in out.iterdir()] == ["graph.onnx"]
+    assert inline_bytes(out / "graph.onnx") < 16_384
+    assert bool(packed) == (level == "all")
     engine.close()
+
+
+def inline_bytes(graph: Path) -> int:
+    tensors = [v.const_value for v in ir.load(graph).graph.initializers.values()]
+    return sum(t.nbytes for t in tensors if t is not None and not isinstance(t, ir.ExternalTensor))
 
 
 def opened(prepared: Any, out: Path, spec: GraphSpec | None = None) -> Any:
@@ -130,3 +138,22 @@ def test_an_unknown_backend() -> None:
     assert list(BACKENDS) == ["onnxruntime"]
     with pytest.raises(UsageError, match="unknown backend"):
         backend_of("tensorrtt")
+
+
+def test_buckets_share_the_pages_of_their_weights(tiny_bundle: Path) -> None:
+    """The weight files are mapped, not read: every graph points into them by offset."""
+    for bucket in ("1x64x64", "2x64x96"):
+        graph = tiny_bundle / "engines" / "denoiser" / bucket / "graph.onnx"
+        tensors = [v.const_value for v in ir.load(graph).graph.initializers.values()]
+        attached = [t for t in tensors if isinstance(t, ir.ExternalTensor)]
+        assert {t.location for t in attached} == {"weights.safetensors", "packed.safetensors"}
+        sizes = {f: (tiny_bundle / "engines" / "denoiser" / f).stat().st_size for f in {t.location for t in attached}}
+        assert all((t.offset or 0) + (t.length or 0) <= sizes[t.location] for t in attached)
+        assert inline_bytes(graph) < 65_536
+
+
+def test_a_weight_file_that_is_missing(prepared: Any, tmp_path: Path) -> None:
+    opened(prepared, tmp_path)
+    missing = {"weights": tmp_path / "nowhere" / "weights.safetensors"}
+    with pytest.raises(EngineError, match="cannot open the graph"):
+        BACKEND.open(tmp_path, missing, prepared[2], {"optimization": "basic", "threads": 1})

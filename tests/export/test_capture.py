@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from toolchain.errors import ExportError, WeightsError
+import toolchain.export.weights as weights_module
+from toolchain import api
+from toolchain.errors import ExportError, ModelError, WeightsError
 from toolchain.export.capture import capture, check_signature
 from toolchain.export.safetensors import read_folder
 from toolchain.export.weights import find_tensors, weight_uses, write_weights
@@ -19,6 +23,7 @@ from toolchain.models import MODELS, resolve_model
 from toolchain.models.component import Component
 from toolchain.recipe import Bucket, ComponentRecipe
 from toolchain.signature import GraphSpec, TensorSpec
+from toolchain.weights import MappedWeights
 
 BUCKET = Bucket(1, 64, 64)
 COMPONENTS = [c.name for c in MODELS["sd"].components]
@@ -55,6 +60,79 @@ def test_a_graph_with_another_signature_is_refused(graphs: dict[str, ir.Model]) 
     wrong = GraphSpec((TensorSpec("latents", "float32", (1, 4, 9, 8)),), ())
     with pytest.raises(ExportError, match="does not have the component's inputs"):
         check_signature(graphs["vae_decoder"], wrong, "vae_decoder")
+
+
+def test_a_graph_of_another_opset_is_refused(graphs: dict[str, ir.Model]) -> None:
+    graph, spec = graphs["vae_decoder"].clone(), GraphSpec((), ())
+    graph.graph.inputs.clear()
+    graph.graph.outputs.clear()
+    check_signature(graph, spec, "vae_decoder")
+    graph.graph.opset_imports[""] = 18
+    with pytest.raises(ExportError, match="another opset"):
+        check_signature(graph, spec, "vae_decoder")
+
+
+BAD_CONFIGS = [
+    ("unet", {"down_block_types": ["NoSuchBlock", "DownBlock2D"]}),
+    ("unet", {"norm_num_groups": 7}),
+    ("unet", {"layers_per_block": "two"}),
+    ("vae", {"scaling_factor": "large"}),
+    ("text_encoder", {"hidden_act": "no-such-activation"}),
+    ("text_encoder", {"num_attention_heads": 5}),
+]
+
+
+@pytest.mark.parametrize(("folder", "changes"), BAD_CONFIGS)
+def test_a_config_of_which_no_module_can_be_made(tiny_copy: Path, folder: str, changes: dict[str, Any]) -> None:
+    path = tiny_copy / folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    wrong = next(c for c in MODELS["sd"].components if c.folder == folder)
+    with pytest.raises(ModelError, match="can be made from its config") as error:
+        capture(wrong, resolve_model(str(tiny_copy)), ComponentRecipe(), BUCKET, True)
+    assert error.value.where == path
+
+
+@pytest.mark.parametrize("fault", [AssertionError(), KeyError("conv"), ValueError("first\nsecond"), TypeError("no")])
+def test_a_module_that_fails_while_it_is_traced(tiny_model: Path, fault: Exception) -> None:
+    class Broken(torch.nn.Module):
+        def forward(self, **_: torch.Tensor) -> torch.Tensor:
+            raise fault
+
+    broken = replace(component("vae_decoder"), module=lambda *_: Broken())
+    with pytest.raises(ExportError, match="cannot be exported"):
+        capture(broken, resolve_model(str(tiny_model)), ComponentRecipe(), BUCKET, True)
+
+
+def test_a_damaged_weight_file_is_found_before_the_graphs_are_built(
+    tiny_copy: Path, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    path = tiny_copy / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    started: list[str] = []
+    with pytest.raises(WeightsError):
+        api.export_graphs(
+            tiny_recipe,
+            str(tiny_copy),
+            tmp_path / "out",
+            store=tmp_path / "store",
+            progress=lambda step, _: started.append(step.name),
+        )
+    assert started == []
+
+
+def test_a_checkpoint_is_opened_once(
+    graphs: dict[str, ir.Model], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+
+    class Counted(MappedWeights):
+        def __init__(self, *files: Path) -> None:
+            opened.extend(files)
+            super().__init__(*files)
+
+    monkeypatch.setattr(weights_module, "MappedWeights", Counted)
+    weights_of(graphs["vae_decoder"], tiny_model / "vae", tmp_path / "w.safetensors")
+    assert opened == [tiny_model / "vae" / "diffusion_pytorch_model.safetensors"]
 
 
 def weights_of(graph: ir.Model, folder: Path, out: Path) -> dict[str, torch.Tensor]:

@@ -91,6 +91,12 @@ def test_a_table_that_is_not_in_the_bundle_is_compiled(pipe: toolchain.Pipeline)
     assert pipe.table("ddim", 3).evaluations == 3
 
 
+def test_the_result_tells_what_ran(pipe: toolchain.Pipeline) -> None:
+    ran = pipe(PROMPT, seed=0, steps=4, scheduler="euler", guidance=0.3).request
+    assert (ran.prompts, ran.negatives, ran.seeds) == ([PROMPT], [""], [0])
+    assert (ran.table.name, ran.table.steps, ran.guidance) == ("euler", 4, 1.0)
+
+
 def test_timings_add_up(pipe: toolchain.Pipeline) -> None:
     timings = pipe(PROMPT, seed=0, steps=4, scheduler="euler").timings
     assert len(timings.steps_ms) == 4
@@ -119,6 +125,7 @@ BAD_REQUESTS = [
     ({"size": "64x64"}, "size is not a size"),
     ({"size": (60, 64)}, "--crop"),
     ({"scheduler": "eulr"}, "euler"),
+    ({"scheduler": 3}, "scheduler is not a name"),
     ({"latents": np.zeros((1, 4, 4, 4), np.float32)}, "another shape"),
     ({"latents": np.zeros((1, 4, 8, 8))}, "float32"),
     ({"latents": np.full((1, 4, 8, 8), np.nan, np.float32)}, "finite"),
@@ -154,7 +161,7 @@ print(result.images[0].size)
 def test_without_diffusers_a_missing_table_is_a_clear_error(
     pipe: toolchain.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "toolchain.sampler.compile", None)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(RequestError) as error:
         pipe(PROMPT, scheduler="ddim", steps=11)
     assert "euler/4" in str(error.value)

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ModelError
-from toolchain.models import Component, ModelSource
+from toolchain.models import MODELS, Component, ModelSource
+from toolchain.models.source import UNUSED_FOLDERS
 from toolchain.sampler.schedulers import quiet
 
 if TYPE_CHECKING:
@@ -33,14 +34,17 @@ def reference_pipeline(source: ModelSource) -> Any:
     import diffusers
     import torch
 
-    without = {"safety_checker": None, "requires_safety_checker": False}
+    # Folders that are never downloaded, because nothing here compiles them.
+    without = {**dict.fromkeys(UNUSED_FOLDERS), "requires_safety_checker": False}
     with _loading(source):
         cls = getattr(diffusers, source.index["_class_name"])
         accepted = inspect.signature(cls.__init__).parameters
-        kwargs = {key: value for key, value in without.items() if key in accepted}
-        pipeline = cls.from_pretrained(
-            source.path, torch_dtype=torch.float32, use_safetensors=True, variant=source.variant, **kwargs
-        )
+        kwargs: dict[str, Any] = {key: value for key, value in without.items() if key in accepted}
+        family = next(f for f in MODELS.values() if source.index["_class_name"] in f.pipelines)
+        # Each by its own loader: a pipeline's takes one variant of the weights for all, and attention from the config.
+        for component in family.components:
+            kwargs[component.folder] = component.reference(source, False).get_submodule(component.prefix.rstrip("."))
+        pipeline = cls.from_pretrained(source.path, dtype=torch.float32, use_safetensors=True, **kwargs)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -1,20 +1,20 @@
 """ONNX Runtime on the CPU.
 
 Building optimises the graph for this machine and saves it, so that opening does no graph work. The saved graph holds no
-weights: they are attached from the component's weight file, which is mapped once and shared by every bucket. Tensors
-that the optimiser made itself (reordered convolution weights, say) depend on the weights but not on the bucket: they go
-into one packed file that all buckets share, and only what a bucket has for itself goes beside its graph.
+weights: its initializers point into the component's weight files, which ONNX Runtime maps into memory, so that all
+buckets and all processes share their pages. (Its MatMul kernels still keep packed copies per session.) Tensors that the
+optimiser made itself, such as reordered convolution weights, depend on the weights but not on the bucket: they go into
+one packed file that all buckets share. What little a bucket has for itself stays in its graph.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import os
 import platform
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,17 +24,17 @@ from numpy.typing import NDArray
 
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec, TensorSpec
-from toolchain.weights import MappedWeights
+from toolchain.weights import MappedWeights, TensorRef
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 GRAPH = "graph.onnx"
-EXTRA = "extra.safetensors"
+WEIGHTS = "weights.safetensors"
 PACKED = "packed.safetensors"
-ATTACHED = "attached.json"
-"""Where each attached initializer lies: file role -> initializer -> tensor in that file."""
-INLINE_LIMIT_BYTES = 1024
+FILES = {"weights": WEIGHTS, "packed": PACKED}
+"""File name of each role of weight file; they lie side by side when an engine is opened."""
+PACKED_FROM_BYTES = 1024
 EMPTY_SAFETENSORS = (2).to_bytes(8, "little") + b"{}"
 LEVELS = {"basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
 ELEMENT_TYPES = {"F32": 1, "F16": 10, "BF16": 16, "I8": 3, "U8": 2, "I32": 6, "I64": 7, "BOOL": 9}
@@ -109,33 +109,42 @@ class OnnxRuntimeBackend:
         return bool(options["optimization"] == "all")  # the level whose layout pass reorders convolution weights
 
     def pack(self, graph: Path, weights: Mapping[str, Path], out: Path, options: Mapping[str, Any]) -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            self.build(graph, weights, Path(scratch), options)
-            extra = Path(scratch) / EXTRA
-            if extra.exists():
-                shutil.copyfile(extra, out / PACKED)
+        from toolchain.export.safetensors import write_safetensors
+        from toolchain.export.weights import DTYPES
+        from toolchain.graph.placeholder import static_shape
+
+        with _optimized(graph, weights["weights"], out, options) as model, MappedWeights(weights["weights"]) as base:
+            known = _index({"weights": base})
+            made = {}
+            for name, tensor in _initializers(model):
+                if tensor.nbytes > PACKED_FROM_BYTES and _content(tensor.numpy()) not in known:
+                    made[name] = (DTYPES[tensor.dtype], static_shape(tensor), tensor)
+            names = sorted(made)
+            if names:
+                write_safetensors(out / PACKED, [(n, *made[n][:2]) for n in names], lambda n: made[n][2].numpy())
             else:
                 (out / PACKED).write_bytes(EMPTY_SAFETENSORS)
 
     def build(self, graph: Path, weights: Mapping[str, Path], out: Path, options: Mapping[str, Any]) -> None:
         import onnx_ir as ir
 
-        shared = {role: MappedWeights(path) for role, path in weights.items()}
-        base = shared["weights"]
-        with tempfile.TemporaryDirectory(dir=out) as scratch:
-            optimized = Path(scratch) / "optimized.onnx"
-            settings = _session_options(options)
-            settings.graph_optimization_level = getattr(_ort().GraphOptimizationLevel, LEVELS[options["optimization"]])
-            settings.optimized_model_filepath = str(optimized)
-            settings.add_session_config_entry(
-                "session.optimized_model_external_initializers_file_name", "optimized.bin"
-            )
-            settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "0")
-            names = _weight_names(graph)
-            _open_session(str(graph), settings, [(base, dict(zip(names, names, strict=True)))])
-            _share_weights(ir.load(optimized), shared, out)
-        for mapped in shared.values():
-            mapped.close()
+        from toolchain.graph.placeholder import static_shape
+
+        with _optimized(graph, weights["weights"], out, options) as model:
+            files = {role: MappedWeights(path) for role, path in weights.items()}
+            known = _index(files)
+            for name, tensor in _initializers(model):
+                found = known.get(_content(tensor.numpy()))
+                value = model.graph.initializers[name]
+                if found is None:
+                    value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
+                else:
+                    role, ref = found
+                    place = (FILES[role], ref.offset, ref.nbytes, tensor.dtype)
+                    value.const_value = ir.ExternalTensor(*place, shape=ir.Shape(static_shape(tensor)), name=name)
+            ir.save(model, out / GRAPH)
+            for mapped in files.values():
+                mapped.close()
 
     def open(
         self, folder: Path, weights: Mapping[str, Path], spec: GraphSpec, options: Mapping[str, Any]
@@ -143,22 +152,21 @@ class OnnxRuntimeBackend:
         settings = _session_options(options)
         settings.graph_optimization_level = _ort().GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            attached = json.loads((folder / ATTACHED).read_text())
-        except (OSError, ValueError) as error:
-            raise EngineError("an engine's file cannot be read", where=folder / ATTACHED, got=error) from error
-        files = {**weights, "extra": folder / EXTRA}
-        mapped = [(MappedWeights(files[role]), names) for role, names in attached.items() if names]
-        session = _open_session(str(folder / GRAPH), settings, mapped)
-        return OnnxRuntimeEngine(session, spec, [m for m, _ in mapped], folder)
+            graph = (folder / GRAPH).read_bytes()
+        except OSError as error:
+            raise EngineError("an engine's graph cannot be read", where=folder / GRAPH, got=error) from error
+        # The graph comes as bytes so that its weights may lie in a folder of their own, which no path may leave.
+        place = weights["weights"].parent
+        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(place))
+        return OnnxRuntimeEngine(_open_session(graph, settings, folder / GRAPH), spec, folder)
 
 
 class OnnxRuntimeEngine:
     """A session with static shapes, launched through I/O bindings on host memory."""
 
-    def __init__(self, session: Any, spec: GraphSpec, mapped: list[MappedWeights], folder: Path) -> None:
+    def __init__(self, session: Any, spec: GraphSpec, folder: Path) -> None:
         self.spec = spec
         self._session = session
-        self._mapped = mapped
         self._folder = folder
         self._check_signature()
 
@@ -184,8 +192,6 @@ class OnnxRuntimeEngine:
 
     def close(self) -> None:
         self._session = None
-        for mapped in self._mapped:
-            mapped.close()
 
     def _check_signature(self) -> None:
         for side, tensors in (("inputs", self.spec.inputs), ("outputs", self.spec.outputs)):
@@ -215,62 +221,48 @@ def _session_options(options: Mapping[str, Any]) -> Any:
     return settings
 
 
-def _weight_names(graph: Path) -> list[str]:
+def _open_session(graph: str | bytes, settings: Any, where: Path) -> Any:
+    try:
+        return _ort().InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a dozen classes of its own, all derived straight from Exception
+        got = str(error).strip().splitlines()[0]
+        raise EngineError("ONNX Runtime cannot open the graph", where=where, got=got) from error
+
+
+@contextlib.contextmanager
+def _optimized(graph: Path, weights: Path, out: Path, options: Mapping[str, Any]) -> Iterator[ir.Model]:
+    """ONNX Runtime's optimised form of a graph, its initializers in a scratch file below `out` while in use."""
     import onnx_ir as ir
 
     from toolchain.graph.placeholder import is_weight
 
-    return [str(name) for name, value in ir.load(graph).graph.initializers.items() if is_weight(value)]
+    with tempfile.TemporaryDirectory(dir=out) as scratch, MappedWeights(weights) as mapped:
+        saved = Path(scratch) / "optimized.onnx"
+        settings = _session_options(options)
+        settings.graph_optimization_level = getattr(_ort().GraphOptimizationLevel, LEVELS[options["optimization"]])
+        settings.optimized_model_filepath = str(saved)
+        settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.bin")
+        settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "0")
+        names = [str(name) for name, value in ir.load(graph).graph.initializers.items() if is_weight(value)]
+        kinds = [ELEMENT_TYPES[mapped.refs[name].dtype] for name in names]
+        make = _ort().OrtValue.ortvalue_from_numpy_with_onnx_type
+        values = [make(mapped.array(name), kind) for name, kind in zip(names, kinds, strict=True)]
+        settings.add_external_initializers(names, values)
+        _open_session(str(graph), settings, graph)
+        yield ir.load(saved)
 
 
-def _open_session(graph: str, settings: Any, attached: list[tuple[MappedWeights, dict[str, str]]]) -> Any:
-    ort = _ort()
-    names, values = [], []
-    for weights, initializers in attached:
-        for name, key in initializers.items():
-            array, kind = weights.array(key), ELEMENT_TYPES[weights.refs[key].dtype]
-            names.append(name)
-            values.append(ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind))
-    settings.add_external_initializers(names, values)
-    try:
-        return ort.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises a dozen classes of its own, all derived straight from Exception
-        raise EngineError(
-            "ONNX Runtime cannot open the graph", where=graph, got=str(error).strip().splitlines()[0]
-        ) from error
-
-
-def _share_weights(model: ir.Model, shared: Mapping[str, MappedWeights], out: Path) -> None:
-    """Points every initializer whose bytes a shared file already holds at that file; saves graph and leftovers."""
-    import onnx_ir as ir
-
-    from toolchain.export.safetensors import write_safetensors
-    from toolchain.export.weights import DTYPES
-    from toolchain.graph.placeholder import placeholder, static_shape
-
-    index = {_content(weights.array(key)): (role, key) for role, weights in shared.items() for key in weights.keys()}  # noqa: SIM118
-    attached: dict[str, dict[str, str]] = {role: {} for role in [*shared, "extra"]}
-    extra: dict[str, ir.TensorProtocol] = {}
+def _initializers(model: ir.Model) -> list[tuple[str, ir.TensorProtocol]]:
+    found = []
     for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        assert tensor is not None
-        assert name is not None
-        if tensor.nbytes <= INLINE_LIMIT_BYTES and tensor.dtype not in DTYPES:
-            value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
-            continue
-        role, key = index.get(_content(tensor.numpy()), ("extra", name))
-        if role == "extra" and tensor.nbytes <= INLINE_LIMIT_BYTES:
-            value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
-            continue
-        if role == "extra":
-            extra[name] = tensor
-        attached[role][name] = key
-        value.const_value = placeholder(name, tensor.dtype, static_shape(tensor))
-    ir.save(model, out / GRAPH)
-    (out / ATTACHED).write_text(json.dumps(attached))
-    if extra:
-        tensors = [(n, DTYPES[t.dtype], static_shape(t)) for n, t in sorted(extra.items())]
-        write_safetensors(out / EXTRA, tensors, lambda name: extra[name].numpy())
+        assert value.const_value is not None
+        found.append((str(name), value.const_value))
+    return found
+
+
+def _index(files: Mapping[str, MappedWeights]) -> dict[Any, tuple[str, TensorRef]]:
+    """Where every tensor of the weight files lies, by its content."""
+    return {_content(f.array(key)): (role, f.refs[key]) for role, f in files.items() for key in f.refs}
 
 
 def _content(array: NDArray[Any]) -> tuple[tuple[int, ...], int, bytes]:

@@ -16,16 +16,31 @@ import onnx_ir as ir
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from toolchain.errors import ExportError
+from toolchain.errors import DiffbuildError, ExportError, ModelError
 from toolchain.graph import IR_VERSION, OPSET
 from toolchain.graph.placeholder import placeholder, static_shape
 from toolchain.graph.simplify import simplify
 from toolchain.models.component import Component
+from toolchain.models.source import first_line
 from toolchain.recipe import Bucket, ComponentRecipe
 from toolchain.signature import GraphSpec
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from toolchain.models.source import ModelSource
+
+
+# A model that its config describes wrongly fails while it is traced, with whatever the first line to notice raises.
+EXPORT_ERRORS = (
+    torch._dynamo.exc.TorchDynamoException,
+    torch.onnx.errors.OnnxExporterError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AssertionError,
+)
 
 
 def capture(
@@ -33,13 +48,14 @@ def capture(
 ) -> ir.Model:
     """The component's graph for one bucket, simplified, with its weights as placeholders named as in the checkpoint.
 
-    Raises ExportError where the exporter fails or the graph does not have the component's signature.
+    Raises ModelError for a config that no module can be built from, ExportError where the exporter fails or the graph
+    does not have the component's signature.
     """
     spec = component.spec(source, bucket, guided)
     fake = FakeTensorMode(allow_non_fake_inputs=True) if component.weightless else contextlib.nullcontext()
     try:
         with _quiet(), fake, torch.no_grad():
-            module = component.module(source, recipe, guided)
+            module = _construct(component, source, recipe, guided)
             inputs = {t.name: torch.zeros(t.shape, dtype=getattr(torch, t.dtype)) for t in spec.inputs}
             program = torch.export.export(module, (), inputs, strict=False)
             exported = torch.onnx.export(
@@ -54,11 +70,11 @@ def capture(
                 verbose=False,
             )
             parameters = {name for name, _ in module.named_parameters()}
-    except (torch._dynamo.exc.TorchDynamoException, torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+    except EXPORT_ERRORS as error:
         raise ExportError(
             f"the {component.name} cannot be exported",
             where=f"{component.name} {bucket}",
-            got=str(error).strip().splitlines()[0],
+            got=first_line(error),
             hint="set DIFFBUILD_LOG=debug for the exporter's own report",
         ) from error
     assert exported is not None
@@ -67,10 +83,23 @@ def capture(
     with _quiet():
         model = simplify(model)
     model.ir_version = IR_VERSION
-    model.graph.opset_imports[""] = OPSET
     model.graph.name = component.name
     check_signature(model, spec, component.name)
     return model
+
+
+def _construct(component: Component, source: ModelSource, recipe: ComponentRecipe, guided: bool) -> nn.Module:
+    try:
+        return component.module(source, recipe, guided)
+    except DiffbuildError:
+        raise
+    except Exception as error:  # the libraries raise anything for a config that they cannot make a module of
+        raise ModelError(
+            f"no {component.name} can be made from its config",
+            where=source.path / component.folder / "config.json",
+            got=first_line(error),
+            hint="download the folder again",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -112,7 +141,7 @@ def _detach_weights(model: ir.Model, parameters: set[str], prefix: str) -> None:
 
 
 def check_signature(model: ir.Model, spec: GraphSpec, stage: str) -> None:
-    """Raises ExportError unless names, dtypes, shapes, order, opset and IR version are the contract's."""
+    """Raises ExportError unless names, dtypes, shapes, order and opset are the contract's."""
     for side, values, tensors in (
         ("input", model.graph.inputs, spec.inputs),
         ("output", model.graph.outputs, spec.outputs),
@@ -123,8 +152,11 @@ def check_signature(model: ir.Model, spec: GraphSpec, stage: str) -> None:
             raise ExportError(
                 f"the graph of {stage} does not have the component's {side}s", where=stage, expected=expected, got=got
             )
-    if (model.ir_version, model.graph.opset_imports.get("")) != (IR_VERSION, OPSET):
-        raise ExportError("the graph has another opset than the exporter was asked for", where=stage, expected=OPSET)
+    opset = model.graph.opset_imports.get("")
+    if opset != OPSET:
+        raise ExportError(
+            "the graph has another opset than the exporter was asked for", where=stage, expected=OPSET, got=opset
+        )
 
 
 def _describe(value: ir.Value) -> str:

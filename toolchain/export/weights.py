@@ -118,7 +118,7 @@ def _spellings(key: str) -> list[str]:
 def write_weights(uses: list[WeightUse], tensors: Mapping[str, TensorRef], path: Path) -> None:
     """Writes `path` as safetensors, keyed by initializer name. Raises WeightsError for values that are not finite."""
     by_name = {use.name: use for use in uses}
-    files = {ref.file: MappedWeights(ref.file) for ref in tensors.values()}
+    files = {file: MappedWeights(file) for file in {ref.file for ref in tensors.values()}}
 
     def read(name: str) -> NDArray[Any]:
         use, ref = by_name[name], tensors[name]

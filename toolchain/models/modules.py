@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from toolchain.errors import RecipeError
 from toolchain.sampler.table import MAX_STATES
@@ -102,7 +103,7 @@ def construct(make: Callable[[], nn.Module], dtype: str, keep_float32: Sequence[
     """A network built in `dtype`, the modules that match `keep_float32` in float32 with casts around them.
 
     The dtype is set as torch's default while building: `.to(dtype)` fails under fake tensors. Every pattern must match
-    a module, else RecipeError.
+    a module, else RecipeError. Inside a kept module everything is float32, so that a match there changes nothing.
     """
     torch.set_default_dtype(getattr(torch, dtype))
     try:
@@ -112,8 +113,10 @@ def construct(make: Callable[[], nn.Module], dtype: str, keep_float32: Sequence[
     if dtype == "float32":
         return module
     low = getattr(torch, dtype)
+    names = [name for name, _ in module.named_modules() if name]
+    kept: set[str] = set()
     for pattern in keep_float32:
-        matched = [m for n, m in module.named_modules() if n and fnmatch.fnmatchcase(n, pattern)]
+        matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
             raise RecipeError(
                 "a pattern matches no module",
@@ -121,26 +124,32 @@ def construct(make: Callable[[], nn.Module], dtype: str, keep_float32: Sequence[
                 expected="names of modules such as " + ", ".join(n for n, _ in list(module.named_children())[:6]),
                 got=pattern,
             )
-        for kept in matched:
-            _keep_float32(kept, low)
+        kept.update(matched)
+    for name in kept:
+        if not any(name.startswith(f"{other}.") for other in kept):
+            _keep_float32(module.get_submodule(name), low)
     return module
 
 
 def _keep_float32(module: nn.Module, low: torch.dtype) -> None:
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):  # never called itself, so that no hook of it would run
+        for child in module.children():
+            _keep_float32(child, low)
+        return
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 part._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32), False)
 
-    def cast(dtype: torch.dtype) -> Callable[[Any], Any]:
-        return lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+    # Blocks take and return tuples, and diffusers' and transformers' output classes: both register these as trees.
+    def cast(tree: Any, dtype: torch.dtype) -> Any:
+        return pytree.tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, tree)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        up = cast(torch.float32)
-        return tuple(map(up, args)), {k: up(v) for k, v in kwargs.items()}
+        return cast(args, torch.float32), cast(kwargs, torch.float32)
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return cast(low)(output)
+        return cast(output, low)
 
     module.register_forward_pre_hook(before, with_kwargs=True)
     module.register_forward_hook(after)

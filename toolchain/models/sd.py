@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain.errors import ModelError
 from toolchain.models.component import Component, Family
 from toolchain.models.source import ModelSource
+from toolchain.models.tokenizers import require_vocabulary
 from toolchain.recipe import Bucket, ComponentRecipe
 from toolchain.sampler.table import MAX_EVALUATIONS, MAX_STATES, ROW
 from toolchain.signature import GraphSpec, TensorSpec
@@ -20,10 +21,13 @@ CLASSES = {
     "vae": ("AutoencoderKL",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
+# Named, because a config can name one too: a kernel that transformers would fetch from the hub and run.
+ATTENTION = "sdpa"
 # Settings of a UNet that change its inputs: each belongs to another kind of model than this family compiles.
 FOREIGN_UNET_SETTINGS = {
     "addition_embed_type": "SDXL-like models condition on text and time ids",
     "class_embed_type": "class-conditional UNets take labels",
+    "num_class_embeds": "class-conditional UNets take labels",
     "time_cond_proj_dim": "guidance-distilled (LCM) UNets take an embedded guidance",
     "encoder_hid_dim_type": "image-prompt UNets take projected image embeddings",
 }
@@ -83,7 +87,7 @@ def text_module(source: ModelSource, recipe: ComponentRecipe, guided: bool) -> n
 
     from toolchain.models import modules
 
-    config = CLIPTextConfig(**source.config("text_encoder"))
+    config = CLIPTextConfig(**{**source.config("text_encoder"), "attn_implementation": ATTENTION})
     text = modules.construct(lambda: CLIPTextModel(config), recipe.dtype, recipe.keep_float32, "text_encoder")
     return modules.ClipTextEncoder(text)
 
@@ -94,10 +98,14 @@ def text_reference(source: ModelSource, guided: bool) -> nn.Module:
 
     from toolchain.models import modules
 
-    folder = source.path / "text_encoder"
-    return modules.ClipTextEncoder(
-        CLIPTextModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, variant=source.variant).eval()
+    text = CLIPTextModel.from_pretrained(
+        source.path / "text_encoder",
+        dtype=torch.float32,
+        use_safetensors=True,
+        variant=source.variant("text_encoder"),
+        attn_implementation=ATTENTION,
     )
+    return modules.ClipTextEncoder(text.eval())
 
 
 def step_module(source: ModelSource, recipe: ComponentRecipe, guided: bool) -> nn.Module:
@@ -119,7 +127,7 @@ def step_reference(source: ModelSource, guided: bool) -> nn.Module:
     from toolchain.models import modules
 
     unet = UNet2DConditionModel.from_pretrained(
-        source.path / "unet", torch_dtype=torch.float32, use_safetensors=True, variant=source.variant
+        source.path / "unet", dtype=torch.float32, use_safetensors=True, variant=source.variant("unet")
     )
     return modules.UNetStep(unet.eval(), guided, "float32")
 
@@ -141,7 +149,7 @@ def decoder_reference(source: ModelSource, guided: bool) -> nn.Module:
     from toolchain.models import modules
 
     vae = AutoencoderKL.from_pretrained(
-        source.path / "vae", torch_dtype=torch.float32, use_safetensors=True, variant=source.variant
+        source.path / "vae", dtype=torch.float32, use_safetensors=True, variant=source.variant("vae")
     )
     scaling_factor = float(source.config("vae").get("scaling_factor", 0.18215))
     return modules.VaeDecoder(vae.eval(), scaling_factor, 0.0, "float32")
@@ -157,6 +165,11 @@ def check(source: ModelSource) -> None:
                 expected=" or ".join(classes),
                 got=source.class_of(folder),
             )
+    source.class_of("scheduler")  # which one it is, is the sampler's business
+    for folder in ("text_encoder", "unet", "vae"):
+        _refuse_code(source, folder)
+    _check_numbers(source)
+    _check_tokenizer(source)
     unet = source.config("unet")
     latent_channels = source.setting("vae", "latent_channels")
     in_channels = source.setting("unet", "in_channels")
@@ -183,6 +196,61 @@ def check(source: ModelSource) -> None:
             where=where,
             expected=f"cross_attention_dim = {width}, the text encoder's hidden_size",
             got=cross_attention,
+            hint="the folder mixes components of two models; download it again",
+        )
+
+
+def _refuse_code(source: ModelSource, folder: str) -> None:
+    """Settings, at any depth, that make transformers or diffusers fetch code from the hub and run it."""
+
+    def visit(value: Any, path: str) -> None:
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, inner in items:
+            name = f"{path}.{key}" if path else str(key)
+            # Older releases of transformers wrote true or false under a name like these; that names no code.
+            names_code = key == "auto_map" or ("attn_implementation" in str(key) and not isinstance(inner, bool))
+            if names_code and inner is not None:
+                raise ModelError(
+                    f"the {folder}'s config asks for code of its own, which is not run",
+                    where=source.path / folder / "config.json",
+                    got=f"{name} = {inner!r}",
+                    hint="remove the setting from the config",
+                )
+            visit(inner, name)
+
+    visit(source.config(folder), "")
+
+
+def _check_numbers(source: ModelSource) -> None:
+    """What planning computes shapes from."""
+    found = {
+        ("text_encoder", "hidden_size"): source.setting("text_encoder", "hidden_size"),
+        ("text_encoder", "max_position_embeddings"): source.config("text_encoder").get("max_position_embeddings", 77),
+        ("vae", "latent_channels"): source.setting("vae", "latent_channels"),
+    }
+    for (folder, key), value in found.items():
+        if not isinstance(value, int) or value < 1:
+            where = source.path / folder / "config.json"
+            raise ModelError(f"{key} is no size", where=where, expected="a whole number above 0", got=repr(value))
+    blocks = source.setting("vae", "block_out_channels")
+    if not isinstance(blocks, list) or not blocks:
+        where = source.path / "vae" / "config.json"
+        raise ModelError("block_out_channels is no list of sizes", where=where, got=repr(blocks))
+
+
+def _check_tokenizer(source: ModelSource) -> None:
+    """Graphs alone need no tokenizer; where there are weights, a bundle is to be built, and needs all of it."""
+    folder = source.path / "tokenizer"
+    if source.has_weights("unet"):
+        require_vocabulary(folder)
+    config = folder / "tokenizer_config.json"
+    longest = source.config("tokenizer").get("model_max_length") if config.is_file() else None
+    if longest is not None and longest != text_length(source):
+        raise ModelError(
+            "the tokenizer and the text encoder take prompts of different lengths",
+            where=config,
+            expected=f"model_max_length = {text_length(source)}, max_position_embeddings of text_encoder/config.json",
+            got=longest,
             hint="the folder mixes components of two models; download it again",
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,13 @@ from toolchain.errors import ModelError, UsageError
 # Parts of a repository that nothing here compiles: a safety checker alone is 1.2 GB.
 UNUSED_FOLDERS = ("safety_checker", "feature_extractor", "image_encoder")
 VARIANT = re.compile(r"(?P<stem>.+)\.(fp16|bf16|non_ema|ema_only)(?P<rest>(-\d+-of-\d+)?\.safetensors(\.index\.json)?)")
+# The shards' numbers stand before or after the variant, as the writer's version had it.
+WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors"
+)
 LIBRARIES = ("diffusers", "transformers")
+
+log = logging.getLogger("toolchain")
 
 
 @dataclass(frozen=True)
@@ -43,11 +50,11 @@ class ModelSource:
             raise ModelError("the config lacks a setting", where=where, expected=key, hint="download the folder again")
         return config[key]
 
-    @property
-    def variant(self) -> str | None:
-        """ "fp16" where that is all there is: diffusers and transformers must be told to load it."""
-        weights = {f.name for f in self.path.glob("*/*.safetensors")}
-        return "fp16" if weights and all(".fp16" in name for name in weights) else None
+    def variant(self, folder: str) -> str | None:
+        """ "fp16" or the like where a component has no other weights: diffusers and transformers must be told."""
+        names = (path.name for path in (self.path / folder).glob("*.safetensors"))
+        variants = {match["variant"] for match in map(WEIGHTS.fullmatch, names) if match}
+        return variants.pop() if len(variants) == 1 else None
 
     def has_weights(self, folder: str) -> bool:
         return any((self.path / folder).glob("*.safetensors"))
@@ -89,8 +96,10 @@ class ModelSource:
         return data
 
 
-def resolve_model(model: str, revision: str | None = None) -> ModelSource:
+def resolve_model(model: str, revision: str | None = None, *, weights: bool = True) -> ModelSource:
     """A local folder as it is; anything shaped like `owner/name` from the hub, pinned to a commit.
+
+    weights: False where the configs are enough: the weights are not downloaded then.
 
     Raises ModelError for a missing folder, a single-file checkpoint, remote code, or an unreachable hub.
     """
@@ -107,7 +116,7 @@ def resolve_model(model: str, revision: str | None = None) -> ModelSource:
             hint="convert it once: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)",
         )
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith((".", "/")):
-        source = _from_hub(model, revision)
+        source = _from_hub(model, revision, weights)
     else:
         raise ModelError(
             "no such model",
@@ -129,38 +138,112 @@ def _refuse_remote_code(source: ModelSource) -> None:
         )
 
 
-def _from_hub(repository: str, revision: str | None) -> ModelSource:
+def _from_hub(repository: str, revision: str | None, weights: bool) -> ModelSource:
     # The commit is looked up first and everything is downloaded at that commit: resolving a branch twice lets the
     # files change in between (CVE-2026-45804).
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if constants.is_offline_mode():
+        return _from_cache(repository, revision, None)
+    try:
+        found = HfApi().model_info(repository, revision=revision)
+    except HFValidationError as error:
+        raise _not_an_id(repository, error) from None
+    except RevisionNotFoundError:
+        raise ModelError(
+            "the repository has no such revision",
+            where=repository,
+            expected="a branch, a tag or a whole commit hash",
+            got=revision,
+            hint="check --revision",
+        ) from None
+    except RepositoryNotFoundError:
+        raise _not_found(repository) from None
+    except Exception as error:  # the transport's own classes differ between releases of the hub's client
+        source = _from_cache(repository, revision, error)
+        message = "the hub cannot be reached (%s); using the copy of %s on this machine, commit %s"
+        log.warning(message, first_line(error), repository, source.revision)
+        return source
+    commit = found.sha
+    files = select_files([f.rfilename for f in found.siblings or []], weights)
+    try:
+        folder = Path(snapshot_download(repository, revision=commit, allow_patterns=files))
+    except RepositoryNotFoundError:  # gated: everyone may look it up
+        raise _not_found(repository) from None
+    except Exception as error:  # as above, and whatever the disk says
+        raise ModelError(
+            "the model cannot be downloaded",
+            where=repository,
+            got=first_line(error),
+            hint="check the connection and the space on the disk; what is there already is not downloaded again",
+        ) from error
+    _remember(folder, revision or constants.DEFAULT_REVISION, commit)
+    return ModelSource(folder, repository, commit)
+
+
+def _from_cache(repository: str, revision: str | None, reason: Exception | None) -> ModelSource:
+    """What an earlier download left. `reason`: why the hub cannot be asked; None where it must not be."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     try:
-        if constants.is_offline_mode():
-            folder = snapshot_download(repository, revision=revision, local_files_only=True)
-            return ModelSource(Path(folder), repository, Path(folder).name)
-        found = HfApi().model_info(repository, revision=revision)
-        commit = found.sha
-        files = select_files([f.rfilename for f in found.siblings or []])
-        folder = snapshot_download(repository, revision=commit, allow_patterns=files)
-    except RepositoryNotFoundError:
-        raise ModelError(
-            "neither a local folder nor a repository on the hub",
-            where=repository,
-            hint="check the spelling; for a private or gated repository run: hf auth login",
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            "the model is not on this machine and the hub cannot be reached",
-            where=repository,
-            got=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            hint="connect to the network, unset HF_HUB_OFFLINE, or give a local diffusers folder as --model",
-        ) from error
-    return ModelSource(Path(folder), repository, commit)
+        folder = snapshot_download(repository, revision=revision, local_files_only=True)
+    except HFValidationError as error:
+        raise _not_an_id(repository, error) from None
+    except OSError as error:
+        # The client calls a copy incomplete that lacks what is left out on purpose; it says where the copy is.
+        folder = getattr(error, "snapshot_path", "")
+        if not folder:
+            raise ModelError(
+                "the model is not on this machine and the hub cannot be reached",
+                where=repository,
+                got=first_line(reason or error),
+                hint="connect to the network, unset HF_HUB_OFFLINE, or give a local diffusers folder as --model",
+            ) from error
+    return ModelSource(Path(folder), repository, Path(folder).name)
 
 
-def select_files(names: list[str]) -> list[str]:
-    """What of a repository is downloaded: json, tokenizer text and one set of safetensors per component.
+def _not_found(repository: str) -> ModelError:
+    return ModelError(
+        "neither a local folder nor a repository on the hub",
+        where=repository,
+        hint="check the spelling; for a private or gated repository run: hf auth login",
+    )
+
+
+def _not_an_id(repository: str, error: Exception) -> ModelError:
+    return ModelError(
+        "neither a local folder nor a name that the hub allows",
+        where=repository,
+        expected="a diffusers folder, or a hub id such as owner/name",
+        got=first_line(error),
+        hint="check --model",
+    )
+
+
+def _remember(folder: Path, revision: str, commit: str | None) -> None:
+    """Notes which commit a branch or tag was, which the client does not do for a download by commit.
+
+    Without it the copy cannot be found again when the hub cannot be reached.
+    """
+    if commit is None or revision == commit or folder.name != commit:
+        return
+    path = folder.parents[1] / "refs" / revision
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(commit)
+    except OSError as error:
+        log.debug("%s cannot be written: %s", path, error)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the advice that follows; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def select_files(names: list[str], weights: bool = True) -> list[str]:
+    """What of a repository is downloaded: json, tokenizer text and one set of safetensors per component, if wanted.
 
     Single-file checkpoints at the top, pickles, code, and variants of weights that are there in full are left alone.
     """
@@ -171,6 +254,8 @@ def select_files(names: list[str]) -> list[str]:
             continue
         variant = VARIANT.fullmatch(name)
         if variant and any(_is_plain(other, variant["stem"]) for other in names):
+            continue
+        if not weights and file.endswith((".safetensors", ".safetensors.index.json")):
             continue
         if file.endswith((".json", ".safetensors", ".txt")):
             chosen.append(name)

@@ -17,6 +17,7 @@ def write_clip_tokenizer(folder: Path, out: Path) -> None:
     `folder` holds vocab.json and merges.txt, or tokenizer.json. ModelError when it does not, when they cannot be read,
     or when the tokenizer does something that the runtime does not repeat.
     """
+    require_vocabulary(folder)
     tokenizer = _load(folder)
     if not 2 < tokenizer.model_max_length < LONGEST:
         raise ModelError(
@@ -45,10 +46,8 @@ def write_clip_tokenizer(folder: Path, out: Path) -> None:
     (out / "settings.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 
-def _load(folder: Path) -> Any:
-    from transformers import CLIPTokenizer
-
-    # Without its files transformers makes a tokenizer of two words, and says nothing.
+def require_vocabulary(folder: Path) -> None:
+    """ModelError without it: transformers makes a tokenizer of two words then, and says nothing."""
     held = {name for name in ("vocab.json", "merges.txt", "tokenizer.json") if (folder / name).is_file()}
     if "tokenizer.json" not in held and held != {"vocab.json", "merges.txt"}:
         raise ModelError(
@@ -58,6 +57,11 @@ def _load(folder: Path) -> Any:
             got=", ".join(sorted(held)) or "none of them",
             hint="download the model again",
         )
+
+
+def _load(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises no class of its own, and transformers lets parsers' errors through

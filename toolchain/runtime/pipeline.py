@@ -58,12 +58,21 @@ class Timings:
 
 @dataclass(frozen=True)
 class Result:
-    """images: one per prompt, None when latents were asked for; latents float32 [N, C, h, w] after the last step."""
+    """One call's outcome.
+
+    images   one per prompt, none without decoding
+    latents  float32 [N, C, h, w] after the last step
+    request  what ran, with every default filled in
+    """
 
     images: list[Image.Image]
     latents: F32
-    seeds: list[int]
+    request: Request
     timings: Timings
+
+    @property
+    def seeds(self) -> list[int]:
+        return self.request.seeds
 
 
 class Pipeline:
@@ -139,7 +148,7 @@ class Pipeline:
             images += [_crop(Image.fromarray(p), request.size) for p in pixels[:count]]
             first += count
         timings.total_ms = (time.perf_counter() - started) * 1e3
-        return Result(images, np.concatenate(parts), request.seeds, timings)
+        return Result(images, np.concatenate(parts), request, timings)
 
     def close(self) -> None:
         """Frees every engine."""
@@ -168,6 +177,8 @@ class Pipeline:
                 raise BundleError("a sampler table cannot be read", where=path, got=error) from error
         try:
             from toolchain.sampler.compile import compile_table
+
+            return compile_table(name, steps, self.bundle.settings["scheduler"])
         except ImportError:
             raise RequestError(
                 "the bundle has no table for this scheduler and number of steps",
@@ -175,7 +186,6 @@ class Pipeline:
                 got=f"{name}/{steps}",
                 hint="add it to the recipe and build again, or install diffbuild[build] to compile it here",
             ) from None
-        return compile_table(name, steps, self.bundle.settings["scheduler"])
 
     def _request(
         self,
@@ -197,6 +207,11 @@ class Pipeline:
             raise RequestError(
                 "as many negative prompts as prompts are needed", expected=len(prompts), got=len(negatives)
             )
+        if any(negatives) and not self._guided:
+            hint = "set classifier_free_guidance = true in the recipe and build again"
+            raise RequestError("a bundle without guidance cannot use a negative prompt", got=negatives[0], hint=hint)
+        if scheduler is not None and not isinstance(scheduler, str):
+            raise RequestError("scheduler is not a name", expected="a string such as 'euler'", got=repr(scheduler))
         steps = check_steps(defaults.steps if steps is None else steps)
         return Request(
             prompts,

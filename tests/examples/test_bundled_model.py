@@ -1,0 +1,47 @@
+"""The shipped recipe builds the shipped model, its check passes, and what it draws is what the caption says."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import toolchain
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "examples" / "shapes" / "model"
+sys.path.insert(0, str(ROOT / "examples" / "shapes"))
+
+pytestmark = pytest.mark.xdist_group("bundled-model")
+
+
+@pytest.fixture(scope="module")
+def bundle(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("shapes") / "bundle"
+    toolchain.build(ROOT / "recipes" / "shapes-fp32.toml", str(MODEL), output, store=store)
+    return output
+
+
+def test_the_check_passes(bundle: Path) -> None:
+    report = toolchain.check_bundle(bundle, str(MODEL))
+    assert report.passed, "\n".join(report.lines())
+    assert min(p.psnr_db for p in report.pictures) >= 60
+
+
+def test_held_out_captions_are_drawn(bundle: Path) -> None:
+    """A tenth of the evaluation, with room for luck: the score itself is in benchmarks/results."""
+    import evaluate
+    import scenes
+
+    chosen = evaluate.held_out_scenes()[::10]
+    pictures = evaluate.draw_with_bundle(bundle)([s.caption for s in chosen], list(range(len(chosen))))
+    scores = [scenes.score(s, p) for s, p in zip(chosen, pictures, strict=True)]
+    assert np.mean([s.colours and s.background for s in scores]) >= 0.8
+
+
+def test_the_model_is_small_and_safe() -> None:
+    files = [f for f in MODEL.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 16e6
+    assert {f.suffix for f in files} <= {".json", ".safetensors", ".txt"}

@@ -1,0 +1,105 @@
+"""What a bundle's manifest may say: every path stays inside and is listed, and every component serves every bucket."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolchain.bundle import read_bundle
+from toolchain.errors import BundleError
+from toolchain.recipe import Bucket
+
+Change = Callable[[dict[str, Any], str], object]
+BUCKET = "1x64x64"
+
+
+def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = bundle / "bundle.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+FIELDS: dict[str, Change] = {
+    "files": lambda d, name: d["files"].update({name: {"sha256": "0" * 64, "size": 1}}),
+    "engine folder": lambda d, name: d["engines"]["denoiser"][BUCKET].update(folder=name),
+    "engine weights": lambda d, name: d["engines"]["denoiser"][BUCKET]["weights"].update(weights=name),
+    "tokenizers": lambda d, name: d["tokenizers"].update(tokenizer=name),
+    "samplers": lambda d, name: d["samplers"].update({"euler/4": name}),
+}
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "engines/../../x", "out/x", "C:x", "a\\b"])
+@pytest.mark.parametrize("field", FIELDS)
+def test_no_path_leaves_the_bundle(bundle_copy: Path, field: str, name: str) -> None:
+    outside = bundle_copy.with_name("outside")
+    (outside / "x").mkdir(parents=True)
+    (bundle_copy / "out").symlink_to(outside)
+    edit(bundle_copy, lambda d: FIELDS[field](d, name))
+    with pytest.raises(BundleError, match="leaves the bundle") as error:
+        read_bundle(bundle_copy)
+    assert error.value.got == name
+
+
+@pytest.mark.parametrize("field", [f for f in FIELDS if f != "files"])
+def test_nothing_is_used_that_is_not_listed(bundle_copy: Path, field: str) -> None:
+    edit(bundle_copy, lambda d: FIELDS[field](d, "engines/other"))
+    with pytest.raises(BundleError, match="list"):
+        read_bundle(bundle_copy)
+
+
+@pytest.mark.parametrize("folder", [f"engines/denoiser/{BUCKET}", "engines/text_encoder/any", "tokenizers/tokenizer"])
+@pytest.mark.parametrize("name", ["more.bin", "deep/more.bin", "link"])
+def test_a_folder_that_is_used_holds_listed_files_alone(bundle_copy: Path, folder: str, name: str) -> None:
+    path = bundle_copy / folder / name
+    path.parent.mkdir(exist_ok=True)
+    if name == "link":
+        path.symlink_to(bundle_copy.parent)
+    else:
+        path.write_text("x")
+    with pytest.raises(BundleError, match="does not list") as error:
+        read_bundle(bundle_copy)
+    assert error.value.where == path
+    path.unlink()
+    read_bundle(bundle_copy)
+
+
+def test_a_listed_file_that_is_gone_is_left_to_verify(bundle_copy: Path) -> None:
+    (bundle_copy / "engines" / "denoiser" / BUCKET / "graph.onnx").unlink()
+    with pytest.raises(BundleError, match="is missing"):
+        read_bundle(bundle_copy).verify()
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda d: d["engines"].pop("denoiser"), "denoiser"),
+        (lambda d: d["engines"].update(denoiser={}), "no bucket of the recipe"),
+        (lambda d: d["engines"]["vae_decoder"].pop(BUCKET), f"engines.vae_decoder lacks {BUCKET}"),
+        (lambda d: d["engines"].update(text_encoder={}), "engines.text_encoder lacks"),
+        (lambda d: d["recipe"].update(buckets=["1x8x8"]), "no bucket of the recipe"),
+        (lambda d: d.update(samplers=["a"]), "AttributeError"),
+        (lambda d: d.update(tokenizers="a"), "AttributeError"),
+    ],
+)
+def test_a_damaged_structure(bundle_copy: Path, change: Callable[[dict[str, Any]], object], part: str) -> None:
+    edit(bundle_copy, change)
+    with pytest.raises(BundleError, match=f"is damaged(.|\n)*{part}"):
+        read_bundle(bundle_copy)
+
+
+def test_a_missing_component(bundle_copy: Path) -> None:
+    edit(bundle_copy, lambda d: d["engines"].pop("text_encoder"))
+    with pytest.raises(BundleError, match=r"no such engine(.|\n)*text_encoder 1x64x64"):
+        read_bundle(bundle_copy).engine("text_encoder", Bucket.parse(BUCKET))
+
+
+def test_buckets_come_in_the_order_of_the_recipe(bundle_copy: Path) -> None:
+    edit(bundle_copy, lambda d: d["recipe"]["buckets"].reverse())
+    assert [str(b) for b in read_bundle(bundle_copy).buckets] == ["2x64x96", BUCKET]
+    edit(bundle_copy, lambda d: d["recipe"]["buckets"].insert(0, "1x8x8"))
+    assert [str(b) for b in read_bundle(bundle_copy).buckets] == ["2x64x96", BUCKET]

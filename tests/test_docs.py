@@ -1,0 +1,62 @@
+"""The README is executed: its commands parse, its recipe reference is complete, its numbers are those of the runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import click
+import pytest
+
+from toolchain.cli import cli
+from toolchain.recipe import Check, ComponentRecipe, OnnxRuntimeOptions, Recipe, Sampling, Tolerance
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+def commands() -> list[str]:
+    lines = [*README.splitlines(), *(ROOT / "Makefile").read_text().splitlines()]
+    found = [re.search(r"^\s+(?:\$\(BIN\)/)?diffbuild +(.*)$", line) for line in lines]
+    return [match[1] for match in found if match]
+
+
+def parse(group: click.Group, arguments: list[str]) -> None:
+    command = group.commands[arguments[0]]
+    if isinstance(command, click.Group):
+        parse(command, arguments[1:])
+    else:
+        command.make_context(arguments[0], arguments[1:])
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_of_the_readme_parse(line: str) -> None:
+    parse(cli, shlex.split(line.replace("$(", "").replace(")", ""), comments=True))
+
+
+def test_every_command_is_in_the_readme() -> None:
+    shown = {line.split()[0] for line in commands()} | set(re.findall(r"`diffbuild (\w+)", README))
+    assert set(cli.commands) <= shown | {"completion"}
+
+
+@pytest.mark.parametrize("kind", [Recipe, ComponentRecipe, Sampling, OnnxRuntimeOptions, Check, Tolerance])
+def test_every_recipe_key_is_in_the_reference(kind: type) -> None:
+    reference = README.split("## Recipes")[1].split("\n## ")[0]
+    words = set(re.findall(r"[a-z_0-9]+", "".join(re.findall(r"`[^`]+`", reference))))
+    assert {f.name for f in fields(kind)} - {"name"} <= words
+
+
+def test_the_numbers_are_those_of_the_runs() -> None:
+    from table import BEGIN, END, table
+
+    assert README.split(BEGIN)[1].split(END)[0].strip() == table()
+
+
+def test_the_repository_speaks_of_the_project_alone() -> None:
+    """No path of a developer's machine gets into what users read."""
+    for path in [*ROOT.glob("*.md"), *(ROOT / "recipes").iterdir(), *(ROOT / "toolchain").rglob("*.py")]:
+        assert not re.search(r"/work/|/root/|/tmp/", path.read_text()), path
