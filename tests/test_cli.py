@@ -168,7 +168,7 @@ def test_plan_after_an_edit_names_the_changed_field(build_arguments: list[object
     document = run_json("plan", edited, *build_arguments[1:])
     missed = {step["subject"]: step for step in document["steps"] if not step["hit"]}
     assert missed["tiny text_encoder any"]["stage"] == "engine"
-    assert missed["tiny text_encoder any"]["changed"] == ['options.optimization: "all" -> "basic"']
+    assert 'options.optimization: "all" -> "basic"' in missed["tiny text_encoder any"]["changed"]
     assert all(step["hit"] for step in document["steps"] if step["stage"] in ("graph", "weights", "sampler"))
     text = run("plan", edited, *build_arguments[1:]).stdout
     assert 'options.optimization: "all" -> "basic"' in text
@@ -192,7 +192,7 @@ def test_second_build_is_all_hits(build_arguments: list[object], tmp_path: Path)
     again = run("build", *build_arguments, "--output", output)
     print(again.stdout)
     assert f"0 built, {document['hits']} hits" in again.stdout
-    assert f"[1/{document['hits']}] graph text_encoder any ... hit" in again.stderr
+    assert f"[1/{document['hits']}] tokenizer tokenizer ... hit" in again.stderr
     assert float(again.stdout.partition(" hits, ")[2].partition(" s")[0]) < 5
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from scenes import Pixels, Scene, Score, all_scenes, draw, score
 
 CAPTIONS = 200
-STEPS, GUIDANCE = 20, 5.0
+STEPS, GUIDANCE = 20, 3.0
 FACTS = ("background", "colours", "shapes", "place", "everything")
 
 

@@ -193,6 +193,7 @@ def train_denoiser(
     latents: Tensor,
     ids: Tensor,
     empty: Tensor,
+    steps: int,
     device: str,
     compiled: bool,
     started: float,
@@ -207,9 +208,9 @@ def train_denoiser(
         text.compile()
         unet.compile()
     mean_loss = 0.0
-    for step in range(DENOISER_STEPS):
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, DENOISER_STEPS, 1e-3)
+            group["lr"] = learning_rate(step, steps, 1e-3)
         index = torch.randint(len(latents), (DENOISER_BATCH,), generator=generator)
         clean, tokens = latents[index], ids[index].clone()
         tokens[torch.rand(DENOISER_BATCH, generator=generator) < EMPTY_PROMPT_SHARE] = empty
@@ -228,7 +229,7 @@ def train_denoiser(
         average.update(both, step)
         mean_loss += (loss.item() - mean_loss) / min(step + 1, 200)
         if step % 100 == 99:
-            log(started, f"denoiser {step + 1}/{DENOISER_STEPS} loss {mean_loss:.4f}")
+            log(started, f"denoiser {step + 1}/{steps} loss {mean_loss:.4f}")
     trained: Any = average.model
     return trained[0], trained[1]
 
@@ -252,6 +253,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile the denoiser first; needs a C++ compiler")
     parser.add_argument("--vae", type=Path, help="a VAE folder to start from")
     parser.add_argument("--vae-steps", type=int, default=VAE_STEPS, help="0 takes the VAE as it is")
+    parser.add_argument("--resume", type=Path, help="a model folder whose text encoder and UNet to start from")
+    parser.add_argument("--denoiser-steps", type=int, default=DENOISER_STEPS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -279,6 +282,9 @@ def main() -> None:
     gate_vae(vae.to(device), pictures, device, started)
     latents = encode(vae, pictures, device)
     vae.save_pretrained(arguments.output / "vae")
+    if arguments.resume:
+        text = CLIPTextModel.from_pretrained(arguments.resume / "text_encoder", dtype=torch.float32)
+        unet = UNet2DConditionModel.from_pretrained(arguments.resume / "unet", dtype=torch.float32)
     log(started, f"latents {tuple(latents.shape)}, scaling factor {vae.config['scaling_factor']}")
 
     def tokens(prompts: list[str]) -> Tensor:
@@ -290,6 +296,7 @@ def main() -> None:
         latents,
         tokens([s.caption for s in chosen]),
         tokens([""])[0],
+        arguments.denoiser_steps,
         device,
         arguments.compile,
         started,
