@@ -267,8 +267,12 @@ def test_a_damaged_bundle_is_refused(small: Path, tiny_model: Path) -> None:
 
 
 def test_a_model_of_other_shapes_is_refused(small: Path, tiny_copy: Path) -> None:
-    path = tiny_copy / "text_encoder" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 20}))
+    for file, key in (
+        ("text_encoder/config.json", "max_position_embeddings"),
+        ("tokenizer/tokenizer_config.json", None),
+    ):
+        path = tiny_copy / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key or "model_max_length": 20}))
     with pytest.raises(ModelError, match="text_encoder has other shapes"):
         run(small, tiny_copy)
 
