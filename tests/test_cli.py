@@ -245,7 +245,8 @@ def kill_after_first_artifact(command: list[str], store: Path, before: set[str])
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_a_killed_build_goes_on_where_it_was_killed(build_arguments: list[object], store: Path, tmp_path: Path) -> None:
     # Two graphs and an engine are made anew, so that the kill lies between the first and the others.
-    own = Path(shutil.copytree(store, tmp_path / "store"))
+    # Without .tmp: another worker may be in the middle of a build there.
+    own = Path(shutil.copytree(store, tmp_path / "store", ignore=shutil.ignore_patterns(".tmp")))
     kept = {(s["stage"], s["key"]) for s in run_json("plan", *build_arguments)["steps"]}
     for artifact in list(Store(own).artifacts()):
         gone = artifact.stage == "graph" and artifact.subject.endswith((" any", "vae_decoder 1x64x64"))
@@ -431,7 +432,7 @@ def test_doctor_fails_when_no_backend_works(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def own_store(store: Path, tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the session's store, with an artifact that no bundle needs."""
-    copy = Path(shutil.copytree(store, tmp_path / "store"))
+    copy = Path(shutil.copytree(store, tmp_path / "store", ignore=shutil.ignore_patterns(".tmp")))
     (copy / ".bundles.json").write_text((store / ".bundles.json").read_text())
     Store(copy).get_or_build("sampler", "unused", {"a": 1}, lambda out: (out / "x").write_text("y") and None)
     return copy

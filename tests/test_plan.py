@@ -126,7 +126,7 @@ def damage_weights(own: Path, plan: toolchain.api.Plan) -> None:  # type: ignore
 def test_a_damaged_artifact_reaches_no_bundle(
     tiny_bundle: Path, tiny_recipe: Path, tiny_model: Path, store: Path, tmp_path: Path
 ) -> None:
-    own = Path(shutil.copytree(store, tmp_path / "store"))
+    own = Path(shutil.copytree(store, tmp_path / "store", ignore=shutil.ignore_patterns(".tmp")))
     damage_weights(own, toolchain.plan_build(tiny_recipe, str(tiny_model), store=own))
     with pytest.raises(StoreError, match="damaged") as error:
         toolchain.build(tiny_recipe, str(tiny_model), tmp_path / "bundle", store=own)
@@ -138,7 +138,7 @@ def test_what_a_step_reads_is_verified_before_it_runs(
     tiny_bundle: Path, tiny_recipe: Path, tiny_model: Path, store: Path, tmp_path: Path
 ) -> None:
     """Damage that keeps the size is no miss: packed into another artifact it would be under a digest of its own."""
-    own = Path(shutil.copytree(store, tmp_path / "store"))
+    own = Path(shutil.copytree(store, tmp_path / "store", ignore=shutil.ignore_patterns(".tmp")))
     plan = toolchain.plan_build(tiny_recipe, str(tiny_model), store=own)
     damage_weights(own, plan)
     for stage in ("packed", "engine"):

@@ -56,7 +56,6 @@ def build(
     from toolchain.assemble import assemble, check_output
 
     check_output(Path(output))
-
     return assemble(plan_build(recipe, model, revision=revision, store=store), Path(output), progress)
 
 

@@ -36,8 +36,7 @@ def assemble(plan: Plan, output: Path, progress: Callable[[Step, str], None] = l
             progress(step, "hit")
         return existing
     built = execute(plan, progress)
-    writer = _Writer(plan, built, output)
-    publish_folder(output, writer.fill, owns=_owns(output))
+    publish_folder(output, _Writer(plan, built).fill, owns=_owns(output))
     plan.store.register_bundle(output, refs)
     return read_bundle(output)
 
@@ -116,8 +115,8 @@ def _complete(bundle: Bundle, store: Store) -> bool:
 
 
 class _Writer:
-    def __init__(self, plan: Plan, built: dict[str, Artifact], output: Path) -> None:
-        self.plan, self.built, self.output = plan, built, output
+    def __init__(self, plan: Plan, built: dict[str, Artifact]) -> None:
+        self.plan, self.built = plan, built
         self.files: dict[str, FileEntry] = {}
 
     def fill(self, folder: Path) -> None:

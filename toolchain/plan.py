@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -168,8 +168,8 @@ class _Planner:
         key = content_key(stage, inputs)
         hit = self.store.lookup(stage, key) is not None
         # One subject per model and recipe, so that `explain` compares like with like.
-        changed = [] if hit else self.store.explain(stage, f"{self.recipe.name} {subject}", inputs)
         name = f"{self.recipe.name} {subject}"
+        changed = [] if hit else self.store.explain(stage, name, inputs)
         self.steps.append(Step(stage, name, key, inputs, hit, tuple(changed), run, tuple(needs)))
         return key
 
@@ -280,8 +280,6 @@ class _Planner:
 
 
 def _json(value: Any) -> Json:
-    from dataclasses import asdict
-
     data: Json = json.loads(json.dumps(asdict(value)))
     return data
 
@@ -341,9 +339,3 @@ def execute(plan: Plan, progress: Callable[[Step, str], None]) -> dict[str, Arti
             sound.add(step.name)
         progress(step, "built" if was_built else "hit")
     return built
-
-
-def refreshed(plan: Plan) -> Plan:
-    """The plan with its hits looked up again."""
-    steps = tuple(replace(s, hit=plan.store.lookup(s.stage, s.key) is not None) for s in plan.steps)
-    return replace(plan, steps=steps)

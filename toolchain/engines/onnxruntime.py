@@ -35,9 +35,7 @@ PACKED = "packed.safetensors"
 FILES = {"weights": WEIGHTS, "packed": PACKED}
 """File name of each role of weight file; they lie side by side when an engine is opened."""
 PACKED_FROM_BYTES = 1024
-EMPTY_SAFETENSORS = (2).to_bytes(8, "little") + b"{}"
 LEVELS = {"basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
-ELEMENT_TYPES = {"F32": 1, "F16": 10, "BF16": 16, "I8": 3, "U8": 2, "I32": 6, "I64": 7, "BOOL": 9}
 
 
 @cache
@@ -120,10 +118,7 @@ class OnnxRuntimeBackend:
                 if tensor.nbytes > PACKED_FROM_BYTES and _content(tensor.numpy()) not in known:
                     made[name] = (DTYPES[tensor.dtype], static_shape(tensor), tensor)
             names = sorted(made)
-            if names:
-                write_safetensors(out / PACKED, [(n, *made[n][:2]) for n in names], lambda n: made[n][2].numpy())
-            else:
-                (out / PACKED).write_bytes(EMPTY_SAFETENSORS)
+            write_safetensors(out / PACKED, [(n, *made[n][:2]) for n in names], lambda n: made[n][2].numpy())
 
     def build(self, graph: Path, weights: Mapping[str, Path], out: Path, options: Mapping[str, Any]) -> None:
         import onnx_ir as ir
@@ -234,8 +229,10 @@ def _optimized(graph: Path, weights: Path, out: Path, options: Mapping[str, Any]
     """ONNX Runtime's optimised form of a graph, its initializers in a scratch file below `out` while in use."""
     import onnx_ir as ir
 
+    from toolchain.export.weights import DTYPES
     from toolchain.graph.placeholder import is_weight
 
+    element_types = {name: int(dtype) for dtype, name in DTYPES.items()}
     with tempfile.TemporaryDirectory(dir=out) as scratch, MappedWeights(weights) as mapped:
         saved = Path(scratch) / "optimized.onnx"
         settings = _session_options(options)
@@ -244,7 +241,7 @@ def _optimized(graph: Path, weights: Path, out: Path, options: Mapping[str, Any]
         settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.bin")
         settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "0")
         names = [str(name) for name, value in ir.load(graph).graph.initializers.items() if is_weight(value)]
-        kinds = [ELEMENT_TYPES[mapped.refs[name].dtype] for name in names]
+        kinds = [element_types[mapped.refs[name].dtype] for name in names]
         make = _ort().OrtValue.ortvalue_from_numpy_with_onnx_type
         values = [make(mapped.array(name), kind) for name, kind in zip(names, kinds, strict=True)]
         settings.add_external_initializers(names, values)

@@ -6,9 +6,8 @@ One file serves all buckets. A tensor is copied, converted to the graph's dtype 
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +63,6 @@ def weight_uses(model: ir.Model) -> list[WeightUse]:
                 WeightUse(name, name.removesuffix(SUFFIX), DTYPES[tensor.dtype], static_shape(tensor), transposed)
             )
     return sorted(uses, key=lambda use: use.name)
-
-
-def save_uses(uses: Iterable[WeightUse], path: Path) -> None:
-    path.write_text(json.dumps([asdict(use) for use in uses], indent=1))
-
-
-def load_uses(path: Path) -> list[WeightUse]:
-    entries: list[dict[str, Any]] = json.loads(path.read_text())
-    return [WeightUse(**{**entry, "shape": tuple(entry["shape"])}) for entry in entries]
 
 
 def find_tensors(uses: Iterable[WeightUse], checkpoint: Mapping[str, TensorRef], where: Path) -> dict[str, TensorRef]:
