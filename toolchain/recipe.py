@@ -29,10 +29,11 @@ Text = Annotated[str, Rule("a non-empty string", lambda text: text.strip() != ""
 # Rules have names here rather than stand in the annotations: `get_type_hints` evaluates those where a lambda sees no
 # module globals.
 Count = Annotated[int, Rule("an integer of 1 or more", lambda n: n >= 1)]
-Threads = Annotated[int, Rule("an integer of 0 or more", lambda n: n >= 0)]
+Whole = Annotated[int, Rule("an integer of 0 or more", lambda n: n >= 0)]
 Seed = Annotated[int, Rule("an integer from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64)]
 Guidance = Annotated[float, Rule("a number of 0 or more", lambda x: 0 <= x < math.inf)]
 Decibels = Annotated[float, Rule("a number above 0", lambda x: 0 < x < math.inf)]
+Strength = Annotated[float, Rule("a number above 0, at most 1", lambda x: 0 < x <= 1)]
 Share = Annotated[float, Rule("a number above 0, at most 1", lambda x: 0 < x <= 1)]
 NOT_EMPTY = Rule("a list with at least one entry", lambda entries: len(entries) > 0)
 
@@ -59,23 +60,49 @@ class Bucket:
         return cls(*map(int, text.split("x")))
 
 
+BUCKET_SETS = {
+    # The sizes near a megapixel that SDXL was trained with, squarest first.
+    "sdxl-aspect-ratios": (
+        "1x1024x1024",
+        "1x896x1152",
+        "1x1152x896",
+        "1x832x1216",
+        "1x1216x832",
+        "1x768x1344",
+        "1x1344x768",
+        "1x640x1536",
+        "1x1536x640",
+    ),
+}
+"""Lists of buckets with a name: what `buckets` may be in place of a list."""
+
+
 @dataclass(frozen=True)
 class ComponentRecipe:
-    """How one component is compiled. `keep_float32`: dotted module names or fnmatch patterns that stay in float32."""
+    """How one component is compiled.
+
+    keep_float32  dotted module names or fnmatch patterns that stay in float32
+    tokens        longest prompt of a T5 text encoder; 0 takes the family's default
+    """
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     keep_float32: tuple[Text, ...] = ()
+    tokens: Whole = 0
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Defaults of `generate`, and which coefficient tables lie in the bundle."""
+    """Defaults of `generate`, and which coefficient tables lie in the bundle.
+
+    strengths: of image to image; each starts its schedules at another step, and so needs tables of its own.
+    """
 
     scheduler: Text = "model"
     steps: Count = 20
     guidance: Guidance = 5.0
     schedulers: Annotated[tuple[Text, ...], NOT_EMPTY] = ("model",)
     step_counts: Annotated[tuple[Count, ...], NOT_EMPTY] = (20,)
+    strengths: tuple[Strength, ...] = ()
 
     @property
     def tables(self) -> tuple[tuple[str, int], ...]:
@@ -118,18 +145,22 @@ class OnnxRuntimeOptions:
     """Session options of the onnxruntime backend. `threads`: 0 takes the physical cores."""
 
     optimization: Literal["basic", "extended", "all"] = "all"
-    threads: Threads = 0
+    threads: Whole = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What to build. `name` is the file's stem; family, backend and component names are checked by their owners."""
+    """What to build. `name` is the file's stem; family, backend and component names are checked by their owners.
+
+    without: optional components to leave out, such as the VAE's encoder where nobody needs image to image.
+    """
 
     name: Text
     family: Text
     backend: Text = "onnxruntime"
     buckets: Annotated[tuple[Bucket, ...], NOT_EMPTY]
     classifier_free_guidance: bool = True
+    without: tuple[Text, ...] = ()
     components: Mapping[str, ComponentRecipe] = field(default_factory=dict, hash=False)
     sampling: Sampling = Sampling()
     onnxruntime: OnnxRuntimeOptions = OnnxRuntimeOptions()
@@ -212,6 +243,8 @@ def _read(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     if is_dataclass(kind) and kind is not Bucket:
         return _read_table(kind, value, path, problems, given={})
     if get_origin(kind) is tuple:
+        if get_args(kind)[0] is Bucket and type(value) is str:
+            return _read_bucket_set(value, path, problems)
         return _read_list(get_args(kind)[0], value, path, problems)
     if get_origin(kind) is Mapping:
         if type(value) is dict:
@@ -270,6 +303,13 @@ def _read_list(kind: Any, value: Any, path: str, problems: list[str]) -> tuple[A
             problems.append(_line(f"{path}[{i}]", "duplicate", "each entry once", entry))
         results.append(result)
     return tuple(results)
+
+
+def _read_bucket_set(name: str, path: str, problems: list[str]) -> tuple[Bucket, ...]:
+    if name not in BUCKET_SETS:
+        expected = "a list of buckets, or one of " + ", ".join(BUCKET_SETS)
+        problems.append(_line(path, f"unknown name{_nearest(name, BUCKET_SETS)}", expected, name))
+    return tuple(map(Bucket.parse, BUCKET_SETS.get(name, ())))
 
 
 @cache

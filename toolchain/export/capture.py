@@ -22,7 +22,7 @@ from toolchain.graph.placeholder import placeholder, static_shape
 from toolchain.graph.simplify import simplify
 from toolchain.models.component import Component
 from toolchain.models.source import first_line
-from toolchain.recipe import Bucket, ComponentRecipe
+from toolchain.recipe import Bucket, Recipe
 from toolchain.signature import GraphSpec
 
 if TYPE_CHECKING:
@@ -43,19 +43,17 @@ EXPORT_ERRORS = (
 )
 
 
-def capture(
-    component: Component, source: ModelSource, recipe: ComponentRecipe, bucket: Bucket, guided: bool
-) -> ir.Model:
+def capture(component: Component, source: ModelSource, recipe: Recipe, bucket: Bucket) -> ir.Model:
     """The component's graph for one bucket, simplified, with its weights as placeholders named as in the checkpoint.
 
     Raises ModelError for a config that no module can be built from, ExportError where the exporter fails or the graph
     does not have the component's signature.
     """
-    spec = component.spec(source, bucket, guided)
+    spec = component.spec(source, bucket, recipe)
     fake = FakeTensorMode(allow_non_fake_inputs=True) if component.weightless else contextlib.nullcontext()
     try:
         with _quiet(), fake, torch.no_grad():
-            module = _construct(component, source, recipe, guided)
+            module = _construct(component, source, recipe)
             inputs = {t.name: torch.zeros(t.shape, dtype=getattr(torch, t.dtype)) for t in spec.inputs}
             program = torch.export.export(module, (), inputs, strict=False)
             exported = torch.onnx.export(
@@ -88,9 +86,9 @@ def capture(
     return model
 
 
-def _construct(component: Component, source: ModelSource, recipe: ComponentRecipe, guided: bool) -> nn.Module:
+def _construct(component: Component, source: ModelSource, recipe: Recipe) -> nn.Module:
     try:
-        return component.module(source, recipe, guided)
+        return component.module(source, recipe)
     except DiffbuildError:
         raise
     except Exception as error:  # the libraries raise anything for a config that they cannot make a module of

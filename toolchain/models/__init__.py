@@ -8,14 +8,16 @@ from toolchain.errors import ModelError
 from toolchain.models.component import Component, Family
 from toolchain.models.sd import SD
 from toolchain.models.source import ModelSource, resolve_model
+from toolchain.recipe import Recipe
 
 __all__ = ["MODELS", "Component", "Family", "ModelSource", "family_of", "resolve_model"]
 
 MODELS: dict[str, Family] = {"sd": SD}
 
 
-def family_of(source: ModelSource, wanted: str) -> Family:
-    """The family that a recipe names, after checking that the model is of it. Raises ModelError."""
+def family_of(source: ModelSource, recipe: Recipe) -> Family:
+    """The family that a recipe names, after checking that the model is of it. Raises ModelError and RecipeError."""
+    wanted = recipe.family
     supported = {pipeline: family.name for family in MODELS.values() for pipeline in family.pipelines}
     pipeline = str(source.index["_class_name"])
     if pipeline not in supported:
@@ -38,5 +40,5 @@ def family_of(source: ModelSource, wanted: str) -> Family:
             hint=f"use a recipe with family = {supported[pipeline]!r}",
         )
     family = MODELS[wanted]
-    family.check(source)
+    family.check(source, recipe)
     return family

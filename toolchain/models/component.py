@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from toolchain.recipe import Bucket, ComponentRecipe
+from toolchain.recipe import Bucket, Recipe
+from toolchain.settings import ModelSettings
 from toolchain.signature import GraphSpec
 
 if TYPE_CHECKING:
@@ -23,9 +24,15 @@ class Component:
     prefix      attribute path of the checkpoint's module inside the exported wrapper, with a trailing dot
     per_bucket  False where the graph is the same for every bucket (text encoders run one prompt at a time)
     weightless  captured under fake tensors: no memory for weights; False where the exporter needs real tensors
-    spec        (source, bucket, classifier_free_guidance) -> signature
-    module      (source, dtype name, classifier_free_guidance) -> the wrapper to export, built from the config alone
-    reference   (source, classifier_free_guidance) -> the same wrapper with the checkpoint's weights in float32
+    spec        (source, bucket, recipe) -> signature
+    module      (source, recipe) -> the wrapper to export, built from the config alone
+    reference   (source, recipe) -> the same wrapper with the checkpoint's weights in float32
+    tokenizer   of a text encoder: the folder of its tokenizer. Its outputs [1, ...] are named as the inputs [B, ...] of
+                the denoiser that they become, the negative prompts' first
+    optional    whether a recipe may leave the component out (`without`)
+
+    Of the recipe, spec, module and reference read `components`, `classifier_free_guidance` and `without` alone: a
+    graph's key holds its signature, its own component's table and whether it is guided.
     """
 
     name: str
@@ -33,9 +40,11 @@ class Component:
     prefix: str
     per_bucket: bool
     weightless: bool
-    spec: Callable[[ModelSource, Bucket, bool], GraphSpec]
-    module: Callable[[ModelSource, ComponentRecipe, bool], nn.Module]
-    reference: Callable[[ModelSource, bool], nn.Module]
+    spec: Callable[[ModelSource, Bucket, Recipe], GraphSpec]
+    module: Callable[[ModelSource, Recipe], nn.Module]
+    reference: Callable[[ModelSource, Recipe], nn.Module]
+    tokenizer: str | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,15 +52,20 @@ class Family:
     """A kind of model: its components in the order in which a picture passes through them.
 
     pipelines  diffusers pipeline classes that are of this family
-    check      (source) -> raises ModelError for what this family does not cover, before any long work
-    settings   (source) -> what the runtime must know of the model, as JSON
+    check      (source, recipe) -> raises ModelError for what this family does not cover and RecipeError for what the
+               recipe cannot ask of this model, before any long work
+    settings   (source) -> what the runtime must know of the model
     """
 
     name: str
     pipelines: tuple[str, ...]
     components: tuple[Component, ...]
-    check: Callable[[ModelSource], None]
-    settings: Callable[[ModelSource], dict[str, Any]]
+    check: Callable[[ModelSource, Recipe], None]
+    settings: Callable[[ModelSource], ModelSettings]
 
     def component(self, name: str) -> Component:
         return next(c for c in self.components if c.name == name)
+
+    def parts(self, recipe: Recipe) -> tuple[Component, ...]:
+        """The components that the recipe does not leave out."""
+        return tuple(c for c in self.components if c.name not in recipe.without)

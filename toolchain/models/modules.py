@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +34,53 @@ def advance(row: tuple[Tensor, Tensor, Tensor, Tensor], state: Tensor, output: T
     return flat.reshape(state.shape)
 
 
-def guide(output: Tensor, guidance: Tensor) -> Tensor:
+class Evaluation(NamedTuple):
+    """What the network is given: latents [B, ...] or, guided, [2B, ...] in its dtype; time [B] or [2B] float32."""
+
+    row: tuple[Tensor, Tensor, Tensor, Tensor]
+    latents: Tensor
+    time: Tensor
+
+
+def begin(
+    state: Tensor, step: Tensor, timesteps: Tensor, table: Tensor, guided: bool, dtype: torch.dtype
+) -> Evaluation:
+    """The step until the network: the sample scaled, and doubled for classifier-free guidance."""
+    row = table_row(table, step)
+    latents = (state[0] * row[3]).to(dtype)
+    if guided:
+        latents = torch.cat([latents, latents])
+    return Evaluation(row, latents, timesteps.index_select(0, step).expand(latents.shape[0]))
+
+
+def finish(
+    row: tuple[Tensor, Tensor, Tensor, Tensor], state: Tensor, step: Tensor, output: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The step after the network and its guidance: the next state and the next step."""
+    return advance(row, state, output, noise), step + 1
+
+
+def guide(output: Tensor, scale: Tensor) -> Tensor:
     """Classifier-free guidance over a batch whose first half is unconditional: [2B, ...] -> [B, ...] in float32."""
     unconditional, conditional = output.float().chunk(2)
-    return unconditional + guidance * (conditional - unconditional)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def rescale(output: Tensor, guided: Tensor, share: Tensor) -> Tensor:
+    """Guidance rescale (section 3.4 of arXiv 2305.08891), as in diffusers: `output` [2B, ...], `guided` [B, ...]."""
+    conditional = output.float().chunk(2)[1]
+    over = list(range(1, conditional.ndim))
+    ratio = conditional.std(dim=over, keepdim=True) / guided.std(dim=over, keepdim=True)
+    return share * (guided * ratio) + (1 - share) * guided
+
+
+def unused(*inputs: Tensor) -> Tensor:
+    """Zero, made of the inputs that a graph has only so that every graph of its family has the same signature."""
+    return 0 * torch.stack([x.float().sum() for x in inputs]).sum()
 
 
 class UNetStep(nn.Module):
-    """One denoising step of a UNet family: scaling, guidance batch, network, guidance and update."""
+    """One denoising step of SD 1.x and 2.x: scaling, guidance batch, network, guidance and update."""
 
     def __init__(self, unet: nn.Module, guided: bool, dtype: str) -> None:
         super().__init__()
@@ -57,21 +96,57 @@ class UNetStep(nn.Module):
         table: Tensor,
         noise: Tensor,
         guidance: Tensor,
+        guidance_rescale: Tensor,
         context: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        row = table_row(table, step)
-        latents = (state[0] * row[3]).to(self.dtype)
-        if self.guided:
-            latents = torch.cat([latents, latents])
-        time = timesteps.index_select(0, step).expand(latents.shape[0])
+        row, latents, time = begin(state, step, timesteps, table, self.guided, self.dtype)
         output = self.unet(latents, time, context.to(self.dtype), return_dict=False)[0]
-        # Without guidance the input still exists, so that every step graph has the same signature.
-        output = guide(output, guidance) if self.guided else output.float() + 0 * guidance
-        return advance(row, state, output, noise), step + 1
+        if self.guided:
+            output = rescale(output, guide(output, guidance), guidance_rescale)
+        else:
+            output = output.float() + unused(guidance, guidance_rescale)
+        return finish(row, state, step, output, noise)
 
 
 class ClipTextEncoder(nn.Module):
-    """Token ids [1, L] int64 -> last hidden state [1, L, E] float32, after the final layer norm."""
+    """Token ids [1, L] int64 -> a hidden state [1, L, E] and the pooled output [1, P], each where wanted, in float32.
+
+    layer     the hidden state to take, counted from the last, which is 1; `clip_skip` [1] int64 counts on from there.
+              None: no hidden state and no input clip_skip
+    normed    whether the final layer norm is applied to it
+    pooled    whether the pooled output is wanted: projected where the model has a projection
+    """
+
+    def __init__(self, text: nn.Module, *, layer: int | None, normed: bool, pooled: bool) -> None:
+        super().__init__()
+        self.text = text
+        self.layer = layer
+        self.normed = normed
+        self.pooled = pooled
+
+    def forward(self, ids: Tensor, clip_skip: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        # Given here, because the model's own are a buffer, which has no values under fake tensors.
+        positions = torch.arange(ids.shape[1])[None]
+        output = self.text(ids, position_ids=positions, output_hidden_states=self.layer is not None)
+        pooled: Tensor = output.text_embeds if "text_embeds" in output else output.pooler_output
+        if self.layer is None:
+            return pooled.float()
+        assert clip_skip is not None
+        # All layers are there anyway: choosing one inside the graph makes clip skip an option of each request.
+        states = torch.cat(output.hidden_states)
+        hidden = states.index_select(0, states.shape[0] - self.layer - clip_skip)
+        if self.normed:
+            hidden = self.text.get_submodule(_final_norm(self.text))(hidden)
+        return (hidden.float(), pooled.float()) if self.pooled else hidden.float()
+
+
+def _final_norm(text: nn.Module) -> str:
+    """Where the final layer norm lies, which differs between releases of transformers."""
+    return next(name for name, _ in text.named_modules() if name.endswith("final_layer_norm"))
+
+
+class T5TextEncoder(nn.Module):
+    """Token ids [1, L] int64 -> last hidden state [1, L, E] float32."""
 
     def __init__(self, text: nn.Module) -> None:
         super().__init__()
@@ -80,6 +155,26 @@ class ClipTextEncoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         hidden: Tensor = self.text(ids)[0]
         return hidden.float()
+
+
+class VaeEncoder(nn.Module):
+    """Pixels [B, H, W, 3] uint8 and standard normal noise [B, C, h, w] float32 -> scaled latents [B, C, h, w] float32.
+
+    The noise samples the posterior, as diffusers does with the request's generator.
+    """
+
+    def __init__(self, vae: nn.Module, scaling_factor: float, shift_factor: float, dtype: str) -> None:
+        super().__init__()
+        self.vae = vae
+        self.scaling_factor = scaling_factor
+        self.shift_factor = shift_factor
+        self.dtype: torch.dtype = getattr(torch, dtype)
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        image = (2 * (pixels.float() / 255) - 1).permute(0, 3, 1, 2)
+        posterior = self.vae.encode(image.to(self.dtype), return_dict=False)[0]  # type: ignore[operator]
+        latents: Tensor = posterior.mean.float() + posterior.std.float() * noise
+        return (latents - self.shift_factor) * self.scaling_factor
 
 
 class VaeDecoder(nn.Module):

@@ -8,62 +8,58 @@ from typing import Any
 
 from toolchain.errors import ModelError
 
-LONGEST = 100_000  # transformers says 1e30 where the model says nothing
 
+def write_tokenizer(folder: Path, cls: str, length: int, out: Path) -> None:
+    """A model's tokenizer folder -> `tokenizer.json` and `settings.json` in `out`, for `runtime.prompt`.
 
-def write_clip_tokenizer(folder: Path, out: Path) -> None:
-    """A model's CLIPTokenizer folder -> `tokenizer.json` and `settings.json` in `out`, for `runtime.prompt`.
+    cls     CLIPTokenizer: `folder` holds vocab.json and merges.txt, or tokenizer.json. T5Tokenizer: spiece.model or
+            tokenizer.json
+    length  tokens that the text encoder takes
 
-    `folder` holds vocab.json and merges.txt, or tokenizer.json. ModelError when it does not, when they cannot be read,
-    or when the tokenizer does something that the runtime does not repeat.
+    ModelError when files are missing or cannot be read, or when the tokenizer does something that the runtime does not
+    repeat.
     """
-    require_vocabulary(folder)
-    tokenizer = _load(folder)
-    if not 2 < tokenizer.model_max_length < LONGEST:
-        raise ModelError(
-            "the tokenizer does not say how many tokens the text encoder takes",
-            where=folder / "tokenizer_config.json",
-            expected='"model_max_length": 77 or the like',
-            got=tokenizer.model_max_length,
-            hint="take it from max_position_embeddings of the text encoder's config.json",
-        )
+    t5 = cls.startswith("T5")
+    require_vocabulary(folder, t5)
+    tokenizer = _load(folder, "T5Tokenizer" if t5 else "CLIPTokenizer")
     for key in ("padding_side", "truncation_side"):
         if getattr(tokenizer, key) != "right":
             raise ModelError(
                 f"the tokenizer has an unsupported {key}", where=folder, expected="right", got=getattr(tokenizer, key)
             )
     settings = {
-        "max_length": int(tokenizer.model_max_length),
-        "bos": tokenizer.bos_token_id,
+        "max_length": length,
+        "bos": None if t5 else tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "pad": tokenizer.pad_token_id,
     }
     for key, value in settings.items():
-        if not isinstance(value, int):
+        if not isinstance(value, int) and not (t5 and key == "bos"):
             raise ModelError(f"the tokenizer has no {key} token", where=folder, expected="a token of its vocabulary")
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.json").write_text(_plain(tokenizer), encoding="utf-8")
     (out / "settings.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 
-def require_vocabulary(folder: Path) -> None:
+def require_vocabulary(folder: Path, t5: bool = False) -> None:
     """ModelError without it: transformers makes a tokenizer of two words then, and says nothing."""
-    held = {name for name in ("vocab.json", "merges.txt", "tokenizer.json") if (folder / name).is_file()}
-    if "tokenizer.json" not in held and held != {"vocab.json", "merges.txt"}:
+    wanted = {"spiece.model"} if t5 else {"vocab.json", "merges.txt"}
+    held = {name for name in (*wanted, "tokenizer.json") if (folder / name).is_file()}
+    if "tokenizer.json" not in held and held != wanted:
         raise ModelError(
             "the tokenizer is incomplete",
             where=folder,
-            expected="vocab.json and merges.txt, or tokenizer.json",
+            expected=f"{' and '.join(sorted(wanted, reverse=True))}, or tokenizer.json",
             got=", ".join(sorted(held)) or "none of them",
             hint="download the model again",
         )
 
 
-def _load(folder: Path) -> Any:
-    from transformers import CLIPTokenizer
+def _load(folder: Path, cls: str) -> Any:
+    import transformers
 
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return getattr(transformers, cls).from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises no class of its own, and transformers lets parsers' errors through
         raise ModelError(
             "the tokenizer cannot be read",

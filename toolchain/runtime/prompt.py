@@ -24,17 +24,19 @@ class Encoded:
     cut: str
 
 
-class ClipTokenizer:
-    """The tokenizer of a CLIP text encoder: ids equal transformers' CLIPTokenizer padded and cut to `max_length`.
+class PromptTokenizer:
+    """The tokenizer of a text encoder: ids equal transformers' CLIPTokenizer or T5Tokenizer, padded and cut to
+    `max_length`.
 
-    Loads what `models.tokenizers.write_clip_tokenizer` wrote: `tokenizer.json`, the tokenizer with its normalisation,
-    and `settings.json`, {"max_length": 77, "bos": id, "eos": id, "pad": id}.
+    Loads what `models.tokenizers.write_tokenizer` wrote: `tokenizer.json`, the tokenizer with its normalisation, and
+    `settings.json`, {"max_length": 77, "bos": id, "eos": id, "pad": id}; bos is null for T5, which begins without.
     """
 
     def __init__(self, folder: Path) -> None:
         """BundleError when a file is missing or damaged."""
         settings = _read_settings(folder / "settings.json")
-        self.max_length, self.bos, self.eos, self.pad = (settings[key] for key in SETTINGS)
+        self.max_length, self.eos, self.pad = (settings[key] or 0 for key in ("max_length", "eos", "pad"))
+        self.bos = settings["bos"]
         path = folder / "tokenizer.json"
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
@@ -50,8 +52,9 @@ class ClipTokenizer:
             ids: list[int] = self._tokenizer.encode(prompt, add_special_tokens=False).ids
         except (UnicodeEncodeError, TypeError) as error:  # half of a surrogate pair is no character
             raise RequestError("the prompt is not valid Unicode", got=repr(prompt)) from error
-        room = self.max_length - 2
-        row = [self.bos, *ids[:room], self.eos]
+        start = [] if self.bos is None else [self.bos]
+        room = self.max_length - 1 - len(start)
+        row = [*start, *ids[:room], self.eos]
         row += [self.pad] * (self.max_length - len(row))
         return Encoded(ids=np.array([row], np.int64), cut=self._decode(ids[room:]))
 
@@ -61,7 +64,7 @@ class ClipTokenizer:
         return text.replace("</w>", " ").strip()
 
 
-def _read_settings(path: Path) -> dict[str, int]:
+def _read_settings(path: Path) -> dict[str, int | None]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -69,13 +72,13 @@ def _read_settings(path: Path) -> dict[str, int]:
     if not (
         isinstance(settings, dict)
         and set(settings) == set(SETTINGS)
-        and all(type(value) is int and value >= 0 for value in settings.values())
+        and all(type(v) is int and v >= 0 for k, v in settings.items() if k != "bos" or v is not None)
         and settings["max_length"] > 2
     ):
         raise BundleError(
             "the tokenizer's settings are wrong",
             where=path,
-            expected=f"{', '.join(SETTINGS)}: integers, max_length above 2",
+            expected=f"{', '.join(SETTINGS)}: integers, max_length above 2; bos may be null",
             got=json.dumps(settings)[:200],
             hint=REBUILD,
         )

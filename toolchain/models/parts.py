@@ -1,0 +1,322 @@
+"""Components that families share: text encoders and both halves of a VAE, and checks of their configs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from toolchain.errors import ModelError, RecipeError
+from toolchain.models.component import Component
+from toolchain.models.source import ModelSource
+from toolchain.models.tokenizers import require_vocabulary
+from toolchain.recipe import Bucket, Recipe
+from toolchain.sampler.table import MAX_EVALUATIONS, MAX_STATES, ROW
+from toolchain.signature import GraphSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+T5_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast")
+# Named, because a config can name one too: a kernel that transformers would fetch from the hub and run.
+ATTENTION = "sdpa"
+CLIP_LENGTH = 77
+
+
+def vae_factor(source: ModelSource) -> int:
+    """Pixels per latent along each side."""
+    return int(2 ** (len(source.setting("vae", "block_out_channels")) - 1))
+
+
+def latent_shape(source: ModelSource, bucket: Bucket) -> tuple[int, int, int, int]:
+    """[B, C, h, w]"""
+    factor = vae_factor(source)
+    return bucket.batch, int(source.setting("vae", "latent_channels")), bucket.height // factor, bucket.width // factor
+
+
+def clip_length(source: ModelSource, folder: str) -> int:
+    """Tokens that a CLIP text encoder takes."""
+    return int(source.config(folder).get("max_position_embeddings", CLIP_LENGTH))
+
+
+def step_spec(
+    latents: tuple[int, ...], inputs: Mapping[str, tuple[int, ...]], noise: tuple[int, ...] = ()
+) -> GraphSpec:
+    """The signature of a step graph: the sampler's tensors, then the family's own `inputs`, all float32.
+
+    `noise` is the layout in which the diffusers pipeline draws it, where that is not the latents' [B, C, h, w].
+    """
+    state = TensorSpec("state", "float32", (MAX_STATES, *latents))
+    own = {
+        "timesteps": (MAX_EVALUATIONS,),
+        "table": (MAX_EVALUATIONS, ROW),
+        "noise": noise or latents,
+        "guidance": (1,),
+        **inputs,
+    }
+    return GraphSpec(
+        (state, TensorSpec("step", "int64", (1,)), *(TensorSpec(n, "float32", shape) for n, shape in own.items())),
+        (TensorSpec("next_state", "float32", state.shape), TensorSpec("next_step", "int64", (1,))),
+    )
+
+
+def clip_text_encoder(
+    folder: str, *, cls: str, layer: int | None, normed: bool = False, context: str = "", pooled: str = ""
+) -> Component:
+    """A CLIP text encoder whose outputs are called `context` [1, L, E] and `pooled` [1, P]; "" leaves one out.
+
+    cls    CLIPTextModel or CLIPTextModelWithProjection
+    layer  see `modules.ClipTextEncoder`
+    """
+
+    def spec(source: ModelSource, bucket: Bucket, recipe: Recipe) -> GraphSpec:
+        length = clip_length(source, folder)
+        width = int(source.setting(folder, "hidden_size"))
+        projected = int(source.setting(folder, "projection_dim")) if "Projection" in cls else width
+        skip = (TensorSpec("clip_skip", "int64", (1,)),) if layer is not None else ()
+        outputs = {context: (1, length, width), pooled: (1, projected)}
+        return GraphSpec(
+            (TensorSpec("ids", "int64", (1, length)), *skip),
+            tuple(TensorSpec(name, "float32", shape) for name, shape in outputs.items() if name),
+        )
+
+    def wrap(text: nn.Module) -> nn.Module:
+        from toolchain.models.modules import ClipTextEncoder
+
+        return ClipTextEncoder(text, layer=layer, normed=normed, pooled=bool(pooled))
+
+    def module(source: ModelSource, recipe: Recipe) -> nn.Module:
+        import transformers
+
+        from toolchain.models.modules import construct
+
+        config = transformers.CLIPTextConfig(**{**source.config(folder), "attn_implementation": ATTENTION})
+        own = recipe.component(folder)
+        return wrap(construct(lambda: getattr(transformers, cls)(config), own.dtype, own.keep_float32, folder))
+
+    def reference(source: ModelSource, recipe: Recipe) -> nn.Module:
+        return wrap(load_text_encoder(source, folder, cls))
+
+    tokenizer = folder.replace("text_encoder", "tokenizer")
+    return Component(folder, folder, "text.", False, True, spec, module, reference, tokenizer)
+
+
+def t5_text_encoder(folder: str, *, context: str, tokens: int, optional: bool) -> Component:
+    """A T5 encoder whose output is called `context` [1, L, E]; `tokens` is L where the recipe does not say."""
+
+    def spec(source: ModelSource, bucket: Bucket, recipe: Recipe) -> GraphSpec:
+        length = recipe.component(folder).tokens or tokens
+        return GraphSpec(
+            (TensorSpec("ids", "int64", (1, length)),),
+            (TensorSpec(context, "float32", (1, length, int(source.setting(folder, "d_model")))),),
+        )
+
+    def module(source: ModelSource, recipe: Recipe) -> nn.Module:
+        from transformers import T5Config, T5EncoderModel
+
+        from toolchain.models.modules import T5TextEncoder, construct
+
+        config = T5Config(**source.config(folder))
+        own = recipe.component(folder)
+        return T5TextEncoder(construct(lambda: T5EncoderModel(config), own.dtype, own.keep_float32, folder))
+
+    def reference(source: ModelSource, recipe: Recipe) -> nn.Module:
+        from toolchain.models.modules import T5TextEncoder
+
+        return T5TextEncoder(load_text_encoder(source, folder, "T5EncoderModel"))
+
+    tokenizer = folder.replace("text_encoder", "tokenizer")
+    return Component(folder, folder, "text.", False, True, spec, module, reference, tokenizer, optional)
+
+
+def load_text_encoder(source: ModelSource, folder: str, cls: str) -> nn.Module:
+    """A transformers model with the checkpoint's weights in float32."""
+    import torch
+    import transformers
+
+    attention = {} if cls.startswith("T5") else {"attn_implementation": ATTENTION}
+    text = getattr(transformers, cls).from_pretrained(
+        source.path / folder, dtype=torch.float32, use_safetensors=True, variant=source.variant(folder), **attention
+    )
+    module: nn.Module = text.eval()
+    return module
+
+
+def load_network(source: ModelSource, folder: str, cls: str) -> nn.Module:
+    """A diffusers model with the checkpoint's weights in float32."""
+    import diffusers
+    import torch
+
+    network = getattr(diffusers, cls).from_pretrained(
+        source.path / folder, dtype=torch.float32, use_safetensors=True, variant=source.variant(folder)
+    )
+    module: nn.Module = network.eval()
+    return module
+
+
+def make_network(source: ModelSource, folder: str, cls: str, recipe: Recipe, component: str) -> nn.Module:
+    """A diffusers model from its config alone, in the recipe's precision."""
+    import diffusers
+
+    from toolchain.models.modules import construct
+
+    config, own = source.config(folder), recipe.component(component)
+    return construct(lambda: getattr(diffusers, cls).from_config(config), own.dtype, own.keep_float32, component)
+
+
+def _vae(name: str, default_scale: float, spec: Callable[..., GraphSpec], wrapper: str, optional: bool) -> Component:
+    def wrap(vae: nn.Module, source: ModelSource, dtype: str) -> nn.Module:
+        from toolchain.models import modules
+
+        config = source.config("vae")
+        scale, shift = config.get("scaling_factor", default_scale), config.get("shift_factor") or 0.0
+        made: nn.Module = getattr(modules, wrapper)(vae, float(scale), float(shift), dtype)
+        return made
+
+    def module(source: ModelSource, recipe: Recipe) -> nn.Module:
+        vae = make_network(source, "vae", "AutoencoderKL", recipe, name)
+        return wrap(vae, source, recipe.component(name).dtype)
+
+    def reference(source: ModelSource, recipe: Recipe) -> nn.Module:
+        return wrap(load_network(source, "vae", "AutoencoderKL"), source, "float32")
+
+    return Component(name, "vae", "vae.", True, True, spec, module, reference, optional=optional)
+
+
+def vae_decoder() -> Component:
+    """Latents [B, C, h, w] -> pixels [B, H, W, 3] uint8, and the same as float32 before rounding."""
+
+    def spec(source: ModelSource, bucket: Bucket, recipe: Recipe) -> GraphSpec:
+        pixels = (bucket.batch, bucket.height, bucket.width, 3)
+        return GraphSpec(
+            (TensorSpec("latents", "float32", latent_shape(source, bucket)),),
+            (TensorSpec("pixels", "uint8", pixels), TensorSpec("image", "float32", pixels)),
+        )
+
+    return _vae("vae_decoder", 0.18215, spec, "VaeDecoder", False)
+
+
+def vae_encoder() -> Component:
+    """Pixels [B, H, W, 3] uint8 and noise [B, C, h, w] -> latents [B, C, h, w]: what image to image starts from."""
+
+    def spec(source: ModelSource, bucket: Bucket, recipe: Recipe) -> GraphSpec:
+        latents = latent_shape(source, bucket)
+        pixels = TensorSpec("pixels", "uint8", (bucket.batch, bucket.height, bucket.width, 3))
+        return GraphSpec(
+            (pixels, TensorSpec("noise", "float32", latents)), (TensorSpec("latents", "float32", latents),)
+        )
+
+    return _vae("vae_encoder", 0.18215, spec, "VaeEncoder", True)
+
+
+def check_classes(source: ModelSource, classes: Mapping[str, tuple[str, ...]]) -> None:
+    """ModelError where model_index.json gives a component another class than the family's, or none."""
+    for folder, allowed in classes.items():
+        if source.class_of(folder) not in allowed:
+            raise ModelError(
+                f"the {folder} is of an unsupported class",
+                where=source.path / "model_index.json",
+                expected=" or ".join(allowed),
+                got=source.class_of(folder),
+            )
+    source.class_of("scheduler")  # which one it is, is the sampler's business
+    for folder in classes:
+        if not folder.startswith("tokenizer"):
+            refuse_code(source, folder)
+
+
+def refuse_code(source: ModelSource, folder: str) -> None:
+    """Settings, at any depth, that make transformers or diffusers fetch code from the hub and run it. ModelError."""
+
+    def visit(value: Any, path: str) -> None:
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, inner in items:
+            name = f"{path}.{key}" if path else str(key)
+            # Older releases of transformers wrote true or false under a name like these; that names no code.
+            names_code = key == "auto_map" or ("attn_implementation" in str(key) and not isinstance(inner, bool))
+            if names_code and inner is not None:
+                raise ModelError(
+                    f"the {folder}'s config asks for code of its own, which is not run",
+                    where=source.path / folder / "config.json",
+                    got=f"{name} = {inner!r}",
+                    hint="remove the setting from the config",
+                )
+            visit(inner, name)
+
+    visit(source.config(folder), "")
+
+
+def check_sizes(source: ModelSource, sizes: Mapping[tuple[str, str], Any]) -> None:
+    """What planning computes shapes from, (folder, setting) -> value: whole numbers above 0, and the VAE's blocks."""
+    for (folder, key), value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            where = source.path / folder / "config.json"
+            raise ModelError(f"{key} is no size", where=where, expected="a whole number above 0", got=repr(value))
+    blocks = source.setting("vae", "block_out_channels")
+    if not isinstance(blocks, list) or not blocks:
+        where = source.path / "vae" / "config.json"
+        raise ModelError("block_out_channels is no list of sizes", where=where, got=repr(blocks))
+
+
+def check_clip(source: ModelSource, folder: str, network: str) -> None:
+    """Sizes and tokenizer of a CLIP text encoder. ModelError.
+
+    Graphs alone need no tokenizer; where `network` has weights, a bundle is to be built, and needs all of it.
+    """
+    length = source.config(folder).get("max_position_embeddings", CLIP_LENGTH)
+    check_sizes(
+        source,
+        {(folder, "hidden_size"): source.setting(folder, "hidden_size"), (folder, "max_position_embeddings"): length},
+    )
+    tokenizer = folder.replace("text_encoder", "tokenizer")
+    if source.has_weights(network):
+        require_vocabulary(source.path / tokenizer)
+    config = source.path / tokenizer / "tokenizer_config.json"
+    longest = source.config(tokenizer).get("model_max_length") if config.is_file() else None
+    if longest is not None and longest != length:
+        raise ModelError(
+            "the tokenizer and the text encoder take prompts of different lengths",
+            where=config,
+            expected=f"model_max_length = {length}, max_position_embeddings of {folder}/config.json",
+            got=longest,
+            hint="the folder mixes components of two models; download it again",
+        )
+
+
+def check_equal(source: ModelSource, network: str, key: str, expected: int, of: str) -> None:
+    """ModelError unless a setting of the denoising network is what the text encoders `of` it give."""
+    got = source.setting(network, key)
+    if got != expected:
+        raise ModelError(
+            "the text encoder does not fit the UNet" if network == "unet" else f"{of} does not fit the {network}",
+            where=source.path / network / "config.json",
+            expected=f"{key} = {expected}, {of}",
+            got=got,
+            hint="the folder mixes components of two models; download it again",
+        )
+
+
+def check_channels(source: ModelSource, network: str, expected: int) -> None:
+    """ModelError unless the denoising network takes the VAE's latents and nothing beside them."""
+    got = source.setting(network, "in_channels")
+    if got != expected:
+        raise ModelError(
+            f"the {'UNet' if network == 'unet' else network} takes other channels than the VAE's latents: inpainting and"
+            " instruction models are not supported",
+            where=source.path / network / "config.json",
+            expected=f"in_channels = {expected}",
+            got=got,
+        )
+
+
+def check_positions(recipe: Recipe, most_pixels: int, where: str) -> None:
+    """RecipeError for a bucket with a side beyond what the network can position-encode."""
+    for bucket in recipe.buckets:
+        if max(bucket.height, bucket.width) > most_pixels:
+            raise RecipeError(
+                "the model cannot position-encode a bucket",
+                where=f"{recipe.name}: buckets",
+                expected=f"sides of at most {most_pixels} pixels ({where})",
+                got=bucket,
+                hint="remove the bucket from the recipe",
+            )

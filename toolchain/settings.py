@@ -1,0 +1,52 @@
+"""What the runtime must know of a model beside its graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """A family's `settings` makes this from a model's configs; it lies in the bundle.
+
+    scheduler          the model's scheduler_config.json
+    vae_factor         pixels per latent, along each side
+    multiple           what height and width of a bucket must be divisible by, in pixels
+    token_pixels       pixels per token of the network, along each side: dynamic shifting counts tokens
+    linear_sigmas      the pipeline gives its scheduler sigmas that fall linearly from 1 to 1 / steps (FLUX)
+    zero_negative      no negative prompt is zeros in place of an embedding, not the empty prompt's (SDXL)
+    embedded_guidance  guidance is an input of the network and needs no second pass (FLUX dev)
+    early_start        image to image rounds the first step down, not up, where strength falls between two steps
+    max_clip_skip      most layers that clip skip can leave out; 0 where the model has no such option
+    """
+
+    scheduler: Mapping[str, Any]
+    vae_factor: int
+    multiple: int
+    token_pixels: int
+    linear_sigmas: bool = False
+    zero_negative: bool = False
+    embedded_guidance: bool = False
+    early_start: bool = False
+    max_clip_skip: int = 0
+
+    def tokens(self, height: int, width: int) -> int:
+        """Tokens of a picture, where the scheduler shifts by their number; 0 where it does not."""
+        if not self.scheduler.get("use_dynamic_shifting"):
+            return 0
+        return (height // self.token_pixels) * (width // self.token_pixels)
+
+    def skipped_steps(self, steps: int, strength: float) -> int:
+        """How many of `steps` image to image leaves out, as diffusers counts them."""
+        kept = min(steps * strength, steps)
+        return int(max(steps - kept, 0)) if self.early_start else steps - int(kept)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelSettings:
+        """TypeError for other fields than these."""
+        return cls(**data)
