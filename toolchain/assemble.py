@@ -90,6 +90,7 @@ def _same(bundle: Bundle, plan: Plan) -> bool:
     model = (bundle.model["name"], bundle.model["revision"])
     return (
         dict(bundle.artifacts) == wanted
+        and bundle.settings == plan.family.settings(plan.source)
         and bundle.recipe == plan.recipe
         and model == (plan.source.name, plan.source.revision)
     )
@@ -122,7 +123,8 @@ class _Writer:
     def fill(self, folder: Path) -> None:
         plan = self.plan
         recipe = plan.recipe
-        engines = {c.name: self._engines(folder, c.name) for c in plan.family.components}
+        components = plan.family.parts(recipe)
+        engines = {c.name: self._engines(folder, c.name) for c in components}
         samplers = {}
         for step in plan.steps:
             if step.stage == "sampler":
@@ -130,23 +132,24 @@ class _Writer:
                 name = label.replace("/", "-").replace(":", "-").replace(",", "-").replace("=", "-")
                 samplers[label] = f"samplers/{name}.json"
                 self._copy(self.built[step.name], "table.json", folder, samplers[label])
-        tokenizer = self.built[f"tokenizer {recipe.name} tokenizer"]
-        for name in tokenizer.files:
-            self._copy(tokenizer, name, folder, f"tokenizers/tokenizer/{name}")
-        settings = plan.family.settings(plan.source) | {"scheduler": plan.source.config("scheduler")}
-        checkpoint = {c.name: self._step("weights", c.name).inputs["checkpoint"] for c in plan.family.components}
+        tokenizers = {c.name: f"tokenizers/{c.tokenizer}" for c in components if c.tokenizer}
+        for place in tokenizers.values():
+            tokenizer = self.built[f"tokenizer {recipe.name} {Path(place).name}"]
+            for name in tokenizer.files:
+                self._copy(tokenizer, name, folder, f"{place}/{name}")
+        checkpoint = {c.name: self._step("weights", c.name).inputs["checkpoint"] for c in components}
         bundle = Bundle(
             path=folder,
             model={"name": plan.source.name, "revision": plan.source.revision, "checkpoint": checkpoint}
             | {"pipeline": plan.source.index["_class_name"]},
             family=plan.family.name,
-            settings=settings,
+            settings=plan.family.settings(plan.source),
             recipe=recipe,
             backend=plan.backend.name,
             device=plan.backend.device(),
             engines=engines,
             samplers=samplers,
-            tokenizers={"tokenizer": "tokenizers/tokenizer"},
+            tokenizers=tokenizers,
             files=self.files,
             artifacts={step.name: step.key for step in plan.steps if step.stage != "graph"},
             tools={"diffbuild": version("diffbuild")} | {k: str(v) for k, v in tool_versions(EXPORT_TOOLS).items()},

@@ -17,9 +17,10 @@ from typing import Any
 
 from toolchain.errors import BundleError, RecipeError
 from toolchain.recipe import Bucket, Recipe
+from toolchain.settings import ModelSettings
 from toolchain.signature import GraphSpec
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "bundle.json"
 AGAIN = "build the bundle again, or copy it again from where it was built"
 ANY = "any"
@@ -48,7 +49,7 @@ class Bundle:
     engines    component -> bucket (or "any") -> engine
     samplers   "spec/steps" -> file
     model      name, revision, pipeline class and the digests of the weights it was built from
-    settings   what the runtime needs of the model: vae_factor, latent_channels, scheduler config
+    tokenizers text encoder -> folder
     artifacts  "stage/subject" -> key of every artifact that it was put together from
     tools      versions of what built it
     """
@@ -56,7 +57,7 @@ class Bundle:
     path: Path
     model: Mapping[str, Any]
     family: str
-    settings: Mapping[str, Any]
+    settings: ModelSettings
     recipe: Recipe
     backend: str
     device: Mapping[str, Any]
@@ -86,7 +87,7 @@ class Bundle:
             "format": FORMAT,
             "model": dict(self.model),
             "family": self.family,
-            "settings": dict(self.settings),
+            "settings": self.settings.to_json(),
             "recipe": self.recipe.to_json(),
             "backend": self.backend,
             "device": dict(self.device),
@@ -185,7 +186,7 @@ def _structure(path: Path, data: dict[str, Any]) -> Bundle:
         path=path,
         model=data["model"],
         family=data["family"],
-        settings=data["settings"],
+        settings=ModelSettings.from_json(data["settings"]),
         recipe=recipe,
         backend=data["backend"],
         device=data["device"],

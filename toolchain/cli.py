@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from toolchain import pictures, progress, report
-from toolchain.console import GATE_FAILED, CommandLine, examples, size, verbosity
+from toolchain.console import GATE_FAILED, CommandLine, aspect, examples, place, size, verbosity
 
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
@@ -134,17 +134,31 @@ def export(recipe: Path, model: str, output: Path, revision: str | None, store: 
         'diffbuild generate bundle "a lighthouse at dusk" --seed 0 --output a.png',
         'diffbuild generate bundle "a red barn" --steps 30 --scheduler dpm++2m:karras --guidance 6',
         'diffbuild generate bundle "one" "two" --size 512x768 --output pair.png    # pair-1.png, pair-2.png',
+        'diffbuild generate bundle "a red barn in snow" --image barn.png --strength 0.5',
     )
 )
 @bundle_argument
 @click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
-@click.option("--negative", default="", metavar="TEXT", help="What the pictures should not show.")
+@click.option("--prompt-2", metavar="TEXT", help="For the second text encoder.  [default: the prompt]")
+@click.option("--prompt-3", metavar="TEXT", help="For the third text encoder.  [default: the prompt]")
+@click.option("--negative", "negative_prompt", metavar="TEXT", help="What the pictures should not show.")
+@click.option("--negative-2", "negative_prompt_2", metavar="TEXT", help="The same for the second text encoder.")
+@click.option("--negative-3", "negative_prompt_3", metavar="TEXT", help="The same for the third text encoder.")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Of the first picture, counting up.  [default: random]")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the recipe's]")
 @click.option("--scheduler", metavar="NAME", help="Such as euler or dpm++2m:karras.  [default: the recipe's]")
 @click.option("--guidance", type=float, help="Classifier-free guidance scale.  [default: the recipe's]")
+@click.option("--guidance-rescale", type=click.FloatRange(0, 1), help="Against overexposure, from 0 to 1.")
+@click.option("--true-cfg", type=click.FloatRange(1), help="Classifier-free guidance scale of FLUX.")
+@click.option("--clip-skip", type=click.IntRange(0), help="Layers of the CLIP text encoders to leave out.")
 @click.option("--size", type=size, metavar="HEIGHTxWIDTH", help="One of the built sizes.  [default: the first]")
+@click.option("--aspect", type=aspect, metavar="WIDTH:HEIGHT", help="The built size that comes nearest, such as 16:9.")
 @click.option("--crop", is_flag=True, help="Cut --size out of the middle of the nearest larger built size.")
+@click.option("--image", type=click.Path(path_type=Path), multiple=True, help="Start from it; one for all or for each.")
+@click.option("--strength", type=float, help="How much of --image is drawn anew, above 0 and at most 1.")
+@click.option("--original-size", type=size, metavar="HEIGHTxWIDTH", help="SDXL's micro-conditioning.")
+@click.option("--crop-top-left", type=place, metavar="TOPxLEFT", help="SDXL's micro-conditioning.")
+@click.option("--target-size", type=size, metavar="HEIGHTxWIDTH", help="SDXL's micro-conditioning.")
 @click.option(
     "--output",
     "-o",

@@ -1,4 +1,4 @@
-"""What all commands share: errors that become messages and exit codes, -v and -q, the log, and --size.
+"""What all commands share: errors that become messages and exit codes, -v and -q, the log, --size and the like.
 
 Exit codes: 0 done, 1 could not, 2 wrong usage, 3 done but a gate failed, 130 interrupted. Nothing else sets them.
 """
@@ -47,6 +47,26 @@ def size(text: str) -> tuple[int, int]:
     if not (height.isascii() and height.isdigit() and width.isascii() and width.isdigit()):
         raise click.BadParameter(f"{text!r} is not HEIGHTxWIDTH in pixels, such as 512x768.")
     return int(height), int(width)
+
+
+def place(text: str) -> tuple[int, int]:
+    """TOPxLEFT in pixels -> (top, left)."""
+    top, _, left = text.partition("x")
+    if not (top.isascii() and top.isdigit() and left.isascii() and left.isdigit()):
+        raise click.BadParameter(f"{text!r} is not TOPxLEFT in pixels, such as 0x0.")
+    return int(top), int(left)
+
+
+def aspect(text: str) -> float:
+    """WIDTH:HEIGHT -> width / height."""
+    width, _, height = text.partition(":")
+    try:
+        ratio = float(width) / float(height)
+    except (ValueError, ZeroDivisionError):
+        ratio = 0.0
+    if not 0 < ratio < float("inf"):
+        raise click.BadParameter(f"{text!r} is not WIDTH:HEIGHT, such as 16:9.")
+    return ratio
 
 
 class CommandLine(click.Group):

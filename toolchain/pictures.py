@@ -27,12 +27,30 @@ class Drawn:
 
 def draw(pipe: Pipeline, request: Mapping[str, Any], shown: Callback) -> Drawn:
     """Calls the pipeline with the options of `generate`, by their names there. Raises RequestError."""
-    wanted = {k: request[k] for k in ("seed", "steps", "scheduler", "guidance", "size", "crop")}
-    result = pipe(list(request["prompts"]), negative_prompt=request["negative"], callback=shown, **wanted)
+    wanted = {k: v for k, v in request.items() if v is not None and k not in ("prompts", "image")}
+    if request.get("image"):
+        wanted["image"] = [read_image(path) for path in request["image"]]
+    result = pipe(list(request["prompts"]), callback=shown, **wanted)
     ran = result.request
-    common = {"steps": ran.table.steps, "scheduler": ran.table.name, "guidance": ran.guidance}
-    own = zip(ran.prompts, ran.negatives, ran.seeds, strict=True)
+    common = {"steps": ran.steps, "scheduler": ran.scheduler, "guidance": ran.guidance}
+    # What is not at its default is part of how a picture was made.
+    names = ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "guidance_rescale", "true_cfg")
+    common |= {k: wanted[k] for k in (*names, "clip_skip", "strength") if wanted.get(k)}
+    own = zip(ran.prompts, ran.negatives or [""] * len(ran.prompts), ran.seeds, strict=True)
     return Drawn(result, [{"prompt": p, "negative_prompt": n, "seed": seed, **common} for p, n, seed in own])
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file as RGB. Raises UsageError."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise UsageError(
+            "the image cannot be read", where=path, expected="a PNG, JPEG or WebP file", got=error
+        ) from None
 
 
 def save(drawn: Drawn, output: Path | None) -> list[dict[str, Any]]:

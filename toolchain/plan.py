@@ -8,6 +8,7 @@ neither torch nor diffusers, so that a build with nothing to do takes a fraction
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ from toolchain.export.safetensors import find_weights, read_folder
 from toolchain.models import Component, Family, ModelSource, family_of
 from toolchain.recipe import Bucket, Recipe
 from toolchain.sampler.schedulers import parse
+from toolchain.sampler.table import table_name
+from toolchain.settings import ModelSettings
 
 EXPORT_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
 ENGINE_CODE = ("engines", "graph", "export/safetensors.py", "export/weights.py", "weights.py")
@@ -105,38 +108,44 @@ def make_plan(recipe: Recipe, source: ModelSource, store: Store, *, graphs_only:
 
     graphs_only: no weights, engines, tables or tokenizer; needs the config files alone.
     """
-    family = family_of(source, recipe.family)
+    family = family_of(source, recipe)
     backend = backend_of(recipe.backend)
-    check_recipe(recipe, family, backend, source)
+    check_recipe(recipe, family, backend, source, graphs_only=graphs_only)
     planner = _Planner(recipe, source, family, backend, store)
     if not graphs_only:
         # Quick to build, and so first: what cannot be compiled here is refused before hours of work.
-        planner.tokenizer()
+        planner.tokenizers()
         planner.samplers()
-    for component in family.components:
+    for component in family.parts(recipe):
         planner.graphs(component)
     if not graphs_only:
-        for component in family.components:
+        for component in family.parts(recipe):
             planner.engines(component)
     return Plan(recipe, source, family, backend, store, tuple(planner.steps))
 
 
-def check_recipe(recipe: Recipe, family: Family, backend: Backend, source: ModelSource) -> None:
+def check_recipe(
+    recipe: Recipe, family: Family, backend: Backend, source: ModelSource, *, graphs_only: bool = False
+) -> None:
     """What only family and backend can know of a recipe. Raises RecipeError with every problem."""
     problems = []
-    names = [c.name for c in family.components]
+    names = [c.name for c in family.parts(recipe)]
     for name, component in recipe.components.items():
-        if component.dtype not in backend.dtypes:
+        if component.dtype not in backend.dtypes and not graphs_only:
             can = " or ".join(backend.dtypes)
             problems.append(f"components.{name}.dtype: {backend.name} cannot run {component.dtype} (expected {can})")
+    optional = [c.name for c in family.components if c.optional]
+    for name in recipe.without:
+        if name not in optional:
+            problems.append(f"without: {name} cannot be left out (expected {' or '.join(optional)})")
     for table, keys in (("components", recipe.components), ("check.components", recipe.check.components)):
         for name in keys:
             if name not in names:
                 problems.append(f"{table}.{name}: unknown component (expected one of {', '.join(names)})")
-    factor = family.settings(source)["vae_factor"]
+    multiple = family.settings(source).multiple
     for bucket in recipe.buckets:
-        if bucket.height % factor or bucket.width % factor:
-            problems.append(f"buckets: {bucket} is not divisible by the VAE's factor {factor}")
+        if bucket.height % multiple or bucket.width % multiple:
+            problems.append(f"buckets: {bucket} has sides that are no multiples of {multiple}, as the model needs them")
     for spec in dict.fromkeys([recipe.sampling.scheduler, *recipe.sampling.schedulers]):
         try:
             parse(spec)
@@ -188,7 +197,7 @@ class _Planner:
     def graphs(self, component: Component) -> None:
         recipe = self.recipe.component(component.name)
         for label, bucket in self.buckets(component).items():
-            spec = component.spec(self.source, bucket, self.guided)
+            spec = component.spec(self.source, bucket, self.recipe)
             inputs: dict[str, Json] = {
                 "config": _config_digest(self.source.config(component.folder)),
                 "signature": spec.to_json(),
@@ -209,6 +218,7 @@ class _Planner:
         labels = list(self.buckets(component))
         first = self.name("graph", f"{component.name} {labels[0]}")
         inputs: dict[str, Json] = {
+            "component": component.name,  # both halves of a VAE come from one checkpoint
             "checkpoint": {f.name: self.store.digest_of(f) for f in files},
             "config": _config_digest(self.source.config(component.folder)),
             "recipe": _json(self.recipe.component(component.name)),
@@ -249,34 +259,55 @@ class _Planner:
         subject = component.name if stage == "packed" else f"{component.name} {label}"
         return self.add(stage, subject, inputs, run, [graph, *roles.values()])
 
-    def tokenizer(self) -> None:
-        from toolchain.models.tokenizers import write_clip_tokenizer
+    def tokenizers(self) -> None:
+        from toolchain.models.tokenizers import write_tokenizer
 
-        folder = self.source.path / "tokenizer"
-        files = sorted(f for f in folder.glob("*") if f.suffix in (".json", ".txt"))
-        inputs: dict[str, Json] = {
-            "files": {f.name: self.store.digest_of(f) for f in files},
-            "tools": tool_versions(("transformers", "tokenizers")),
-        }
-        self.add("tokenizer", "tokenizer", inputs, lambda _, out: write_clip_tokenizer(folder, out))
-
-    def samplers(self) -> None:
-        config = self.source.config("scheduler")
-        for spec, steps in self.recipe.sampling.tables:
-            canonical = parse(spec).canonical
+        for component in self.family.parts(self.recipe):
+            if component.tokenizer is None:
+                continue
+            folder, cls = self.source.path / component.tokenizer, self.source.class_of(component.tokenizer)
+            ids = component.spec(self.source, self.recipe.buckets[0], self.recipe).input("ids")
+            files = sorted(f for f in folder.glob("*") if f.suffix in (".json", ".txt", ".model"))
             inputs: dict[str, Json] = {
-                "scheduler": canonical,
-                "steps": steps,
-                "config": _config_digest(config),
-                "tools": tool_versions(("diffusers", "torch")),
+                "files": {f.name: self.store.digest_of(f) for f in files},
+                "class": cls,
+                "length": ids.shape[1],
+                "tools": tool_versions(("transformers", "tokenizers")),
             }
 
-            def run(_: Built, out: Path, spec: str = canonical, steps: int = steps) -> None:
-                from toolchain.sampler.compile import compile_table
+            def run(_: Built, out: Path, folder: Path = folder, cls: str = cls, length: int = ids.shape[1]) -> None:
+                write_tokenizer(folder, cls, length, out)
 
-                (out / "table.json").write_text(json.dumps(compile_table(spec, steps, config).to_json()))
+            self.add("tokenizer", component.tokenizer, inputs, run)
 
-            self.add("sampler", f"{canonical}/{steps}", inputs, run)
+    def samplers(self) -> None:
+        settings = self.family.settings(self.source)
+        sizes = dict.fromkeys(settings.tokens(b.height, b.width) for b in self.recipe.buckets)
+        for spec, steps in self.recipe.sampling.tables:
+            skips = [settings.skipped_steps(steps, strength) for strength in self.recipe.sampling.strengths]
+            for tokens, skip in itertools.product(sizes, dict.fromkeys([0, *skips])):
+                if skip < steps:  # a strength may be too small for the shortest schedules
+                    self.sampler(parse(spec).canonical, steps, tokens, skip, settings)
+
+    def sampler(self, spec: str, steps: int, tokens: int, skip: int, settings: ModelSettings) -> None:
+        inputs: dict[str, Json] = {
+            "scheduler": spec,
+            "steps": steps,
+            "tokens": tokens,
+            "skip": skip,
+            "linear_sigmas": settings.linear_sigmas,
+            "config": _config_digest(settings.scheduler),
+            "tools": tool_versions(("diffusers", "torch")),
+        }
+
+        def run(_: Built, out: Path) -> None:
+            from toolchain.sampler.compile import compile_table
+
+            linear = settings.linear_sigmas
+            table = compile_table(spec, steps, settings.scheduler, skip=skip, tokens=tokens, linear_sigmas=linear)
+            (out / "table.json").write_text(json.dumps(table.to_json()))
+
+        self.add("sampler", table_name(spec, steps, tokens=tokens, skip=skip), inputs, run)
 
 
 def _json(value: Any) -> Json:
@@ -300,8 +331,7 @@ def _export(planner: _Planner, component: Component, bucket: Bucket, folder: Pat
 
     from toolchain.export.capture import capture
 
-    recipe = planner.recipe.component(component.name)
-    captured = capture(component, planner.source, recipe, bucket, planner.guided)
+    captured = capture(component, planner.source, planner.recipe, bucket)
     ir.save(planner.backend.prepare(captured), folder / "graph.onnx")
 
 

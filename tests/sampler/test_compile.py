@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -164,7 +164,7 @@ def test_the_random_stream_is_diffusers_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "start"),
+    ("name", "config", "skip"),
     [
         ("euler", SD, 5),
         ("euler-a", SD, 7),
@@ -174,13 +174,14 @@ def test_the_random_stream_is_diffusers_own() -> None:
         ("ddim", SD, 4),
         ("pndm", SD, 3),
         ("lcm", SD, 2),
-        ("heun", SD, 6),
+        ("heun", SD, 3),
         ("flow-euler", FLOW, 3),
-        ("flow-heun", FLOW, 4),
+        ("flow-heun", FLOW, 2),
     ],
 )
-def test_a_start_in_the_middle(name: str, config: dict[str, Any], start: int) -> None:
-    table = compile_table(name, 8, config, start=start)
+def test_a_start_in_the_middle(name: str, config: dict[str, Any], skip: int) -> None:
+    table = compile_table(name, 8, config, skip=skip)
+    start = skip * (2 if "heun" in name else 1)
     whole = compile_table(name, 8, config)
     np.testing.assert_array_equal(table.timesteps, whole.timesteps[start:])
     assert table.start == start
@@ -193,8 +194,8 @@ def test_a_start_in_the_middle(name: str, config: dict[str, Any], start: int) ->
 def test_noising_is_what_the_scheduler_does_to_latents() -> None:
     latents, noise = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     for name in ("ddim", "euler", "dpm++2m", "unipc"):
-        table = compile_table(name, 8, SD, start=3)
-        schedule = prepare(parse(name), 8, SD, start=3)
+        table = compile_table(name, 8, SD, skip=3)
+        schedule = prepare(parse(name), 8, SD, skip=3)
         wanted = schedule.scheduler.add_noise(latents, noise, schedule.timesteps[:1])
         assert table.noising is not None
         torch.testing.assert_close(table.noising[0] * latents + table.noising[1] * noise, wanted)
@@ -213,15 +214,19 @@ def test_input_scale_is_that_of_scale_model_input() -> None:
     np.testing.assert_allclose(compile_table("euler", 5, SD).rows[:, -1], (sigmas**2 + 1) ** -0.5, rtol=1e-6)
 
 
-def test_dynamic_shifting_needs_mu_and_takes_sigmas() -> None:
+def test_dynamic_shifting_by_tokens_and_linear_sigmas() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
     config = {**FLOW, "use_dynamic_shifting": True}
-    with pytest.raises(SamplerError, match="`mu` must be passed"):
-        compile_table("flow-euler", 4, config)
-    one = compile_table("flow-euler", 4, config, set_timesteps_kwargs={"mu": 0.5})
-    other = compile_table("flow-euler", 4, config, set_timesteps_kwargs={"mu": 1.1})
-    assert not np.array_equal(one.timesteps, other.timesteps)
-    given = {"mu": 0.5, "sigmas": np.linspace(1.0, 0.2, 5)}
-    assert compile_table("flow-euler", 5, config, set_timesteps_kwargs=given).evaluations == 5
+    for tokens, linear in ((256, False), (4096, False), (1024, True)):
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        own: dict[str, Any] = {"sigmas": np.linspace(1.0, 0.2, 5)} if linear else {"num_inference_steps": 5}
+        scheduler.set_timesteps(mu=calculate_shift(tokens), **own)
+        table = compile_table("flow-euler", 5, config, tokens=tokens, linear_sigmas=linear)
+        np.testing.assert_array_equal(table.timesteps, scheduler.timesteps.numpy())
+    few, many = (compile_table("flow-euler", 5, config, tokens=n) for n in (256, 4096))
+    assert not np.array_equal(few.timesteps, many.timesteps)
 
 
 def test_a_long_schedule() -> None:
@@ -229,22 +234,22 @@ def test_a_long_schedule() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "steps", "start", "error", "message"),
+    ("spec", "steps", "skip", "error", "message"),
     [
         ("euler", 0, 0, RequestError, "at least one step"),
         ("euler", -1, 0, RequestError, "at least one step"),
         ("heun", MAX_EVALUATIONS // 2 + 1, 0, RequestError, "at most 1024 evaluations"),
         ("euler", 8, 8, RequestError, "0 to 7"),
         ("euler", 8, -1, RequestError, "0 to 7"),
-        ("heun", 8, 3, RequestError, "a multiple of 2"),
+        ("heun", 8, 8, RequestError, "0 to 7"),
         ("eular", 8, 0, RequestError, "did you mean euler"),
         ("ddim", 1025, 0, SamplerError, "cannot be larger than"),
         ("lcm", 51, 0, SamplerError, "smaller than `num_inference_steps`: 51"),
     ],
 )
-def test_wrong_requests(spec: str, steps: int, start: int, error: type[Exception], message: str) -> None:
+def test_wrong_requests(spec: str, steps: int, skip: int, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        compile_table(spec, steps, SD, start=start)
+        compile_table(spec, steps, SD, skip=skip)
 
 
 def test_too_many_states_are_refused() -> None:
@@ -303,6 +308,7 @@ class Toy:
 
     order = 1
     init_noise_sigma = 1.0
+    config: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, rule: Any) -> None:
         self.rule = rule

@@ -43,7 +43,7 @@ def compare(bundle: Bundle, source: ModelSource, *, progress: Callable[[str], No
 
     progress("verifying the bundle")
     bundle.verify()
-    family = family_of(source, bundle.family)
+    family = family_of(source, bundle.recipe)
     _refuse_other_shapes(bundle, source, family)
     warnings = _differences(bundle, source, family)
     sampling = bundle.recipe.sampling
@@ -51,12 +51,12 @@ def compare(bundle: Bundle, source: ModelSource, *, progress: Callable[[str], No
     try:
         progress("sampler tables")
         entries = compare_tables(pipeline, source)
-        table = pipeline.table(sampling.scheduler, sampling.steps)
-        entries += compare_components(bundle, source, family, table, progress)
+        tables = {b: pipeline.table(sampling.scheduler, sampling.steps, (b.height, b.width)) for b in bundle.buckets}
+        entries += compare_components(bundle, source, family, tables, progress)
         drawn = draw(pipeline, progress)
     finally:
         pipeline.close()
-    pictures = compare_pictures(bundle.recipe, source, drawn, progress)
+    pictures = compare_pictures(bundle.recipe, source, family, drawn, progress)
     return CheckReport(
         bundle=str(bundle.path),
         recipe=bundle.recipe.name,
@@ -84,10 +84,10 @@ def _require_packages() -> None:
 
 def _refuse_other_shapes(bundle: Bundle, source: ModelSource, family: Family) -> None:
     """ModelError where the model's tensors have other shapes than the engines': nothing could be fed to both."""
-    for component in family.components:
+    for component in family.parts(bundle.recipe):
         for bucket in bundle.buckets:
             expected = bundle.engine(component.name, bucket).spec
-            got = component.spec(source, bucket, bundle.recipe.classifier_free_guidance)
+            got = component.spec(source, bucket, bundle.recipe)
             if got != expected:
                 pairs = zip(expected.inputs + expected.outputs, got.inputs + got.outputs, strict=False)
                 first = next(((e, g) for e, g in pairs if e != g), (expected, got))
@@ -105,11 +105,11 @@ def _differences(bundle: Bundle, source: ModelSource, family: Family) -> list[st
     from toolchain.export.safetensors import find_weights
 
     lines = []
-    for component in family.components:
+    for component in family.parts(bundle.recipe):
         built_from = bundle.model.get("checkpoint", {}).get(component.name)
         found = {path.name: file_digest(path) for path in find_weights(source.path / component.folder)}
         if found != built_from:
             lines.append(f"the {component.name}'s weights are not those that the bundle was built from")
-    if bundle.settings["scheduler"] != source.config("scheduler"):
+    if bundle.settings.scheduler != source.config("scheduler"):
         lines.append("the scheduler's config is not the one that the bundle was built from")
     return lines

@@ -6,7 +6,7 @@ Reference modules are loaded one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,9 @@ from toolchain.models import Component, Family, ModelSource
 from toolchain.recipe import Bucket
 from toolchain.runtime.engines import open_engine
 from toolchain.runtime.noise import Generator
-from toolchain.runtime.prompt import ClipTokenizer
+from toolchain.runtime.prompt import PromptTokenizer
+from toolchain.runtime.start import draw, normal, place_sampler, place_scales, place_time_ids
+from toolchain.runtime.text import Conditions, place
 from toolchain.sampler.table import SamplerTable
 from toolchain.signature import GraphSpec
 
@@ -34,17 +36,22 @@ Progress = Callable[[str], None]
 
 
 def compare_components(
-    bundle: Bundle, source: ModelSource, family: Family, table: SamplerTable, progress: Progress
+    bundle: Bundle,
+    source: ModelSource,
+    family: Family,
+    tables: Mapping[Bucket, SamplerTable],
+    progress: Progress,
 ) -> list[Entry]:
-    """Entries of every component and bucket. `table` is the sampler that the trajectories follow.
+    """Entries of every component and bucket. `tables` are the samplers that the trajectories follow.
 
     Raises EngineError when an engine cannot run, and what loading the reference raises.
     """
     comparison = _Comparison(bundle, source, family, progress)
-    texts = [*bundle.recipe.check.prompts, ""]
-    contexts = dict(zip(texts, comparison.text_encoder(texts), strict=True))
-    latents = comparison.denoiser(table, contexts)
-    comparison.decoder(latents)
+    conditions = comparison.text_encoders([*bundle.recipe.check.prompts, ""])
+    latents = comparison.denoiser(tables, conditions)
+    pixels = comparison.decoder(latents)
+    if "vae_encoder" in bundle.engines:
+        comparison.encoder(pixels)
     return comparison.entries
 
 
@@ -55,16 +62,25 @@ class _Comparison:
         self.guided = bundle.recipe.classifier_free_guidance
         self.entries: list[Entry] = []
 
-    def text_encoder(self, texts: Sequence[str]) -> list[F32]:
-        """The reference's context [L, E] of each text."""
-        tokenizer = ClipTokenizer(self.bundle.path / self.bundle.tokenizers["tokenizer"])
+    def text_encoders(self, texts: Sequence[str]) -> dict[str, Conditions]:
+        """What the reference makes of each text, by the text."""
         labels = [*(f"prompt {i + 1}" for i in range(len(texts) - 1)), "empty prompt"]
-        feeds = [Feed(n, {"ids": tokenizer.encode(t).ids}) for n, t in zip(labels, texts, strict=True)]
-        component = self.family.component("text_encoder")
-        with self._reference(component) as module:
-            return [outputs["context"][0] for outputs in self._compare(component, None, module, feeds)]
+        conditions: dict[str, Conditions] = {text: {} for text in texts}
+        for name, place_ in self.bundle.tokenizers.items():
+            tokenizer = PromptTokenizer(self.bundle.path / place_)
+            component = self.family.component(name)
+            spec = self.bundle.engine(name, self.bundle.buckets[0]).spec
+            zeros = {t.name: np.zeros(t.shape, t.dtype) for t in spec.inputs}
+            feeds = [Feed(n, {**zeros, "ids": tokenizer.encode(t).ids}) for n, t in zip(labels, texts, strict=True)]
+            with self._reference(component) as module:
+                compared = self._compare(component, None, module, feeds)
+            for text, outputs in zip(texts, compared, strict=True):
+                conditions[text] |= {key: value[0] for key, value in outputs.items()}
+        return conditions
 
-    def denoiser(self, table: SamplerTable, contexts: dict[str, F32]) -> dict[Bucket, list[Feed]]:
+    def denoiser(
+        self, tables: Mapping[Bucket, SamplerTable], conditions: dict[str, Conditions]
+    ) -> dict[Bucket, list[Feed]]:
         """The decoder's inputs for each bucket: where the reference's trajectories end."""
         component = self.family.component("denoiser")
         ends: dict[Bucket, list[Feed]] = {}
@@ -75,22 +91,38 @@ class _Comparison:
                 spec = self.bundle.engine("denoiser", bucket).spec
                 for label, chosen in _batches(len(self.prompts), bucket.batch):
                     self.progress(f"denoiser {bucket}: reference trajectory, {label}")
-                    inputs = self._start(spec, table, [contexts[self.prompts[i]] for i in chosen], contexts[""])
-                    recorded, latents = _trajectory(module, spec, table, inputs, self._generators(bucket.batch))
+                    own = [conditions[self.prompts[i]] for i in chosen]
+                    inputs = self._start(spec, bucket, tables[bucket], own, conditions[""])
+                    generators = self._generators(bucket.batch)
+                    recorded, latents = _trajectory(module, spec, tables[bucket], inputs, generators)
                     feeds += [Feed(f"{label}, {when}", arrays) for when, arrays in recorded]
                     ends[bucket].append(Feed(f"{label}, final latents", {"latents": latents}))
                 self._compare(component, bucket, module, feeds)
         return ends
 
-    def decoder(self, feeds: dict[Bucket, list[Feed]]) -> None:
+    def decoder(self, feeds: dict[Bucket, list[Feed]]) -> dict[Bucket, list[Feed]]:
+        """The encoder's inputs for each bucket: the reference's pictures, with the noise that samples the posterior."""
         component = self.family.component("vae_decoder")
+        pictures: dict[Bucket, list[Feed]] = {}
+        with self._reference(component) as module:
+            for bucket in self.bundle.buckets:
+                outputs = self._compare(component, bucket, module, feeds[bucket])
+                pictures[bucket] = []
+                for feed, output in zip(feeds[bucket], outputs, strict=True):
+                    noise = normal(feed.inputs["latents"].shape, self._generators(bucket.batch))
+                    label = feed.label.replace("final latents", "picture")
+                    pictures[bucket].append(Feed(label, {"pixels": output["pixels"], "noise": noise}))
+        return pictures
+
+    def encoder(self, feeds: dict[Bucket, list[Feed]]) -> None:
+        component = self.family.component("vae_encoder")
         with self._reference(component) as module:
             for bucket in self.bundle.buckets:
                 self._compare(component, bucket, module, feeds[bucket])
 
     def _reference(self, component: Component) -> AbstractContextManager[nn.Module]:
         self.progress(f"{component.name}: loading the reference")
-        return reference_module(component, self.source, self.guided)
+        return reference_module(component, self.source, self.bundle.recipe)
 
     def _compare(
         self, component: Component, bucket: Bucket | None, module: nn.Module, feeds: list[Feed]
@@ -111,13 +143,19 @@ class _Comparison:
         self.entries += entries
         return outputs
 
-    def _start(self, spec: GraphSpec, table: SamplerTable, contexts: list[F32], empty: F32) -> Arrays:
+    def _start(
+        self, spec: GraphSpec, bucket: Bucket, table: SamplerTable, conditions: list[Conditions], empty: Conditions
+    ) -> Arrays:
         """Inputs of the first evaluation but for state and noise, as the runtime fills its buffers."""
         inputs: Arrays = {t.name: np.zeros(t.shape, t.dtype) for t in spec.inputs}
-        inputs["timesteps"][: table.evaluations] = table.timesteps
-        inputs["table"][: table.evaluations] = table.rows
-        inputs["guidance"][...] = self.bundle.recipe.sampling.guidance if self.guided else 1.0
-        inputs["context"][...] = np.stack([empty] * (len(contexts) if self.guided else 0) + contexts)
+        place_sampler(inputs, table)
+        embedded = self.bundle.settings.embedded_guidance
+        guidance = self.bundle.recipe.sampling.guidance if self.guided or embedded else 1.0
+        # Scales that the recipe has no default for are off by default: the check turns them on to see them work.
+        place_scales(inputs, {"guidance": guidance, "guidance_rescale": 0.5, "true_cfg": 2.0})
+        sizes = (bucket.height, bucket.width, 0, 0, bucket.height, bucket.width)
+        place_time_ids(inputs, sizes, sizes)
+        place(inputs, [empty] * len(conditions) if self.guided else [], conditions)
         return inputs
 
     def _generators(self, batch: int) -> list[Generator]:
@@ -139,16 +177,12 @@ def _trajectory(
 ) -> tuple[list[tuple[str, Arrays]], F32]:
     """The inputs of the first, middle and last evaluation, and the latents [B, C, h, w] after the last."""
 
-    def draw() -> F32:
-        shape = spec.input("noise").shape
-        return np.concatenate([g.randn((1, *shape[1:])) for g in generators])
-
-    inputs["state"][0] = draw() * np.float32(table.init_noise_sigma)
+    inputs["state"][0] = normal(inputs["state"].shape[1:], generators) * np.float32(table.init_noise_sigma)
     last = table.evaluations - 1
     recorded = []
     for index, draws in enumerate(table.noise_draws):
         if draws:
-            inputs["noise"][...] = draw()
+            draw(inputs["noise"], generators)
         if index in {0, table.evaluations // 2, last}:
             changing = {name: inputs[name].copy() for name in ("state", "step", "noise")}
             recorded.append((f"evaluation {index + 1} of {last + 1}", {**inputs, **changing}))

@@ -13,7 +13,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from toolchain.check.reference import reference_pipeline
 from toolchain.check.report import Picture
-from toolchain.models import ModelSource
+from toolchain.models import Family, ModelSource
 from toolchain.recipe import Check, Recipe
 from toolchain.runtime.pipeline import Pipeline
 from toolchain.sampler.schedulers import create, parse, quiet, reference_kwargs
@@ -49,18 +49,18 @@ def draw(pipeline: Pipeline, progress: Callable[[str], None]) -> list[Drawn]:
 
 
 def compare_pictures(
-    recipe: Recipe, source: ModelSource, drawn: list[Drawn], progress: Callable[[str], None]
+    recipe: Recipe, source: ModelSource, family: Family, drawn: list[Drawn], progress: Callable[[str], None]
 ) -> list[Picture]:
     """Each picture against the reference's, which are drawn one at a time. ModelError when it cannot be loaded."""
     progress("pictures: loading the reference pipeline")
-    pipeline = reference_pipeline(source)
+    pipeline = reference_pipeline(source, family, recipe)
     spec = parse(recipe.sampling.scheduler)
     scheduler = create(spec, source.config("scheduler"))
     pictures = []
     for number, one in enumerate(drawn):
         progress(f"pictures: {number + 1} of {len(drawn)} from the reference")
         pipeline.scheduler = copy.deepcopy(scheduler)  # a trajectory uses a scheduler up
-        reference = _reference(pipeline, one, recipe, reference_kwargs(spec))
+        reference = _reference(pipeline, one, recipe, reference_kwargs(spec) | _text_length(source, family, recipe))
         pictures.append(judge(one, reference, recipe.check))
     return pictures
 
@@ -101,6 +101,15 @@ def _reference(pipeline: Any, drawn: Drawn, recipe: Recipe, kwargs: dict[str, An
             **kwargs,
         )
     return np.asarray(result.images[0])
+
+
+def _text_length(source: ModelSource, family: Family, recipe: Recipe) -> dict[str, int]:
+    """How long a prompt T5 takes, where the recipe has a T5: pipelines have a default of their own."""
+    for component in family.parts(recipe):
+        if component.tokenizer and source.class_of(component.tokenizer).startswith("T5"):
+            ids = component.spec(source, recipe.buckets[0], recipe).input("ids")
+            return {"max_sequence_length": ids.shape[1]}
+    return {}
 
 
 def _guidance(recipe: Recipe) -> float:

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ModelError
-from toolchain.models import MODELS, Component, ModelSource
+from toolchain.models import Component, Family, ModelSource
 from toolchain.models.source import UNUSED_FOLDERS
+from toolchain.recipe import Recipe
 from toolchain.sampler.schedulers import quiet
 
 if TYPE_CHECKING:
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def reference_module(component: Component, source: ModelSource, guided: bool) -> Iterator[nn.Module]:
+def reference_module(component: Component, source: ModelSource, recipe: Recipe) -> Iterator[nn.Module]:
     """The module with the checkpoint's weights; its memory is given back at the end. ModelError if it cannot load."""
     with _loading(source):
-        module = component.reference(source, guided).requires_grad_(False)
+        module = component.reference(source, recipe).requires_grad_(False)
     try:
         yield module
     finally:
@@ -29,8 +30,9 @@ def reference_module(component: Component, source: ModelSource, guided: bool) ->
         gc.collect()
 
 
-def reference_pipeline(source: ModelSource) -> Any:
-    """The diffusers pipeline that the model names, without what looks at finished pictures. ModelError as above."""
+def reference_pipeline(source: ModelSource, family: Family, recipe: Recipe) -> Any:
+    """The diffusers pipeline that the model names, without what looks at finished pictures and what the recipe leaves
+    out. ModelError as above."""
     import diffusers
     import torch
 
@@ -40,10 +42,13 @@ def reference_pipeline(source: ModelSource) -> Any:
         cls = getattr(diffusers, source.index["_class_name"])
         accepted = inspect.signature(cls.__init__).parameters
         kwargs: dict[str, Any] = {key: value for key, value in without.items() if key in accepted}
-        family = next(f for f in MODELS.values() if source.index["_class_name"] in f.pipelines)
         # Each by its own loader: a pipeline's takes one variant of the weights for all, and attention from the config.
         for component in family.components:
-            kwargs[component.folder] = component.reference(source, False).get_submodule(component.prefix.rstrip("."))
+            if component in family.parts(recipe) and component.folder not in kwargs:
+                module = component.reference(source, recipe)
+                kwargs[component.folder] = module.get_submodule(component.prefix.rstrip("."))
+            elif component.tokenizer and component not in family.parts(recipe):
+                kwargs |= {component.folder: None, component.tokenizer: None}
         pipeline = cls.from_pretrained(source.path, dtype=torch.float32, use_safetensors=True, **kwargs)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -12,9 +12,9 @@ from toolchain.check.report import Entry, Metrics
 from toolchain.errors import SamplerError
 from toolchain.models import ModelSource
 from toolchain.runtime.pipeline import Pipeline
-from toolchain.sampler.compile import TOLERANCE, prepare, table_errors
+from toolchain.sampler.compile import TOLERANCE, Schedule, prepare, table_errors
 from toolchain.sampler.schedulers import parse
-from toolchain.sampler.table import SamplerTable
+from toolchain.sampler.table import parse_table_name
 
 
 def compare_tables(pipeline: Pipeline, source: ModelSource) -> list[Entry]:
@@ -24,24 +24,29 @@ def compare_tables(pipeline: Pipeline, source: ModelSource) -> list[Entry]:
     """
     entries = []
     for label in sorted(pipeline.bundle.samplers):
-        scheduler, _, steps = label.rpartition("/")
-        error = _error(pipeline.table(scheduler, int(steps)), scheduler, int(steps), source)
+        error = _error(pipeline, label, source)
         failed = () if error <= TOLERANCE else ("max_error",)  # written so that NaN fails
         metrics, limits = Metrics(max_error=error), Metrics(max_error=TOLERANCE)
         entries.append(Entry("sampler", ANY, label, "trajectory", metrics, limits, failed))
     return entries
 
 
-def _error(table: SamplerTable, scheduler: str, steps: int, source: ModelSource) -> float:
+def _error(pipeline: Pipeline, label: str, source: ModelSource) -> float:
     """Largest difference at the end relative to the largest value; infinite where they take other steps or draws."""
+    table = pipeline.load_table(label)
+    name, steps, tokens, skip = parse_table_name(label)
+    linear = pipeline.bundle.settings.linear_sigmas
+    spec, config = parse(name), source.config("scheduler")
 
-    spec, config = parse(scheduler), source.config("scheduler")
-    schedule = prepare(spec, steps, config)
+    def make() -> Schedule:
+        return prepare(spec, steps, config, skip=skip, tokens=tokens, linear_sigmas=linear)
+
+    schedule = make()
     if len(schedule.timesteps) != table.evaluations:
         return math.inf
     sigma = float(getattr(schedule.scheduler, "init_noise_sigma", 1.0))
     try:
-        errors = table_errors(table, lambda: prepare(spec, steps, config))
+        errors = table_errors(table, make)
     except SamplerError:
         return math.inf  # it draws noise at other evaluations
     return max(errors.exact, abs(table.init_noise_sigma / sigma - 1))

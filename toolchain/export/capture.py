@@ -1,7 +1,8 @@
 """Weightless export: a component's graph is captured from its config, without reading or allocating its weights.
 
 The module is built under fake tensors, which have shapes but no memory, traced by `torch.export`, and written as ONNX.
-Every parameter becomes an initializer that carries the checkpoint's own tensor name and no bytes.
+Every tensor of the module's state dict, parameter or persistent buffer, becomes an initializer that carries the
+checkpoint's own tensor name and no bytes.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def capture(component: Component, source: ModelSource, recipe: Recipe, bucket: B
                 optimize=False,
                 verbose=False,
             )
-            parameters = {name for name, _ in module.named_parameters()}
+            # A tied parameter is in the state dict under each of its names, and the exporter takes one of them.
+            weights = set(module.state_dict(keep_vars=True))
     except EXPORT_ERRORS as error:
         raise ExportError(
             f"the {component.name} cannot be exported",
@@ -77,7 +79,7 @@ def capture(component: Component, source: ModelSource, recipe: Recipe, bucket: B
         ) from error
     assert exported is not None
     model = exported.model
-    _detach_weights(model, parameters, component.prefix)
+    _detach_weights(model, weights, component.prefix)
     with _quiet():
         model = simplify(model)
     model.ir_version = IR_VERSION
@@ -126,10 +128,10 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _detach_weights(model: ir.Model, parameters: set[str], prefix: str) -> None:
-    """Renames every parameter to the checkpoint's name and drops its bytes; buffers and constants keep their values."""
+def _detach_weights(model: ir.Model, weights: set[str], prefix: str) -> None:
+    """Renames every weight to the checkpoint's name and drops its bytes; constants keep their values."""
     for name, value in list(model.graph.initializers.items()):
-        if name not in parameters:
+        if name not in weights:
             continue
         tensor = value.const_value
         assert tensor is not None

@@ -38,6 +38,8 @@ RENAMED = (
     (".to_out.0.", ".proj_attn."),
 )
 TEXT_PREFIX = "text_model."
+# T5 holds one embedding under two names; a checkpoint has either or both.
+TIED = {"encoder.embed_tokens.weight": "shared.weight", "shared.weight": "encoder.embed_tokens.weight"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def _spellings(key: str) -> list[str]:
     for new, old in RENAMED:
         older = older.replace(new, old)
     bare = key.removeprefix(TEXT_PREFIX)
-    return [key, older, TEXT_PREFIX + key, bare]
+    return [key, older, TIED.get(key, key), TEXT_PREFIX + key, bare]
 
 
 def write_weights(uses: list[WeightUse], tensors: Mapping[str, TensorRef], path: Path) -> None:

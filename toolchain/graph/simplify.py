@@ -27,6 +27,8 @@ def simplify(model: ir.Model) -> ir.Model:
     """A simplified copy; the weights are shared with the given model."""
     model = model.clone()
     common.InlinePass()(model)
+    # First as well: equal nodes folded one by one would each leave a copy of the value. FLUX uses its tables 228 times.
+    common.CommonSubexpressionEliminationPass()(model)
     for _ in range(2):  # the second round folds what the first one uncovered; a third changed nothing on SD and SDXL
         optimizer.fold_constants(
             model,

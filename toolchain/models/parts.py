@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ T5_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast")
 # Named, because a config can name one too: a kernel that transformers would fetch from the hub and run.
 ATTENTION = "sdpa"
 CLIP_LENGTH = 77
+# Where T5 exceeds float16. https://github.com/huggingface/transformers/pull/18493
+T5_WIDE = "encoder.block.*.layer.1.DenseReluDense.wo"
 
 
 def vae_factor(source: ModelSource) -> int:
@@ -283,6 +286,25 @@ def check_clip(source: ModelSource, folder: str, network: str) -> None:
         )
 
 
+def check_t5(source: ModelSource, folder: str, network: str, recipe: Recipe) -> None:
+    """Sizes and tokenizer of a T5 encoder, as `check_clip`: ModelError. RecipeError where it would overflow."""
+    layers = source.config(folder).get("num_layers", 6)
+    check_sizes(source, {(folder, "d_model"): source.setting(folder, "d_model"), (folder, "num_layers"): layers})
+    if source.has_weights(network):
+        require_vocabulary(source.path / folder.replace("text_encoder", "tokenizer"), t5=True)
+    own = recipe.component(folder)
+    last = f"encoder.block.{layers - 1}.layer.1.DenseReluDense.wo"
+    parents = [last[:i] for i, c in enumerate(f"{last}.") if c == "."]
+    kept = any(fnmatch.fnmatchcase(name, pattern) for name in parents for pattern in own.keep_float32)
+    if own.dtype == "float16" and not kept:
+        raise RecipeError(
+            "T5 overflows in float16: the sum over its blocks would be infinite",
+            where=f"{recipe.name}: components.{folder}",
+            expected=f'keep_float32 = ["{T5_WIDE}"], which transformers does by itself, or dtype = "bfloat16"',
+            got=f'dtype = "float16", keep_float32 = {list(own.keep_float32)}',
+        )
+
+
 def check_equal(source: ModelSource, network: str, key: str, expected: int, of: str) -> None:
     """ModelError unless a setting of the denoising network is what the text encoders `of` it give."""
     got = source.setting(network, key)
@@ -301,8 +323,8 @@ def check_channels(source: ModelSource, network: str, expected: int) -> None:
     got = source.setting(network, "in_channels")
     if got != expected:
         raise ModelError(
-            f"the {'UNet' if network == 'unet' else network} takes other channels than the VAE's latents: inpainting and"
-            " instruction models are not supported",
+            f"the {'UNet' if network == 'unet' else network} takes other channels than the VAE's latents: inpainting "
+            "and instruction models are not supported",
             where=source.path / network / "config.json",
             expected=f"in_channels = {expected}",
             got=got,

@@ -40,7 +40,8 @@ class ModelSource:
     def config(self, folder: str) -> dict[str, Any]:
         """The config of one component; the scheduler's and the tokenizer's have names of their own."""
         names = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
-        return self._json(self.path / folder / names.get(folder, "config.json"))
+        kind = folder.partition("_")[0]  # tokenizer_2 is a tokenizer too
+        return self._json(self.path / folder / names.get(kind, "config.json"))
 
     def setting(self, folder: str, key: str) -> Any:
         """One entry of a component's config; ModelError where it is missing."""

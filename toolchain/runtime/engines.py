@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from toolchain.engines import Backend, Engine
 from toolchain.recipe import Bucket
 
 F32 = NDArray[np.float32]
+Array = NDArray[np.generic]
 
 
 def open_engine(bundle: Bundle, backend: Backend, component: str, bucket: Bucket) -> Engine:
@@ -21,34 +22,41 @@ def open_engine(bundle: Bundle, backend: Backend, component: str, bucket: Bucket
     return backend.open(bundle.path / entry.folder, weights, entry.spec, options)
 
 
-class TextEncoder:
-    """Token ids [1, L] -> context [L, E], one prompt at a time."""
+class BoundEngine:
+    """An engine with buffers of its own for every input and output."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._ids, self._context = (np.zeros(t.shape, t.dtype) for t in (engine.spec.inputs[0], engine.spec.outputs[0]))
-        self._launch = engine.bind({"ids": self._ids, "context": self._context})
+        self.inputs: dict[str, Array] = {t.name: np.zeros(t.shape, t.dtype) for t in engine.spec.inputs}
+        self.outputs: dict[str, Array] = {t.name: np.zeros(t.shape, t.dtype) for t in engine.spec.outputs}
+        self._launch = engine.bind({**self.inputs, **self.outputs})
 
-    def __call__(self, ids: NDArray[np.int64]) -> F32:
-        self._ids[...] = ids
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Runs on copies of `inputs`; those that are not given keep what they held. The outputs are buffers."""
+        for name, array in inputs.items():
+            self.inputs[name][...] = array
         self._launch()
-        return np.array(self._context[0], np.float32)
+        return self.outputs
 
     def close(self) -> None:
         self._engine.close()
 
 
 class BucketEngines:
-    """Step and decoder of one bucket. The state has two buffers, which the step's two launches swap."""
+    """Step, decoder and, where the bundle has one, encoder of a bucket.
 
-    def __init__(self, bucket: Bucket, step: Engine, decoder: Engine) -> None:
+    The state has two buffers, which the step's two launches swap.
+    """
+
+    def __init__(self, bucket: Bucket, step: Engine, decoder: Engine, encoder: Engine | None) -> None:
         self.bucket = bucket
-        self._engines = (step, decoder)
-        buffers: dict[str, NDArray[np.generic]] = {t.name: np.zeros(t.shape, t.dtype) for t in step.spec.inputs}
+        self._engines = [step, decoder]
+        buffers: dict[str, Array] = {t.name: np.zeros(t.shape, t.dtype) for t in step.spec.inputs}
         self.states = (buffers.pop("state"), np.zeros(step.spec.input("state").shape, np.float32))
         self.counters = (buffers.pop("step"), np.zeros(1, np.int64))
         self.inputs = buffers
         self.pixels = np.zeros(decoder.spec.outputs[0].shape, np.uint8)
+        self.encoder = None if encoder is None else BoundEngine(encoder)
 
         def bind_step(source: int, target: int) -> Callable[[], None]:
             ends = {"state": self.states[source], "next_state": self.states[target]}
@@ -67,7 +75,11 @@ class BucketEngines:
         """Runs everything once on zeros, so that the first request finds pages and threads in place."""
         self.steps[0]()
         self.decoders[1]()
+        if self.encoder:
+            self.encoder({})
 
     def close(self) -> None:
         for engine in self._engines:
             engine.close()
+        if self.encoder:
+            self.encoder.close()

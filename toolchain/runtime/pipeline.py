@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from toolchain.bundle import Bundle, describe_buckets, read_bundle
-from toolchain.engines import backend_of
+from toolchain.bundle import Bundle, read_bundle
+from toolchain.engines import Engine, backend_of
 from toolchain.errors import BundleError, RequestError
 from toolchain.recipe import Bucket
-from toolchain.runtime.engines import F32, BucketEngines, TextEncoder, open_engine
+from toolchain.runtime.engines import F32, BucketEngines, open_engine
 from toolchain.runtime.loop import denoise
 from toolchain.runtime.noise import Generator
-from toolchain.runtime.prompt import ClipTokenizer
-from toolchain.runtime.request import Request, check_guidance, check_latents, check_seeds, check_steps, check_texts
+from toolchain.runtime.request import Options, Request, Size, Texts
+from toolchain.runtime.resolve import resolve
+from toolchain.runtime.start import draw, start_latents, upload
+from toolchain.runtime.text import Conditions, TextEncoders, place
 from toolchain.sampler.schedulers import parse
-from toolchain.sampler.table import SamplerTable
+from toolchain.sampler.table import SamplerTable, table_name
 
-log = logging.getLogger("toolchain")
-
-CACHED_PROMPTS = 256
 CACHED_TABLES = 64
 
 
@@ -50,6 +49,7 @@ class Timings:
     """Milliseconds per stage of one call, summed over its runs."""
 
     text_ms: float = 0.0
+    encode_ms: float = 0.0
     denoise_ms: float = 0.0
     decode_ms: float = 0.0
     total_ms: float = 0.0
@@ -63,11 +63,13 @@ class Result:
     images   one per prompt, none without decoding
     latents  float32 [N, C, h, w] after the last step
     request  what ran, with every default filled in
+    table    the sampler that it ran with
     """
 
     images: list[Image.Image]
     latents: F32
     request: Request
+    table: SamplerTable
     timings: Timings
 
     @property
@@ -79,7 +81,7 @@ class Pipeline:
     """A loaded bundle. Not safe for concurrent calls: load one per worker; the weights are mapped and shared."""
 
     def __init__(self, bundle: Bundle, *, warm_up: bool = True) -> None:
-        """Opens the text encoder and, with `warm_up`, every bucket, and runs each engine once.
+        """Opens the text encoders and, with `warm_up`, every bucket, and runs each engine once.
 
         Raises BundleError when the engines were built for another device or version.
         """
@@ -93,157 +95,93 @@ class Pipeline:
                 got=reason,
                 hint="build it on this machine, from the same recipe",
             )
-        self._tokenizer = ClipTokenizer(bundle.path / bundle.tokenizers["tokenizer"])
-        self._text = TextEncoder(open_engine(bundle, self._backend, "text_encoder", bundle.buckets[0]))
+        self._texts = TextEncoders(bundle, self._backend)
         self._buckets: dict[Bucket, BucketEngines] = {}
-        self._contexts: OrderedDict[str, F32] = OrderedDict()
-        self._tables: OrderedDict[tuple[str, int], SamplerTable] = OrderedDict()
+        self._tables: OrderedDict[str, SamplerTable] = OrderedDict()
         if warm_up:
-            self._context("")
+            self._texts(dict.fromkeys(bundle.tokenizers, ""), 0)
             for bucket in bundle.buckets:
                 self._engines(bucket).warm_up()
 
     def __call__(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        negative_prompt: str | Sequence[str] = "",
-        seed: int | Sequence[int] | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        scheduler: str | None = None,
-        size: tuple[int, int] | None = None,
-        crop: bool = False,
-        latents: F32 | None = None,
-        decode: bool = True,
-        callback: Callback | None = None,
+        self, prompt: Texts, *, decode: bool = True, callback: Callback | None = None, **options: Any
     ) -> Result:
         """Pictures for one prompt or several.
 
-        seed        one per picture; a single one counts up over the pictures; None draws one at random
-        guidance    classifier-free guidance scale; 1 or less is none, as in diffusers
-        scheduler   a name as in `--scheduler`; without a table in the bundle it is compiled, where diffusers is there
-        size        (height, width) in pixels, one of the built buckets
-        crop        take the nearest larger bucket and cut the middle out of it
-        latents     float32 [N, C, h, w], standard normal, in place of the seed's
         decode      False leaves the VAE out: the latents are the result
         callback    called after each evaluation; returning False stops the run there
+        options     the fields of `toolchain.runtime.request.Options`, such as negative_prompt, seed, steps and size
 
         What a seed draws is what torch's CPU generator draws: the picture is diffusers' own with one generator each.
         Raises RequestError for anything the bundle cannot do.
         """
         started = time.perf_counter()
         timings = Timings()
-        request = self._request(prompt, negative_prompt, seed, steps, guidance, scheduler, size, latents)
-        bucket_size = self._bucket_size(request.size, crop)
+        request = resolve(self.bundle, Options.of({"prompt": prompt, **options}))
+        table = self.table(request.scheduler, request.steps, request.run_size, request.skip)
         images: list[Image.Image] = []
         parts: list[F32] = []
         first = 0
-        for batch in self._batches(len(request.prompts), bucket_size):
+        for batch in self._batches(len(request.prompts), request.run_size):
             count = min(batch, len(request.prompts) - first)
-            engines = self._engines(Bucket(batch, *bucket_size))
+            engines = self._engines(Bucket(batch, *request.run_size))
             chosen = [first + min(i, count - 1) for i in range(batch)]  # a part-filled batch repeats its last picture
-            pixels, result = self._run(engines, request, chosen, decode, callback, timings)
+            pixels, result = self._run(engines, request, table, chosen, decode, callback, timings)
             parts.append(result[:count])
             images += [_crop(Image.fromarray(p), request.size) for p in pixels[:count]]
             first += count
         timings.total_ms = (time.perf_counter() - started) * 1e3
-        return Result(images, np.concatenate(parts), request, timings)
+        return Result(images, np.concatenate(parts), request, table, timings)
 
     def close(self) -> None:
         """Frees every engine."""
-        self._text.close()
+        self._texts.close()
         for engines in self._buckets.values():
             engines.close()
         self._buckets.clear()
 
-    def table(self, scheduler: str, steps: int) -> SamplerTable:
-        """The sampler table for a scheduler and a number of steps, from the bundle or compiled now."""
-        name = parse(scheduler).canonical
-        known = self._tables.get((name, steps))
-        if known is None:
-            known = self._tables[name, steps] = self._load_table(name, steps)
+    def table(self, scheduler: str, steps: int, size: Size, skip: int = 0) -> SamplerTable:
+        """The sampler table of a scheduler, from the bundle or compiled now.
+
+        size  (height, width) of the bucket, which decides the schedule of some flow-matching models
+        skip  steps that image to image leaves out
+        """
+        settings = self.bundle.settings
+        spec, tokens = parse(scheduler).canonical, settings.tokens(*size)
+        name = table_name(spec, steps, tokens=tokens, skip=skip)
+        if name not in self._tables:
+            bundled = name in self.bundle.samplers
+            self._tables[name] = (
+                self.load_table(name) if bundled else self._compile_table(name, spec, steps, tokens, skip)
+            )
             if len(self._tables) > CACHED_TABLES:
                 self._tables.popitem(last=False)
-        return known
+        return self._tables[name]
 
-    def _load_table(self, name: str, steps: int) -> SamplerTable:
-        file = self.bundle.samplers.get(f"{name}/{steps}")
-        if file is not None:
-            path = self.bundle.path / file
-            try:
-                return SamplerTable.from_json(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError) as error:
-                raise BundleError("a sampler table cannot be read", where=path, got=error) from error
+    def load_table(self, name: str) -> SamplerTable:
+        """A table of the bundle by its name there. Raises BundleError."""
+        path = self.bundle.path / self.bundle.samplers[name]
+        try:
+            return SamplerTable.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise BundleError("a sampler table cannot be read", where=path, got=error) from error
+
+    def _compile_table(self, name: str, spec: str, steps: int, tokens: int, skip: int) -> SamplerTable:
+        settings = self.bundle.settings
         try:
             from toolchain.sampler.compile import compile_table
-
-            return compile_table(name, steps, self.bundle.settings["scheduler"])
         except ImportError:
             raise RequestError(
                 "the bundle has no table for this scheduler and number of steps",
                 expected=", ".join(sorted(self.bundle.samplers)),
-                got=f"{name}/{steps}",
-                hint="add it to the recipe and build again, or install diffbuild[build] to compile it here",
+                got=name,
+                hint="add it to the recipe (sampling.schedulers, step_counts, strengths) and build again, or install "
+                "diffbuild[build] to compile it here",
             ) from None
+        linear = settings.linear_sigmas
+        return compile_table(spec, steps, settings.scheduler, skip=skip, tokens=tokens, linear_sigmas=linear)
 
-    def _request(
-        self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str],
-        seed: int | Sequence[int] | None,
-        steps: int | None,
-        guidance: float | None,
-        scheduler: str | None,
-        size: tuple[int, int] | None,
-        latents: F32 | None,
-    ) -> Request:
-        defaults = self.bundle.recipe.sampling
-        prompts = check_texts("prompt", prompt)
-        negatives = check_texts("negative_prompt", negative_prompt)
-        if len(negatives) == 1:
-            negatives = negatives * len(prompts)
-        if len(negatives) != len(prompts):
-            raise RequestError(
-                "as many negative prompts as prompts are needed", expected=len(prompts), got=len(negatives)
-            )
-        if any(negatives) and not self._guided:
-            hint = "set classifier_free_guidance = true in the recipe and build again"
-            raise RequestError("a bundle without guidance cannot use a negative prompt", got=negatives[0], hint=hint)
-        if scheduler is not None and not isinstance(scheduler, str):
-            raise RequestError("scheduler is not a name", expected="a string such as 'euler'", got=repr(scheduler))
-        steps = check_steps(defaults.steps if steps is None else steps)
-        return Request(
-            prompts,
-            negatives,
-            check_seeds(seed, len(prompts)),
-            self.table(scheduler or defaults.scheduler, steps),
-            check_guidance(self._default_guidance if guidance is None else guidance, self._guided),
-            size or (self.bundle.buckets[0].height, self.bundle.buckets[0].width),
-            check_latents(latents),
-        )
-
-    def _bucket_size(self, size: tuple[int, int], crop: bool) -> tuple[int, int]:
-        """(height, width) of the buckets to run, in pixels."""
-        if not (isinstance(size, tuple) and len(size) == 2 and all(type(s) is int and s > 0 for s in size)):
-            raise RequestError("size is not a size", expected="(height, width) in pixels", got=repr(size))
-        sizes = {(b.height, b.width) for b in self.bundle.buckets}
-        if size in sizes:
-            return size
-        larger = [s for s in sizes if s[0] >= size[0] and s[1] >= size[1]]
-        if crop and larger:
-            return min(larger, key=lambda s: (s[0] * s[1], s))
-        raise RequestError(
-            "no engine was built for this size",
-            where=self.bundle.path,
-            expected=describe_buckets(self.bundle.buckets) + " (batch x height x width)",
-            got=f"{size[0]}x{size[1]}",
-            hint="cut it out of the nearest larger bucket with --crop (crop=True)"
-            if larger
-            else "add the bucket to the recipe and build again",
-        )
-
-    def _batches(self, count: int, size: tuple[int, int]) -> list[int]:
+    def _batches(self, count: int, size: Size) -> list[int]:
         """Bucket batches that together hold `count` pictures: the largest that fit, then the smallest."""
         built = sorted({b.batch for b in self.bundle.buckets if (b.height, b.width) == size})
         batches = []
@@ -255,30 +193,28 @@ class Pipeline:
 
     def _engines(self, bucket: Bucket) -> BucketEngines:
         if bucket not in self._buckets:
-            opened = [open_engine(self.bundle, self._backend, name, bucket) for name in ("denoiser", "vae_decoder")]
-            self._buckets[bucket] = BucketEngines(bucket, *opened)
+
+            def opened(name: str) -> Engine:
+                return open_engine(self.bundle, self._backend, name, bucket)
+
+            encoder = opened("vae_encoder") if "vae_encoder" in self.bundle.engines else None
+            self._buckets[bucket] = BucketEngines(bucket, opened("denoiser"), opened("vae_decoder"), encoder)
         return self._buckets[bucket]
 
-    def _context(self, prompt: str) -> F32:
-        """The prompt's embedding [L, E], from the cache or the text encoder."""
-        known = self._contexts.get(prompt)
-        if known is not None:
-            self._contexts.move_to_end(prompt)
-            return known
-        encoded = self._tokenizer.encode(prompt)
-        if encoded.cut:
-            log.warning(
-                "the prompt is longer than the text encoder's %d tokens; cut: %r", encoded.ids.shape[1], encoded.cut
-            )
-        context = self._contexts[prompt] = self._text(encoded.ids)
-        if len(self._contexts) > CACHED_PROMPTS:
-            self._contexts.popitem(last=False)
-        return context
+    def _conditions(self, request: Request, chosen: list[int]) -> tuple[list[Conditions], list[Conditions]]:
+        """(of the negative prompts, none without guidance; of the prompts)"""
+        positives = [self._texts(request.texts[i], request.clip_skip) for i in chosen]
+        if not self.bundle.recipe.classifier_free_guidance:
+            return [], positives
+        if request.negative_texts is None:
+            return [self._texts.zeros() for _ in chosen], positives
+        return [self._texts(request.negative_texts[i], 0) for i in chosen], positives  # clip skip is the prompt's alone
 
     def _run(
         self,
         engines: BucketEngines,
         request: Request,
+        table: SamplerTable,
         chosen: list[int],
         decode: bool,
         callback: Callback | None,
@@ -286,15 +222,15 @@ class Pipeline:
     ) -> tuple[NDArray[np.uint8], F32]:
         """One pass through a bucket for the pictures `chosen`: pixels [B, H, W, 3] and latents [B, C, h, w]."""
         clock = _Clock()
-        negatives = [self._context(request.negatives[i]) for i in chosen] if self._guided else []
-        engines.inputs["context"][...] = np.stack(negatives + [self._context(request.prompts[i]) for i in chosen])
+        place(engines.inputs, *self._conditions(request, chosen))
         timings.text_ms += clock.lap_ms()
-        table = request.table
         generators = [Generator(request.seeds[i]) for i in chosen]
-        _upload(engines, table, request, chosen, generators)
+        start = start_latents(engines, table, request, chosen, generators)
+        timings.encode_ms += clock.lap_ms()
+        upload(engines, table, request, start)
         total = table.evaluations
         done = 0
-        for index in denoise(engines.steps, table.noise_draws, lambda: _draw(engines.inputs["noise"], generators)):
+        for index in denoise(engines.steps, table.noise_draws, lambda: draw(engines.inputs["noise"], generators)):
             done = index + 1
             timings.steps_ms.append(clock.split_ms())
             if callback is not None:
@@ -306,14 +242,6 @@ class Pipeline:
             engines.decoders[done % 2]()
         timings.decode_ms += clock.lap_ms()
         return (engines.pixels.copy() if decode else engines.pixels[:0]), engines.states[done % 2][0].copy()
-
-    @property
-    def _default_guidance(self) -> float:
-        return self.bundle.recipe.sampling.guidance if self._guided else 1.0
-
-    @property
-    def _guided(self) -> bool:
-        return self.bundle.recipe.classifier_free_guidance
 
 
 class _Clock:
@@ -343,35 +271,6 @@ def load(path: str | Path, *, verify: bool = True, warm_up: bool = True) -> Pipe
     if verify:
         bundle.verify()
     return Pipeline(bundle, warm_up=warm_up)
-
-
-def _upload(
-    engines: BucketEngines, table: SamplerTable, request: Request, chosen: list[int], generators: list[Generator]
-) -> None:
-    """Everything that the steps of one run read: after this the loop only launches."""
-    shape = engines.latent_shape
-    if request.latents is None:
-        start = np.concatenate([g.randn((1, *shape[1:])) for g in generators])
-    elif request.latents.shape != (len(request.prompts), *shape[1:]):
-        raise RequestError(
-            "the latents have another shape than the bucket",
-            expected=(len(request.prompts), *shape[1:]),
-            got=request.latents.shape,
-        )
-    else:
-        start = request.latents[chosen]
-    engines.states[0][...] = 0
-    engines.states[0][0] = start * np.float32(table.init_noise_sigma)
-    engines.counters[0][...] = 0
-    engines.inputs["timesteps"][: table.evaluations] = table.timesteps
-    engines.inputs["table"][: table.evaluations] = table.rows
-    engines.inputs["guidance"][...] = request.guidance
-    engines.inputs["noise"][...] = 0
-
-
-def _draw(noise: NDArray[np.generic], generators: list[Generator]) -> None:
-    for row, generator in enumerate(generators):
-        noise[row : row + 1] = generator.randn((1, *noise.shape[1:]))
 
 
 def _crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:

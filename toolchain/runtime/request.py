@@ -1,41 +1,167 @@
-"""What one call asks for, filled in and checked before anything runs."""
+"""What one call asks for: what the user says, and the same filled in and checked before anything runs."""
 
 from __future__ import annotations
 
+import difflib
 import math
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from toolchain.bundle import Bundle
 from toolchain.errors import RequestError
-from toolchain.sampler.table import MAX_EVALUATIONS, SamplerTable
+from toolchain.sampler.table import MAX_EVALUATIONS
 
 F32 = NDArray[np.float32]
+Size = tuple[int, int]
+Texts = str | Sequence[str]
+Picture = Image.Image | NDArray[np.uint8]
+
+STRENGTH = 0.6  # where neither the request nor the recipe says
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a call of a pipeline takes. Sizes are (height, width) in pixels; None leaves the choice to the bundle.
+
+    prompt                  one or several; so many pictures are drawn
+    prompt_2, prompt_3      for the second and third text encoder, where there are some; they default to `prompt`
+    negative_prompt         what the picture should not show, one for all or one for each. None is what diffusers makes
+                            of it: the empty prompt, or zeros for a model that was trained so (SDXL)
+    seed                    one per picture; a single one counts up over the pictures; None draws one at random
+    steps, scheduler        as in `generate`; without a table in the bundle one is compiled, where diffusers is there
+    guidance                classifier-free guidance scale, 1 or less is none; of FLUX dev the one that is embedded
+    guidance_rescale        from 0 to 1, against overexposure
+    true_cfg                classifier-free guidance scale of FLUX, where the bundle was built with it
+    clip_skip               layers of the CLIP text encoders to leave out, counted from the one usually taken
+    size                    one of the built buckets, or with `crop` any smaller
+    aspect                  width / height: the built bucket that comes nearest, in place of a size
+    crop                    take the nearest larger bucket and cut the middle out of it
+    latents                 float32 [N, C, h, w], standard normal, in place of the seed's
+    image                   image to image: a PIL image or uint8 [H, W, 3], one for all or one for each; it is resized
+    strength                above 0, at most 1: how much of the schedule an image goes through
+    original_size, crop_top_left, target_size, and the same with `negative_`
+                            SDXL's micro-conditioning; sizes default to the picture's own
+    """
+
+    prompt: Texts
+    prompt_2: Texts | None = None
+    prompt_3: Texts | None = None
+    negative_prompt: Texts | None = None
+    negative_prompt_2: Texts | None = None
+    negative_prompt_3: Texts | None = None
+    seed: int | Sequence[int] | None = None
+    steps: int | None = None
+    scheduler: str | None = None
+    guidance: float | None = None
+    guidance_rescale: float = 0.0
+    true_cfg: float | None = None
+    clip_skip: int = 0
+    size: Size | None = None
+    aspect: float | None = None
+    crop: bool = False
+    latents: F32 | None = None
+    image: Picture | Sequence[Picture] | None = None
+    strength: float | None = None
+    original_size: Size | None = None
+    crop_top_left: Size = (0, 0)
+    target_size: Size | None = None
+    negative_original_size: Size | None = None
+    negative_crop_top_left: Size = (0, 0)
+    negative_target_size: Size | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Options:
+        """RequestError for an option that there is not, with the nearest."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else None
+                raise RequestError("a pipeline has no such option", expected=", ".join(known), got=name, hint=hint)
+        return cls(**options)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One call with everything filled in and checked. `latents` [N, C, h, w] standard normal, or None."""
+    """One call with everything filled in and checked.
+
+    prompts, negatives  for the record, one per picture; negatives are None where zeros stand for them
+    texts               per picture: text encoder -> text
+    negative_texts      the same for the negative prompts; None for zeros
+    scheduler           canonical name
+    skip                steps left out by image to image
+    size, run_size      of the pictures, and of the bucket that they are cut from
+    time_ids            SDXL's, of the prompt and of the negative prompt
+    latents             [N, C, h, w] standard normal, or None
+    images              uint8 [N, H, W, 3] of run_size, or None
+    """
 
     prompts: list[str]
-    negatives: list[str]
+    negatives: list[str] | None
+    texts: list[dict[str, str]]
+    negative_texts: list[dict[str, str]] | None
     seeds: list[int]
-    table: SamplerTable
+    scheduler: str
+    steps: int
+    skip: int
     guidance: float
-    size: tuple[int, int]
+    guidance_rescale: float
+    true_cfg: float
+    clip_skip: int
+    size: Size
+    run_size: Size
+    time_ids: tuple[tuple[int, ...], tuple[int, ...]]
     latents: F32 | None
+    images: NDArray[np.uint8] | None
 
 
-def check_texts(name: str, value: str | Sequence[str]) -> list[str]:
+def texts_by_encoder(
+    bundle: Bundle, name: str, given: Sequence[Texts | None], count: int | None
+) -> list[dict[str, str]]:
+    """Per picture, text encoder -> text. `given` are the first, second and third prompt; the first stands in for the
+    others. `count` pictures, or as many as there are first prompts. RequestError."""
+    assert given[0] is not None
+    first = repeat(name, check_texts(name, given[0]), count)
+    by_encoder = dict.fromkeys(bundle.tokenizers, first)
+    for number, texts in enumerate(given[1:], start=2):
+        if texts is None:
+            continue
+        if f"text_encoder_{number}" not in bundle.tokenizers:
+            raise RequestError(
+                f"the bundle has no text encoder for {name}_{number}",
+                where=bundle.path,
+                expected=", ".join(bundle.tokenizers),
+                got=texts,
+            )
+        own = repeat(f"{name}_{number}", check_texts(f"{name}_{number}", texts), len(first))
+        # diffusers takes the first prompt where the second is empty
+        by_encoder[f"text_encoder_{number}"] = [o or f for o, f in zip(own, first, strict=True)]
+    return [{encoder: texts[i] for encoder, texts in by_encoder.items()} for i in range(len(first))]
+
+
+def check_texts(name: str, value: Texts) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
         raise RequestError(f"{name} is not text", expected="a string or a list of strings", got=repr(value)[:80])
     if not texts:
         raise RequestError(f"{name} is an empty list", expected="at least one string", got=value)
     return list(texts)
+
+
+def repeat(name: str, values: list[Any], count: int | None) -> list[Any]:
+    """One value for each picture: as they are, or one for all."""
+    if count is None or len(values) == count:
+        return values
+    if len(values) != 1:
+        what = f"as many {name.replace('_', ' ')}s as prompts are needed"
+        raise RequestError(what, expected=count, got=len(values))
+    return values * count
 
 
 def check_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
@@ -74,15 +200,49 @@ def check_steps(steps: int) -> int:
     return steps
 
 
-def check_guidance(guidance: float, guided: bool) -> float:
+def check_number(name: str, value: object, expected: str, least: float, most: float) -> float:
+    """A finite number from `least` to `most`; RequestError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RequestError(f"{name} is not a number", expected=expected, got=repr(value))
+    if not least <= value <= most:
+        raise RequestError(f"{name} is out of range", expected=expected, got=value)
+    return float(value)
+
+
+def check_guidance(guidance: object, guided: bool) -> float:
     """The scale to run with; `guided` tells whether the bundle was built with classifier-free guidance."""
-    if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not math.isfinite(guidance):
-        raise RequestError("guidance is not a number", expected="a finite number", got=repr(guidance))
-    if guidance > 1 and not guided:
+    value = check_number("guidance", guidance, "a finite number", -math.inf, math.inf)
+    if value > 1 and not guided:
         raise RequestError(
             "the bundle was built without classifier-free guidance",
             expected="guidance of 1 or less",
             got=guidance,
             hint="set classifier_free_guidance = true in the recipe and build again",
         )
-    return max(1.0, float(guidance))
+    return max(1.0, value)
+
+
+def check_pair(name: str, value: object, least: int) -> Size:
+    """(height, width) or (top, left) of whole numbers; RequestError."""
+    if not (isinstance(value, tuple) and len(value) == 2 and all(type(v) is int and v >= least for v in value)):
+        expected = "(top, left) in pixels" if "crop" in name else "(height, width) in pixels"
+        raise RequestError(
+            f"{name} is not a {'place' if 'crop' in name else 'size'}", expected=expected, got=repr(value)
+        )
+    return value
+
+
+def check_images(image: Picture | Sequence[Picture], count: int) -> list[Image.Image]:
+    """One RGB image for each picture; RequestError."""
+    given: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
+    images = []
+    for one in given:
+        pixels = isinstance(one, np.ndarray) and one.dtype == np.uint8 and one.ndim == 3 and one.shape[2] == 3
+        if not pixels and not isinstance(one, Image.Image):
+            raise RequestError(
+                "image is not an image",
+                expected="a PIL image or a uint8 array [H, W, 3], or a list of them",
+                got=f"{type(one).__name__} {getattr(one, 'dtype', '')} {getattr(one, 'shape', '')}".strip(),
+            )
+        images.append(Image.fromarray(one) if isinstance(one, np.ndarray) else one.convert("RGB"))
+    return repeat("image", images, count)

@@ -37,11 +37,12 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Schedule:
-    """A diffusers scheduler made ready for one trajectory: `timesteps` [T] are those of this trajectory."""
+    """A diffusers scheduler made ready for one trajectory: `timesteps` [T] are its own from index `start` on."""
 
     scheduler: Any
     timesteps: torch.Tensor
     step_kwargs: Mapping[str, Any]
+    start: int
 
     def model_input(self, index: int, sample: torch.Tensor) -> torch.Tensor:
         """What the network is given; flow-matching schedulers have no scaling."""
@@ -61,19 +62,20 @@ def compile_table(
     steps: int,
     model_config: Mapping[str, Any],
     *,
-    start: int = 0,
-    set_timesteps_kwargs: Mapping[str, Any] | None = None,
+    skip: int = 0,
+    tokens: int = 0,
+    linear_sigmas: bool = False,
 ) -> SamplerTable:
     """The verified table of a scheduler for `steps` steps of the model whose scheduler_config.json is given.
 
-    start                 index in the scheduler's timesteps at which image to image begins, a multiple of
-                          `scheduler.order`; the initial state is then the noised latents
-    set_timesteps_kwargs  further arguments of the scheduler's set_timesteps, such as mu or sigmas
+    skip           steps that image to image leaves out; the initial state is then the noised latents
+    tokens         of the picture, for schedulers that shift by their number
+    linear_sigmas  see `ModelSettings`
 
-    RequestError for a wrong spec, steps or start; SamplerError for a scheduler that no table can reproduce.
+    RequestError for a wrong spec, steps or skip; SamplerError for a scheduler that no table can reproduce.
     """
     spec = parse(spec) if isinstance(spec, str) else spec
-    fresh = prepare(spec, steps, model_config, start=start, set_timesteps_kwargs=set_timesteps_kwargs)
+    fresh = prepare(spec, steps, model_config, skip=skip, tokens=tokens, linear_sigmas=linear_sigmas)
     schedule = copy.deepcopy(fresh)  # a trajectory uses a scheduler up, and some take half a second to make
     with _refusals(spec.canonical):
         noising = _noising(schedule)  # before the trajectory, which moves the scheduler on
@@ -85,7 +87,7 @@ def compile_table(
             rows=_realise(spec.canonical, response, scales),
             init_noise_sigma=float(getattr(schedule.scheduler, "init_noise_sigma", 1.0)),
             noise_draws=draws,
-            start=start,
+            start=fresh.start,
             noising=noising,
         )
     verify_table(table, lambda: copy.deepcopy(fresh))
@@ -97,18 +99,16 @@ def prepare(
     steps: int,
     model_config: Mapping[str, Any],
     *,
-    start: int = 0,
-    set_timesteps_kwargs: Mapping[str, Any] | None = None,
+    skip: int = 0,
+    tokens: int = 0,
+    linear_sigmas: bool = False,
 ) -> Schedule:
     """The diffusers scheduler itself, set up as a pipeline does. Errors as for `compile_table`."""
     if steps < 1:
         raise RequestError("a picture takes at least one step", expected="steps from 1", got=steps)
     scheduler = create(spec, model_config)
-    kwargs = dict(set_timesteps_kwargs or {})
-    if not kwargs.keys() & {"sigmas", "timesteps"}:  # schedules of one's own come instead of a number of steps
-        kwargs["num_inference_steps"] = steps
     with _refusals(f"{spec.canonical} with {steps} steps"):
-        scheduler.set_timesteps(**kwargs)
+        scheduler.set_timesteps(**_timing(scheduler, steps, tokens, linear_sigmas))
     timesteps: torch.Tensor = scheduler.timesteps
     if len(timesteps) > MAX_EVALUATIONS:
         raise RequestError(
@@ -116,18 +116,27 @@ def prepare(
             expected=f"at most {MAX_EVALUATIONS} evaluations",
             got=len(timesteps),
         )
+    start = skip * scheduler.order
     if not 0 <= start < len(timesteps):
-        raise RequestError(
-            "the start lies outside the schedule", expected=f"0 to {len(timesteps) - 1} for {spec.canonical}", got=start
-        )
-    if start % scheduler.order:
-        raise RequestError(
-            "the start lies between the evaluations of one step", expected=f"a multiple of {scheduler.order}", got=start
-        )
+        raise RequestError("no step is left of the schedule", expected=f"0 to {steps - 1} steps left out", got=skip)
     # Text to image leaves the first index to the scheduler; only image to image sets it.
     if start and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)
-    return Schedule(scheduler, timesteps[start:], step_kwargs(spec, scheduler))
+    return Schedule(scheduler, timesteps[start:], step_kwargs(spec, scheduler), start)
+
+
+def _timing(scheduler: Any, steps: int, tokens: int, linear_sigmas: bool) -> dict[str, Any]:
+    """Arguments of set_timesteps, as the diffusers pipelines of flow-matching models give them."""
+    config = scheduler.config
+    arguments: dict[str, Any] = {"num_inference_steps": steps}
+    if linear_sigmas and not config.get("use_flow_sigmas"):
+        arguments = {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+    if config.get("use_dynamic_shifting"):
+        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        slope = (high - low) / (many - few)
+        arguments["mu"] = tokens * slope + (low - slope * few)
+    return arguments
 
 
 @contextmanager

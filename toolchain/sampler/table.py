@@ -28,6 +28,22 @@ Float32 = NDArray[np.float32]
 F = TypeVar("F", bound=np.floating[Any])
 
 
+def table_name(scheduler: str, steps: int, *, tokens: int = 0, skip: int = 0) -> str:
+    """What a table is called in a bundle: euler/20, flow-euler/20/4096-tokens, euler/20/from-8."""
+    parts = [scheduler, str(steps), *([f"{tokens}-tokens"] if tokens else []), *([f"from-{skip}"] if skip else [])]
+    return "/".join(parts)
+
+
+def parse_table_name(name: str) -> tuple[str, int, int, int]:
+    """(scheduler, steps, tokens, skip) of a `table_name`. ValueError for any other text."""
+    scheduler, steps, *rest = name.split("/")
+    numbers = {"tokens": 0, "from": 0}
+    for part in rest:
+        first, _, second = part.partition("-")
+        numbers["from" if first == "from" else "tokens"] = int(second if first == "from" else first)
+    return scheduler, int(steps), numbers["tokens"], numbers["from"]
+
+
 @dataclass(frozen=True, eq=False)
 class SamplerTable:
     """The coefficients of one scheduler for one number of steps.

@@ -1,0 +1,207 @@
+"""Options -> Request: every default filled in and everything checked against what the bundle can do."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from toolchain.bundle import Bundle, describe_buckets
+from toolchain.errors import RequestError
+from toolchain.runtime import request as ask
+from toolchain.runtime.request import Options, Request, Size
+from toolchain.sampler.schedulers import parse
+
+REBUILD_GUIDED = "set classifier_free_guidance = true in the recipe and build again"
+
+
+def resolve(bundle: Bundle, options: Options) -> Request:
+    """RequestError for anything that the bundle cannot do."""
+    defaults = bundle.recipe.sampling
+    given = [options.prompt, options.prompt_2, options.prompt_3]
+    texts = ask.texts_by_encoder(bundle, "prompt", given, None)
+    prompts = ask.check_texts("prompt", options.prompt)
+    count = len(prompts)
+    negatives, negative_texts = _negatives(bundle, options, count)
+    if options.scheduler is not None and not isinstance(options.scheduler, str):
+        expected = "a string such as 'euler'"
+        raise RequestError("scheduler is not a name", expected=expected, got=repr(options.scheduler))
+    steps = ask.check_steps(defaults.steps if options.steps is None else options.steps)
+    images = None if options.image is None else ask.check_images(options.image, count)
+    size, run_size = _sizes(bundle, options, images)
+    guidance, true_cfg = _guidance(bundle, options)
+    return Request(
+        prompts=prompts,
+        negatives=negatives,
+        texts=texts,
+        negative_texts=negative_texts,
+        seeds=ask.check_seeds(options.seed, count),
+        scheduler=parse(options.scheduler or defaults.scheduler).canonical,
+        steps=steps,
+        skip=_skip(bundle, options, steps),
+        guidance=guidance,
+        guidance_rescale=_rescale(bundle, options),
+        true_cfg=true_cfg,
+        clip_skip=_clip_skip(bundle, options),
+        size=size,
+        run_size=run_size,
+        time_ids=_time_ids(bundle, options, run_size),
+        latents=_latents(options),
+        images=None if images is None else _pixels(images, run_size),
+    )
+
+
+def _step_inputs(bundle: Bundle) -> set[str]:
+    return {t.name for t in bundle.engine("denoiser", bundle.buckets[0]).spec.inputs}
+
+
+def _negatives(bundle: Bundle, options: Options, count: int) -> tuple[list[str] | None, list[dict[str, str]] | None]:
+    first, others = options.negative_prompt, [options.negative_prompt_2, options.negative_prompt_3]
+    if first is None:
+        if any(text is not None for text in others):
+            raise RequestError("a second negative prompt needs a first", expected="negative_prompt", got="none")
+        if bundle.settings.zero_negative:
+            return None, None
+        first = ""
+    negatives = ask.repeat("negative_prompt", ask.check_texts("negative_prompt", first), count)
+    texts = ask.texts_by_encoder(bundle, "negative_prompt", [first, *others], count)
+    said = next((text for texts_ in texts for text in texts_.values() if text), None)
+    if said and not bundle.recipe.classifier_free_guidance:
+        raise RequestError("a bundle without guidance cannot use a negative prompt", got=said, hint=REBUILD_GUIDED)
+    return negatives, texts
+
+
+def _guidance(bundle: Bundle, options: Options) -> tuple[float, float]:
+    """(guidance, true_cfg)"""
+    guided = bundle.recipe.classifier_free_guidance
+    default = bundle.recipe.sampling.guidance
+    if bundle.settings.embedded_guidance:
+        value = default if options.guidance is None else options.guidance
+        guidance = ask.check_number("guidance", value, "a number of 0 or more", 0.0, math.inf)
+    else:
+        value = (default if guided else 1.0) if options.guidance is None else options.guidance
+        guidance = ask.check_guidance(value, guided)
+    has_true_cfg = "true_cfg" in _step_inputs(bundle)
+    if options.true_cfg is not None and not has_true_cfg:
+        raise RequestError(
+            "the bundle has no true classifier-free guidance",
+            where=bundle.path,
+            got=f"true_cfg = {options.true_cfg}",
+            hint=REBUILD_GUIDED + ", for a model of family flux; others take guidance",
+        )
+    true_cfg = ask.check_number("true_cfg", 1.0 if options.true_cfg is None else options.true_cfg, "1 or more", 1, 1e6)
+    if has_true_cfg and (true_cfg > 1) != (options.negative_prompt is not None):
+        raise RequestError(
+            "true classifier-free guidance takes a scale and a negative prompt",
+            expected="true_cfg above 1 and negative_prompt, which may be empty, or neither",
+            got=f"true_cfg = {true_cfg}, negative_prompt = {options.negative_prompt!r}",
+        )
+    return guidance, true_cfg
+
+
+def _rescale(bundle: Bundle, options: Options) -> float:
+    value = ask.check_number("guidance_rescale", options.guidance_rescale, "a number from 0 to 1", 0, 1)
+    if value and ("guidance_rescale" not in _step_inputs(bundle) or not bundle.recipe.classifier_free_guidance):
+        raise RequestError("the bundle has no guidance that could be rescaled", where=bundle.path, got=value)
+    return value
+
+
+def _clip_skip(bundle: Bundle, options: Options) -> int:
+    most = bundle.settings.max_clip_skip
+    if type(options.clip_skip) is not int or not 0 <= options.clip_skip <= most:
+        expected = f"an integer from 0 to {most}" if most else "0: the model has no such option"
+        raise RequestError("clip_skip is not a number of layers", expected=expected, got=repr(options.clip_skip))
+    return options.clip_skip
+
+
+def _latents(options: Options) -> ask.F32 | None:
+    if options.latents is not None and options.image is not None:
+        raise RequestError("latents and image exclude each other", expected="one of them", got="both")
+    return ask.check_latents(options.latents)
+
+
+def _skip(bundle: Bundle, options: Options, steps: int) -> int:
+    if options.image is None:
+        if options.strength is not None:
+            raise RequestError("strength is for image to image", expected="an image beside it", got=options.strength)
+        return 0
+    if "vae_encoder" not in bundle.engines:
+        raise RequestError(
+            "the bundle was built without image to image",
+            where=bundle.path,
+            hint="remove vae_encoder from `without` in the recipe and build again",
+        )
+    strengths = bundle.recipe.sampling.strengths
+    default = strengths[0] if strengths else ask.STRENGTH
+    expected = "a number above 0, at most 1"
+    strength = ask.check_number("strength", default if options.strength is None else options.strength, expected, 0, 1)
+    skip = bundle.settings.skipped_steps(steps, strength)
+    if skip >= steps:
+        raise RequestError(
+            "the strength leaves no step to run", expected=f"more than {1 / steps:.3g} for {steps} steps", got=strength
+        )
+    return skip
+
+
+def _sizes(bundle: Bundle, options: Options, images: list[Image.Image] | None) -> tuple[Size, Size]:
+    """(size of the pictures, size of the bucket to run)"""
+    if options.aspect is not None and options.size is not None:
+        raise RequestError("size and aspect exclude each other", expected="one of them", got="both")
+    if options.size is not None:
+        return options.size, _bucket_size(bundle, options.size, options.crop)
+    built = list(dict.fromkeys((b.height, b.width) for b in bundle.buckets))
+    if options.aspect is not None:
+        aspect = ask.check_number("aspect", options.aspect, "width / height, above 0", 1e-3, 1e3)
+    elif images is None:
+        return built[0], built[0]
+    elif (images[0].height, images[0].width) in built:
+        aspect, built = 1.0, [(images[0].height, images[0].width)]
+    else:
+        aspect = images[0].width / images[0].height
+    nearest = min(built, key=lambda size: abs(math.log(size[1] / size[0] / aspect)))
+    return nearest, nearest
+
+
+def _bucket_size(bundle: Bundle, size: Size, crop: bool) -> Size:
+    ask.check_pair("size", size, 1)
+    sizes = {(b.height, b.width) for b in bundle.buckets}
+    if size in sizes:
+        return size
+    larger = [s for s in sizes if s[0] >= size[0] and s[1] >= size[1]]
+    if crop and larger:
+        return min(larger, key=lambda s: (s[0] * s[1], s))
+    raise RequestError(
+        "no engine was built for this size",
+        where=bundle.path,
+        expected=describe_buckets(bundle.buckets) + " (batch x height x width)",
+        got=f"{size[0]}x{size[1]}",
+        hint="cut it out of the nearest larger bucket with --crop (crop=True)"
+        if larger
+        else "add the bucket to the recipe and build again",
+    )
+
+
+def _time_ids(bundle: Bundle, options: Options, run_size: Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    names = [
+        f"{sign}{what}" for sign in ("", "negative_") for what in ("original_size", "crop_top_left", "target_size")
+    ]
+    values = {name: getattr(options, name) for name in names}
+    said = [name for name, value in values.items() if value not in (None, (0, 0))]
+    if said and "time_ids" not in _step_inputs(bundle):
+        raise RequestError("the model is not conditioned on sizes", where=bundle.path, got=", ".join(said))
+    for name in said:
+        ask.check_pair(name, values[name], 0 if "crop" in name else 1)
+    own = (*(values["original_size"] or run_size), *values["crop_top_left"], *(values["target_size"] or run_size))
+    original, target = values["negative_original_size"], values["negative_target_size"]
+    if original is None or target is None:  # diffusers takes the negative's only where both sizes are there
+        return own, own
+    return own, (*original, *values["negative_crop_top_left"], *target)
+
+
+def _pixels(images: list[Image.Image], size: Size) -> NDArray[np.uint8]:
+    """uint8 [N, H, W, 3], resized as diffusers does."""
+    height, width = size
+    wanted = [i if i.size == (width, height) else i.resize((width, height), Image.Resampling.LANCZOS) for i in images]
+    return np.stack([np.asarray(image, np.uint8) for image in wanted])

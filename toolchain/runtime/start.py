@@ -1,0 +1,92 @@
+"""What a run starts from: initial latents, and everything that its steps read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from toolchain.errors import RequestError
+from toolchain.runtime.engines import F32, Array, BucketEngines
+from toolchain.runtime.noise import Generator
+from toolchain.runtime.request import Request
+from toolchain.sampler.table import SamplerTable
+
+
+def start_latents(
+    engines: BucketEngines, table: SamplerTable, request: Request, chosen: list[int], generators: list[Generator]
+) -> F32:
+    """The latents [B, C, h, w] before the first step, for the pictures `chosen`: noise, or a noised image."""
+    shape = engines.latent_shape
+    if request.images is not None:
+        return _noised_image(engines, table, request.images[chosen], generators)
+    if request.latents is None:
+        noise = normal(shape, generators)
+    elif request.latents.shape != (len(request.prompts), *shape[1:]):
+        raise RequestError(
+            "the latents have another shape than the bucket",
+            expected=(len(request.prompts), *shape[1:]),
+            got=request.latents.shape,
+        )
+    else:
+        noise = request.latents[chosen]
+    return noise * np.float32(table.init_noise_sigma)
+
+
+def _noised_image(engines: BucketEngines, table: SamplerTable, images: Array, generators: list[Generator]) -> F32:
+    if table.noising is None:
+        raise RequestError(
+            "this scheduler cannot noise an image", got=table.name, hint="take another one, such as euler or dpm++2m"
+        )
+    assert engines.encoder is not None
+    # The order of the draws is diffusers': the posterior's first, then the noise.
+    encoder_noise = normal(engines.latent_shape, generators)
+    latents = engines.encoder({"pixels": images, "noise": encoder_noise})["latents"]
+    signal, sigma = (np.float32(x) for x in table.noising)
+    return signal * latents.astype(np.float32) + sigma * normal(engines.latent_shape, generators)
+
+
+def upload(engines: BucketEngines, table: SamplerTable, request: Request, start: F32) -> None:
+    """Everything that the steps of one run read beside the conditions: after this the loop only launches."""
+    engines.states[0][...] = 0
+    engines.states[0][0] = start
+    engines.counters[0][...] = 0
+    engines.inputs["noise"][...] = 0
+    place_sampler(engines.inputs, table)
+    scales = {
+        "guidance": request.guidance,
+        "guidance_rescale": request.guidance_rescale,
+        "true_cfg": request.true_cfg,
+    }
+    place_scales(engines.inputs, scales)
+    place_time_ids(engines.inputs, *request.time_ids)
+
+
+def place_sampler(inputs: Mapping[str, Array], table: SamplerTable) -> None:
+    """Writes a table into the step's inputs."""
+    inputs["timesteps"][: table.evaluations] = table.timesteps
+    inputs["table"][: table.evaluations] = table.rows
+
+
+def place_scales(inputs: Mapping[str, Array], scales: Mapping[str, float]) -> None:
+    """Writes the scales of guidance, as far as the step has them."""
+    for name in scales.keys() & inputs.keys():
+        inputs[name][...] = scales[name]
+
+
+def place_time_ids(inputs: Mapping[str, Array], own: tuple[int, ...], negative: tuple[int, ...]) -> None:
+    """Writes SDXL's sizes, where the step has them; the first half of a guided batch is the negative prompts'."""
+    if "time_ids" in inputs:
+        rows, batch = len(inputs["time_ids"]), inputs["noise"].shape[0]
+        inputs["time_ids"][: rows - batch] = negative
+        inputs["time_ids"][rows - batch :] = own
+
+
+def draw(noise: Array, generators: list[Generator]) -> None:
+    """Fills `noise` [B, ...], each row from its own generator."""
+    noise[...] = normal(noise.shape, generators)
+
+
+def normal(shape: tuple[int, ...], generators: list[Generator]) -> F32:
+    """Standard normal noise [B, ...], each row from its own generator."""
+    return np.concatenate([g.randn((1, *shape[1:])) for g in generators])
