@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import toolchain
 from toolchain.sampler.schedulers import compatible, create, parse, reference_kwargs
@@ -49,16 +50,24 @@ def diffusers_pipeline(model: Path) -> Any:
 
     pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
+    # diffusers 0.42 looks for the final layer norm, which clip skip needs, where transformers before 5 had it. Past
+    # Module.__setattr__, which would make the encoder a child of its own.
+    object.__setattr__(pipeline.text_encoder, "text_model", pipeline.text_encoder)
     return pipeline
 
 
-def draw_with_diffusers(model: Path, prompts: list[str], seeds: list[int], scheduler: str, **kwargs: Any) -> np.ndarray:
+def draw_with_diffusers(
+    model: Path, prompts: list[str], seeds: list[int], scheduler: str, cls: Any = None, **kwargs: Any
+) -> np.ndarray:
     """Pictures [N, H, W, 3] uint8 of the real pipeline, one generator per picture."""
     import torch
 
     spec = parse(scheduler)
     config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
     pipeline = diffusers_pipeline(model)
+    if cls is not None:
+        pipeline = cls.from_pipe(pipeline)
+        pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = create(spec, config)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     images = pipeline(prompts, generator=generators, output_type="np", **reference_kwargs(spec), **kwargs).images
@@ -130,6 +139,45 @@ def test_guidance_and_negative_prompts(
         guidance_scale=guidance,
         height=64,
         width=64,
+    )
+    assert min(psnr_db(np.asarray(a), b) for a, b in zip(ours, theirs, strict=True)) >= LEAST_PSNR_DB
+
+
+@pytest.mark.parametrize("option", [{"clip_skip": 1}, {"clip_skip": 2}, {"guidance_rescale": 0.7}])
+def test_options_of_the_pipeline(pipe: toolchain.Pipeline, tiny_model: Path, option: dict[str, Any]) -> None:
+    prompts, seeds = ["a blue square", "a red circle"], [1, 2]
+    negative = {"negative_prompt": ["left", "of"]}
+    ours = pipe(prompts, seed=seeds, steps=3, guidance=6.0, scheduler="ddim", **negative, **option).images
+    theirs = draw_with_diffusers(
+        tiny_model, prompts, seeds, "ddim", num_inference_steps=3, guidance_scale=6.0, **negative, **option
+    )
+    assert min(psnr_db(np.asarray(a), b) for a, b in zip(ours, theirs, strict=True)) >= LEAST_PSNR_DB
+    plain = pipe(prompts, seed=seeds, steps=3, guidance=6.0, scheduler="ddim", **negative).images
+    # Without the option it is another picture.
+    assert max(psnr_db(np.asarray(a), np.asarray(b)) for a, b in zip(ours, plain, strict=True)) < LEAST_PSNR_DB
+
+
+@pytest.mark.parametrize("strength", [0.4, 0.75, 1.0])
+@pytest.mark.parametrize("scheduler", ["model", "ddim", "euler", "euler-a", "heun", "dpm++2m:karras", "unipc", "lcm"])
+def test_image_to_image(pipe: toolchain.Pipeline, tiny_model: Path, scheduler: str, strength: float) -> None:
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    prompts, seeds = ["a red circle on a white background", "a blue square"], [3, 9]
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (64, 96, 3), np.uint8)) for _ in prompts]
+    ours = pipe(
+        prompts, image=images, strength=strength, seed=seeds, steps=STEPS, guidance=5.0, scheduler=scheduler
+    ).images
+    theirs = draw_with_diffusers(
+        tiny_model,
+        prompts,
+        seeds,
+        scheduler,
+        cls=StableDiffusionImg2ImgPipeline,
+        image=images,
+        strength=strength,
+        num_inference_steps=STEPS,
+        guidance_scale=5.0,
     )
     assert min(psnr_db(np.asarray(a), b) for a, b in zip(ours, theirs, strict=True)) >= LEAST_PSNR_DB
 

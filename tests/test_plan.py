@@ -39,8 +39,10 @@ def test_a_new_bucket_builds_only_what_belongs_to_it(built: dict[str, str], tmp_
     assert misses(toolchain.plan_build(recipe, **built)) == [  # type: ignore[arg-type]
         "graph tiny denoiser 1x96x64",
         "graph tiny vae_decoder 1x96x64",
+        "graph tiny vae_encoder 1x96x64",
         "engine tiny denoiser 1x96x64",
         "engine tiny vae_decoder 1x96x64",
+        "engine tiny vae_encoder 1x96x64",
     ]
 
 
@@ -293,6 +295,8 @@ def test_graphs_alone_need_no_weights(tiny_copy: Path, tiny_recipe: Path, store:
         "text_encoder-any.onnx",
         "vae_decoder-1x64x64.onnx",
         "vae_decoder-2x64x96.onnx",
+        "vae_encoder-1x64x64.onnx",
+        "vae_encoder-2x64x96.onnx",
     ]
     weights = json.loads((tmp_path / "graphs" / "denoiser-1x64x64.weights.json").read_text())
     assert {"name", "key", "dtype", "shape", "transposed"} == set(weights[0])

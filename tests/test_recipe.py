@@ -171,7 +171,7 @@ max_error = true
 [check.components]
 vae_decoder.cosin = 1
 """
-KEYS = "family, backend, buckets, classifier_free_guidance, components, sampling, onnxruntime, check"
+KEYS = "family, backend, buckets, classifier_free_guidance, without, components, sampling, onnxruntime, check"
 SEED = "an integer from 0 to 2**64 - 1"
 MANY_LINES = [
     f"famly: unknown key, did you mean 'family'? (expected one of {KEYS}, got 'famly')",
@@ -188,7 +188,7 @@ MANY_LINES = [
     f"buckets[8]: not a bucket (expected {BUCKET}, got ' 1x64x64')",
     f"buckets[9]: wrong type (expected {BUCKET}, got 3)",
     "classifier_free_guidance: wrong type (expected true or false, got 1)",
-    "components.denoiser.dtpye: unknown key, did you mean 'dtype'? (expected one of dtype, keep_float32, got 'dtpye')",
+    "components.denoiser.dtpye: unknown key, did you mean 'dtype'? (expected one of dtype, keep_float32, tokens, got 'dtpye')",
     "components.denoiser.dtype: unknown value, did you mean 'float16'? "
     "(expected one of 'float32', 'float16', 'bfloat16', got 'float61')",
     f"components.denoiser.keep_float32: wrong type (expected a list, each {TEXT}, got 'norm')",
@@ -241,7 +241,20 @@ def changed(**values: str) -> str:
             ],
         ),
         (changed(buckets="[]"), [f"buckets: empty (expected {ENTRIES}, got [])"]),
-        (changed(buckets='"1x64x64"'), [f"buckets: wrong type (expected a list, each {BUCKET}, got '1x64x64')"]),
+        (changed(buckets='"1x64x64"'), ["buckets: unknown name (expected a list of buckets, or one of sdxl-aspect-ratios, got '1x64x64')"]),
+        (
+            changed(buckets='"sdxl-aspect"'),
+            [
+                "buckets: unknown name, did you mean 'sdxl-aspect-ratios'? "
+                "(expected a list of buckets, or one of sdxl-aspect-ratios, got 'sdxl-aspect')"
+            ],
+        ),
+        (changed(buckets="1"), [f"buckets: wrong type (expected a list, each {BUCKET}, got 1)"]),
+        (changed(without='["a", "a"]'), ["without[1]: duplicate (expected each entry once, got 'a')"]),
+        (
+            changed(sampling="{strengths = [0.5, 1.5]}"),
+            ["sampling.strengths[1]: out of range (expected a number above 0, at most 1, got 1.5)"],
+        ),
         (changed(family="1979-05-27"), [f"family: wrong type (expected {TEXT}, got 1979-05-27)"]),
         (changed(check="1"), ["check: wrong type (expected a table, got 1)"]),
         (changed(check='["a"]'), ["check: wrong type (expected a table, got ['a'])"]),

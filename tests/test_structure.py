@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "toolchain"
 # Each row may import from the rows above it and from itself.
 LAYERS = (
     ("errors",),
-    ("recipe", "signature", "files", "manifest", "artifacts", "weights"),
+    ("recipe", "settings", "signature", "files", "manifest", "artifacts", "weights"),
     ("graph", "models", "sampler", "bundle"),
     ("export", "engines"),
     ("runtime",),
@@ -22,7 +22,7 @@ LAYERS = (
     ("report", "progress", "pictures", "doctor", "console"),
     ("cli", "__init__"),
 )
-RUNTIME_NEEDS = {"errors", "recipe", "signature", "weights", "sampler", "bundle", "engines", "runtime"}
+RUNTIME_NEEDS = {"errors", "recipe", "settings", "signature", "weights", "sampler", "bundle", "engines", "runtime"}
 OWNERS = {
     "polygraphy": {"check"},
     "skimage": {"check"},

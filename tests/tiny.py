@@ -85,6 +85,20 @@ def make_sd(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0, **
     return folder
 
 
+def recipe_for(component: str = "", *, family: str = "sd", guided: bool = True, **own: Any) -> Any:
+    """A recipe in which one component has settings of its own: dtype, keep_float32, tokens."""
+    from toolchain.recipe import Bucket, Check, ComponentRecipe, Recipe
+
+    return Recipe(
+        name="tiny",
+        family=family,
+        buckets=(Bucket(1, 64, 64),),
+        classifier_free_guidance=guided,
+        components={component: ComponentRecipe(**own)} if component else {},
+        check=Check(prompts=("a",)),
+    )
+
+
 RECIPE = """\
 family = "sd"
 buckets = ["1x64x64", "2x64x96"]

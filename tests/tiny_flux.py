@@ -78,10 +78,12 @@ def make_flux(folder: Path, *, guidance_embeds: bool = True, eos_token_id: int |
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    with torch.no_grad():  # as they come, the blocks' gates are nearly shut and the prompt would not show
+    with torch.no_grad():  # as they come, gates are nearly shut and attention is even: the prompts would not show
         for name, parameter in transformer.named_parameters():
             if parameter.ndim == 2:
-                parameter *= 3 if "norm" in name or "embed" in name else 1.5
+                parameter *= 3
+            elif ".norm_" in name:
+                parameter *= 2
     shift = DEV_SHIFT if guidance_embeds else SCHNELL_SHIFT
     scheduler = FlowMatchEulerDiscreteScheduler(base_shift=0.5, max_shift=1.15, **shift)
     pipeline = FluxPipeline(scheduler, vae, clip, clip_tokenizer, t5, t5_tokenizer, transformer)
@@ -89,10 +91,10 @@ def make_flux(folder: Path, *, guidance_embeds: bool = True, eos_token_id: int |
     return folder
 
 
-def recipe_text(*, guided: bool) -> str:
+def recipe_text(*, guided: bool, buckets: tuple[str, ...] = ("1x64x64", "2x64x96")) -> str:
     return f"""\
 family = "flux"
-buckets = ["1x64x64", "2x64x96"]
+buckets = {list(buckets)}
 classifier_free_guidance = {str(guided).lower()}
 
 [components.text_encoder_2]

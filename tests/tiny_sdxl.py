@@ -24,7 +24,6 @@ def make_sdxl(folder: Path, *, zero_negative: bool = True, seed: int = 0, **save
     tokenizers = [_tokenizer(folder / "tokenizer"), _tokenizer(folder / "tokenizer_2", pad_token="!")]
     torch.manual_seed(seed)
     first, second = (_text(name, t) for name, t in zip(WIDTHS, tokenizers, strict=True))
-    unet, vae = _unet(), _vae()
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -33,7 +32,7 @@ def make_sdxl(folder: Path, *, zero_negative: bool = True, seed: int = 0, **save
         timestep_spacing="leading",
     )
     pipeline = StableDiffusionXLPipeline(
-        vae, first, second, *tokenizers, unet, scheduler, force_zeros_for_empty_prompt=zero_negative
+        _vae(), first, second, *tokenizers, _unet(), scheduler, force_zeros_for_empty_prompt=zero_negative
     )
     pipeline.save_pretrained(folder, **save)
     return folder
@@ -68,7 +67,7 @@ def _text(name: str, tokenizer: Any) -> Any:
     # The library draws values so small that every prompt would give nearly the same picture.
     for parameter in made.parameters():
         if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.5 / parameter.shape[1] ** 0.5 * 4)
+            torch.nn.init.normal_(parameter, std=2 / parameter.shape[1] ** 0.5)
     return made
 
 

@@ -89,7 +89,7 @@ def test_a_good_bundle_passes_everywhere(good: CheckReport) -> None:
     assert {(e.component, e.bucket) for e in good.entries} == {
         ("sampler", "any"),
         ("text_encoder", "any"),
-        *((c, b) for c in ("denoiser", "vae_decoder") for b in (BUCKET, "2x64x96")),
+        *((c, b) for c in ("denoiser", "vae_decoder", "vae_encoder") for b in (BUCKET, "2x64x96")),
     }
     # 2 prompts, 2 seeds, 2 sizes
     assert [p.size for p in good.pictures] == ["64x64"] * 4 + ["64x96"] * 4
@@ -203,7 +203,7 @@ def test_another_model_is_warned_of_and_fails(small: Path, tmp_path: Path) -> No
     report = run(small, make_sd(tmp_path / "other", seed=1))
     assert report.warnings == tuple(
         f"the {name}'s weights are not those that the bundle was built from"
-        for name in ("text_encoder", "denoiser", "vae_decoder")
+        for name in ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
     )
     assert failed_components(report) == {"text_encoder", "denoiser", "vae_decoder"}
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from tests.tiny import recipe_for
 from toolchain.engines import BACKENDS, backend_of
 from toolchain.engines.onnxruntime import OnnxRuntimeBackend, cpu_features, physical_cores
 from toolchain.errors import EngineError, UsageError
@@ -18,7 +19,7 @@ from toolchain.export.capture import capture
 from toolchain.export.safetensors import read_folder
 from toolchain.export.weights import find_tensors, weight_uses, write_weights
 from toolchain.models import MODELS, resolve_model
-from toolchain.recipe import Bucket, ComponentRecipe
+from toolchain.recipe import Bucket
 from toolchain.signature import GraphSpec, TensorSpec
 from toolchain.weights import read_header
 
@@ -32,14 +33,14 @@ def prepared(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory:
     """The decoder's graph and weight file, its signature, inputs and torch's outputs in float32."""
     folder = tmp_path_factory.mktemp(request.param)
     source = resolve_model(str(tiny_model))
-    graph = BACKEND.prepare(capture(VAE, source, ComponentRecipe(request.param), BUCKET, True))
+    graph = BACKEND.prepare(capture(VAE, source, recipe_for("vae_decoder", dtype=request.param), BUCKET))
     ir.save(graph, folder / "graph.onnx")
     uses = weight_uses(graph)
     write_weights(uses, find_tensors(uses, read_folder(tiny_model / "vae"), folder), folder / "weights.safetensors")
     latents = np.random.default_rng(0).standard_normal((1, 4, 8, 8)).astype(np.float32)
     with torch.no_grad():
-        expected = VAE.reference(source, True)(torch.from_numpy(latents))
-    return request.param, folder, VAE.spec(source, BUCKET, True), latents, [e.numpy() for e in expected]
+        expected = VAE.reference(source, recipe_for())(torch.from_numpy(latents))
+    return request.param, folder, VAE.spec(source, BUCKET, recipe_for()), latents, [e.numpy() for e in expected]
 
 
 @pytest.mark.parametrize("level", ["basic", "extended", "all"])

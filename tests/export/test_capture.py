@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import toolchain.export.weights as weights_module
+from tests.tiny import recipe_for
 from toolchain import api
 from toolchain.errors import ExportError, ModelError, WeightsError
 from toolchain.export.capture import capture, check_signature
@@ -21,7 +22,7 @@ from toolchain.export.weights import find_tensors, weight_uses, write_weights
 from toolchain.graph.placeholder import is_weight
 from toolchain.models import MODELS, resolve_model
 from toolchain.models.component import Component
-from toolchain.recipe import Bucket, ComponentRecipe
+from toolchain.recipe import Bucket
 from toolchain.signature import GraphSpec, TensorSpec
 from toolchain.weights import MappedWeights
 
@@ -36,7 +37,7 @@ def component(name: str) -> Component:
 @pytest.fixture(scope="module")
 def graphs(tiny_model: Path) -> dict[str, ir.Model]:
     source = resolve_model(str(tiny_model))
-    return {name: capture(component(name), source, ComponentRecipe(), BUCKET, True) for name in COMPONENTS}
+    return {name: capture(component(name), source, recipe_for(), BUCKET) for name in COMPONENTS}
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
@@ -88,7 +89,7 @@ def test_a_config_of_which_no_module_can_be_made(tiny_copy: Path, folder: str, c
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     wrong = next(c for c in MODELS["sd"].components if c.folder == folder)
     with pytest.raises(ModelError, match="can be made from its config") as error:
-        capture(wrong, resolve_model(str(tiny_copy)), ComponentRecipe(), BUCKET, True)
+        capture(wrong, resolve_model(str(tiny_copy)), recipe_for(), BUCKET)
     assert error.value.where == path
 
 
@@ -100,7 +101,7 @@ def test_a_module_that_fails_while_it_is_traced(tiny_model: Path, fault: Excepti
 
     broken = replace(component("vae_decoder"), module=lambda *_: Broken())
     with pytest.raises(ExportError, match="cannot be exported"):
-        capture(broken, resolve_model(str(tiny_model)), ComponentRecipe(), BUCKET, True)
+        capture(broken, resolve_model(str(tiny_model)), recipe_for(), BUCKET)
 
 
 def test_a_damaged_weight_file_is_found_before_the_graphs_are_built(
@@ -155,8 +156,8 @@ def test_weights_are_converted_and_transposed(graphs: dict[str, ir.Model], tiny_
 
 def test_float16_weights_are_rounded_once(tiny_model: Path, tmp_path: Path) -> None:
     source = resolve_model(str(tiny_model))
-    recipe = ComponentRecipe("float16", ("time_embedding", "conv_out"))
-    graph = capture(component("denoiser"), source, recipe, BUCKET, True)
+    recipe = recipe_for("denoiser", dtype="float16", keep_float32=("time_embedding", "conv_out"))
+    graph = capture(component("denoiser"), source, recipe, BUCKET)
     written = weights_of(graph, tiny_model / "unet", tmp_path / "w.safetensors")
     original = load_file(tiny_model / "unet" / "diffusion_pytorch_model.safetensors")
     for name, tensor in written.items():
@@ -235,14 +236,16 @@ def test_values_that_are_not_finite_are_named(
 
 def test_values_beyond_float16_are_named(tiny_copy: Path, tmp_path: Path) -> None:
     change(tiny_copy / "unet", lambda t: t["conv_in.weight"].fill_(1e6))
-    graph = capture(component("denoiser"), resolve_model(str(tiny_copy)), ComponentRecipe("float16"), BUCKET, True)
+    graph = capture(
+        component("denoiser"), resolve_model(str(tiny_copy)), recipe_for("denoiser", dtype="float16"), BUCKET
+    )
     with pytest.raises(WeightsError, match="beyond the range of F16") as error:
         weights_of(graph, tiny_copy / "unet", tmp_path / "w.safetensors")
     assert "keep_float32" in str(error.value)
 
 
 def test_exporting_twice_gives_the_same_bytes(graphs: dict[str, ir.Model], tiny_model: Path, tmp_path: Path) -> None:
-    again = capture(component("vae_decoder"), resolve_model(str(tiny_model)), ComponentRecipe(), BUCKET, True)
+    again = capture(component("vae_decoder"), resolve_model(str(tiny_model)), recipe_for(), BUCKET)
     for name, graph in (("a", graphs["vae_decoder"]), ("b", again)):
         ir.save(graph, tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
+from tests.tiny import recipe_for
 from toolchain.errors import RecipeError
 from toolchain.export.capture import capture
 from toolchain.models import MODELS, ModelSource, resolve_model
 from toolchain.models.modules import construct
-from toolchain.recipe import Bucket, ComponentRecipe
+from toolchain.recipe import Bucket, Recipe
 
 BUCKET = Bucket(1, 64, 64)
 UNET = [
@@ -30,16 +31,16 @@ CASES = [
 ]
 
 
-def run(source: ModelSource, name: str, recipe: ComponentRecipe) -> list[torch.Tensor]:
+def run(source: ModelSource, name: str, recipe: Recipe) -> list[torch.Tensor]:
     component = MODELS["sd"].component(name)
-    module = component.module(source, recipe, True)
-    module.load_state_dict(component.reference(source, True).state_dict(), strict=False)
+    module = component.module(source, recipe)
+    module.load_state_dict(component.reference(source, recipe).state_dict(), strict=False)
     generator = torch.Generator().manual_seed(0)
     inputs = {
         t.name: torch.zeros(t.shape, dtype=torch.int64)
         if t.dtype == "int64"
         else torch.rand(t.shape, generator=generator)
-        for t in component.spec(source, BUCKET, True).inputs
+        for t in component.spec(source, BUCKET, recipe).inputs
     }
     with torch.no_grad():
         outputs = module(**inputs)
@@ -49,8 +50,8 @@ def run(source: ModelSource, name: str, recipe: ComponentRecipe) -> list[torch.T
 @pytest.mark.parametrize(("name", "kept"), CASES)
 def test_modules_kept_in_float32(tiny_model: Path, name: str, kept: tuple[str, ...]) -> None:
     source = resolve_model(str(tiny_model))
-    got = run(source, name, ComponentRecipe("float16", kept))
-    expected = run(source, name, ComponentRecipe())
+    got = run(source, name, recipe_for(name, dtype="float16", keep_float32=kept))
+    expected = run(source, name, recipe_for())
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype
         if a.dtype == torch.float32:
@@ -59,8 +60,8 @@ def test_modules_kept_in_float32(tiny_model: Path, name: str, kept: tuple[str, .
 
 
 def test_one_pair_of_casts_around_nested_matches(tiny_model: Path) -> None:
-    recipe = ComponentRecipe("float16", ("mid_block", "*.norm1"))
-    step = MODELS["sd"].component("denoiser").module(resolve_model(str(tiny_model)), recipe, True)
+    recipe = recipe_for("denoiser", dtype="float16", keep_float32=("mid_block", "*.norm1"))
+    step = MODELS["sd"].component("denoiser").module(resolve_model(str(tiny_model)), recipe)
     hooked = {n for n, m in step.unet.named_modules() if m._forward_pre_hooks}  # type: ignore[union-attr]
     assert "mid_block" in hooked
     assert not any(name.startswith("mid_block.") for name in hooked)
@@ -70,7 +71,8 @@ def test_one_pair_of_casts_around_nested_matches(tiny_model: Path) -> None:
 @pytest.mark.parametrize("kept", [("down_blocks.*",), ("mid_block", "*.norm1")])
 def test_they_are_captured(tiny_model: Path, kept: tuple[str, ...]) -> None:
     source = resolve_model(str(tiny_model))
-    capture(MODELS["sd"].component("denoiser"), source, ComponentRecipe("float16", kept), BUCKET, True)
+    recipe = recipe_for("denoiser", dtype="float16", keep_float32=kept)
+    capture(MODELS["sd"].component("denoiser"), source, recipe, BUCKET)
 
 
 class Inner(torch.nn.Module):

@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
 
+from tests.tiny import recipe_for
 from toolchain.errors import ModelError
 from toolchain.models import ModelSource, family_of, resolve_model
 from toolchain.models.source import select_files
@@ -25,7 +26,7 @@ def test_a_folder_is_taken_as_it_is(tiny_model: Path) -> None:
     source = resolve_model(str(tiny_model))
     assert source.path == tiny_model.resolve()
     assert source.revision is None
-    assert family_of(source, "sd").name == "sd"
+    assert family_of(source, recipe_for()).name == "sd"
 
 
 BAD_MODELS = [
@@ -60,22 +61,22 @@ BAD_MODELS = [
 def test_unsupported_models(tiny_copy: Path, file: str, changes: dict[str, object], message: str) -> None:
     edit(tiny_copy / file, **changes)
     with pytest.raises(ModelError) as error:
-        family_of(resolve_model(str(tiny_copy)), "sd")
+        family_of(resolve_model(str(tiny_copy)), recipe_for())
     assert message in str(error.value)
 
 
 def test_a_flag_of_older_configs_names_no_code(tiny_copy: Path) -> None:
     edit(tiny_copy / "text_encoder/config.json", _attn_implementation_autoset=True)
-    family_of(resolve_model(str(tiny_copy)), "sd")
+    family_of(resolve_model(str(tiny_copy)), recipe_for())
 
 
 def test_only_a_model_with_weights_needs_its_tokenizer(tiny_copy: Path) -> None:
     (tiny_copy / "tokenizer").rename(tiny_copy / "elsewhere")
     with pytest.raises(ModelError, match="the tokenizer is incomplete"):
-        family_of(resolve_model(str(tiny_copy)), "sd")
+        family_of(resolve_model(str(tiny_copy)), recipe_for())
     for weights in tiny_copy.glob("*/*.safetensors"):
         weights.unlink()
-    family_of(resolve_model(str(tiny_copy)), "sd")
+    family_of(resolve_model(str(tiny_copy)), recipe_for())
 
 
 VARIANTS = [
@@ -102,7 +103,7 @@ def test_the_variant_is_each_component_s_own(tmp_path: Path, names: list[str], v
 
 def test_a_recipe_of_another_family(tiny_model: Path) -> None:
     with pytest.raises(ModelError, match="unknown family"):
-        family_of(resolve_model(str(tiny_model)), "sdxl")
+        family_of(resolve_model(str(tiny_model)), recipe_for(family="sd9"))
 
 
 @pytest.mark.parametrize("name", ["", "no/such/folder", "./missing", "/missing"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,10 +78,22 @@ def test_crop_takes_the_middle_of_the_nearest_larger_bucket(pipe: toolchain.Pipe
     assert np.array_equal(cut, whole[8:56, 8:88])
 
 
+class Counted:
+    """A text encoder that counts its runs."""
+
+    def __init__(self, engine: Any, calls: list[int]) -> None:
+        self.engine, self.calls, self.inputs = engine, calls, engine.inputs
+
+    def __call__(self, inputs: Any) -> Any:
+        self.calls.append(1)
+        return self.engine(inputs)
+
+
 def test_prompts_are_encoded_once(pipe: toolchain.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    encode = pipe._text
-    monkeypatch.setattr(pipe, "_text", lambda ids: calls.append(1) or encode(ids))
+    (name,) = pipe._texts._engines
+    encode = pipe._texts._engines[name]
+    monkeypatch.setitem(pipe._texts._engines, name, Counted(encode, calls))
     pipe("a prompt that nobody gave before", seed=0, steps=1)
     pipe(["a prompt that nobody gave before"] * 2, seed=0, steps=1)
     assert len(calls) == 1
@@ -88,13 +101,13 @@ def test_prompts_are_encoded_once(pipe: toolchain.Pipeline, monkeypatch: pytest.
 
 def test_a_table_that_is_not_in_the_bundle_is_compiled(pipe: toolchain.Pipeline) -> None:
     assert "ddim/3" not in pipe.bundle.samplers
-    assert pipe.table("ddim", 3).evaluations == 3
+    assert pipe.table("ddim", 3, (64, 64)).evaluations == 3
 
 
 def test_the_result_tells_what_ran(pipe: toolchain.Pipeline) -> None:
     ran = pipe(PROMPT, seed=0, steps=4, scheduler="euler", guidance=0.3).request
     assert (ran.prompts, ran.negatives, ran.seeds) == ([PROMPT], [""], [0])
-    assert (ran.table.name, ran.table.steps, ran.guidance) == ("euler", 4, 1.0)
+    assert (ran.scheduler, ran.steps, ran.guidance) == ("euler", 4, 1.0)
 
 
 def test_timings_add_up(pipe: toolchain.Pipeline) -> None:

@@ -1,4 +1,4 @@
-"""The runtime's tokenizer against transformers' CLIPTokenizer, on a small byte-level BPE."""
+"""The runtime's tokenizer against transformers' CLIPTokenizer and T5Tokenizer, on small vocabularies."""
 
 import json
 import string
@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
+from tests.tiny_t5 import write_spiece, write_t5_tokenizer
 from toolchain.errors import BundleError, ModelError, RequestError
-from toolchain.models.tokenizers import write_clip_tokenizer
-from toolchain.runtime.prompt import ClipTokenizer
+from toolchain.models.tokenizers import write_tokenizer
+from toolchain.runtime.prompt import PromptTokenizer
 
 MAX_LENGTH = 16
 WORDS = ("red", "circle", "left", "of", "a", "the")
@@ -60,16 +61,34 @@ def with_another_pad(folder: Path) -> Path:
     return write_model_tokenizer(folder, pad_token="!")
 
 
-Pair = tuple[CLIPTokenizer, ClipTokenizer]
+def t5(folder: Path) -> Path:
+    return write_t5_tokenizer(folder)
 
 
-@pytest.fixture(scope="module", params=[from_vocab, from_tokenizer_json, with_another_pad], ids=lambda f: f.__name__)
+def t5_with_both_files(folder: Path) -> Path:
+    write_spiece(write_t5_tokenizer(folder) / "spiece.model")
+    return folder
+
+
+def t5_saved_again(folder: Path) -> Path:
+    T5Tokenizer.from_pretrained(write_t5_tokenizer(folder / "old")).save_pretrained(folder / "new")
+    return folder / "new"
+
+
+CLIP = (from_vocab, from_tokenizer_json, with_another_pad)
+T5 = (t5, t5_with_both_files, t5_saved_again)
+Tokenizer = CLIPTokenizer | T5Tokenizer
+Pair = tuple[Tokenizer, PromptTokenizer]
+
+
+@pytest.fixture(scope="module", params=[*CLIP, *T5], ids=lambda f: f.__name__)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = request.param(tmp_path_factory.mktemp("model") / "tokenizer")
     out = tmp_path_factory.mktemp("bundle") / "tokenizer"
-    write_clip_tokenizer(folder, out)
+    theirs = T5Tokenizer if request.param in T5 else CLIPTokenizer
+    write_tokenizer(folder, theirs.__name__, MAX_LENGTH, out)
     assert sorted(path.name for path in out.iterdir()) == ["settings.json", "tokenizer.json"]
-    return CLIPTokenizer.from_pretrained(folder), ClipTokenizer(out)
+    return theirs.from_pretrained(folder), PromptTokenizer(out)
 
 
 PROMPTS = [
@@ -84,6 +103,8 @@ PROMPTS = [
     "emoji \U0001f469\u200d\U0001f680\ufe0f ok \x00 nul",
     "a <|endoftext|> b <|startoftext|>!",
     "</w> a</w> ! ! !",
+    "a</s> red <pad><unk> <extra_id_3>circle \u2581of \u2581\u2581 left",
+    "\u3000a\u2003red\u200bcircle\u00ad \ufb01ne \u2460 \r\n\n",
     "a " * (MAX_LENGTH - 3),
     "a " * (MAX_LENGTH - 2),
     "a " * (MAX_LENGTH - 1) + "red",
@@ -93,7 +114,7 @@ PROMPTS = [
 ]
 
 
-def cut_as_diffusers_shows_it(tokenizer: CLIPTokenizer, prompt: str) -> str:
+def cut_as_diffusers_shows_it(tokenizer: Tokenizer, prompt: str) -> str:
     """The text of the warning in StableDiffusionPipeline.encode_prompt."""
     ids = tokenizer(prompt, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="np")
     whole = tokenizer(prompt, padding="longest", return_tensors="np").input_ids
@@ -114,8 +135,9 @@ def test_equals_transformers(pair: Pair, prompt: str) -> None:
 
 
 def test_the_cut_begins_at_the_first_word_without_room(pair: Pair) -> None:
-    assert pair[1].encode("a " * (MAX_LENGTH - 2)).cut == ""
-    assert pair[1].encode("a " * (MAX_LENGTH - 2) + "red circle").cut == "red circle"
+    room = MAX_LENGTH - (1 if pair[1].bos is None else 2)  # T5 has an end alone
+    assert pair[1].encode("a " * room).cut == ""
+    assert pair[1].encode("a " * room + "red circle").cut == "red circle"
 
 
 @pytest.mark.parametrize("prompt", [None, 3, b"a", ["a"], "\ud800"], ids=repr)
@@ -163,19 +185,55 @@ def remove_all(folder: Path) -> None:
         (replace("merges.txt", "#version: 0.2\na b c d\n"), "cannot be read"),
         (replace("tokenizer.json", "{}"), "cannot be read"),
         (replace("tokenizer.json", "{"), "cannot be read"),
-        (config(), "how many tokens"),
-        (config(model_max_length=2), "how many tokens"),
-        (config(model_max_length=16, padding_side="left"), "padding_side"),
-        (config(model_max_length=16, truncation_side="left"), "truncation_side"),
+        (config(padding_side="left"), "padding_side"),
+        (config(truncation_side="left"), "truncation_side"),
     ],
 )
 def test_build_refuses_damaged_tokenizers(tmp_path: Path, damage: Callable[[Path], None], says: str) -> None:
-    folder = write_model_tokenizer(tmp_path / "tokenizer")
+    refused(write_model_tokenizer(tmp_path / "tokenizer"), "CLIPTokenizer", damage, says)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (remove_all, "expected: spiece.model, or tokenizer.json"),
+        (replace("tokenizer.json", "{}"), "cannot be read"),
+        (replace("tokenizer.json", '{"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}'), "cannot be read"),
+        (config(padding_side="left"), "padding_side"),
+        (config(truncation_side="left"), "truncation_side"),
+    ],
+)
+def test_build_refuses_damaged_t5_tokenizers(tmp_path: Path, damage: Callable[[Path], None], says: str) -> None:
+    refused(write_t5_tokenizer(tmp_path / "tokenizer"), "T5TokenizerFast", damage, says)
+
+
+def refused(folder: Path, cls: str, damage: Callable[[Path], None], says: str) -> None:
     damage(folder)
+    out = folder.parent / "out"
     with pytest.raises(ModelError, match=says) as caught:
-        write_clip_tokenizer(folder, tmp_path / "out")
+        write_tokenizer(folder, cls, MAX_LENGTH, out)
     assert str(folder) in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
+
+
+def test_a_sentencepiece_model_alone_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_spiece(tmp_path / "spiece.model")
+    monkeypatch.setattr("toolchain.models.tokenizers.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install sentencepiece") as caught:
+        write_tokenizer(tmp_path, "T5Tokenizer", MAX_LENGTH, tmp_path / "out")
+    assert "save_pretrained" in str(caught.value)
+
+
+def test_a_sentencepiece_model_alone_is_read_with_its_package(tmp_path: Path) -> None:
+    pytest.importorskip("sentencepiece", reason="transformers reads spiece.model with sentencepiece alone")
+    (tmp_path / "old").mkdir()
+    write_spiece(tmp_path / "old" / "spiece.model")
+    write_t5_tokenizer(tmp_path / "new")
+    for name in ("old", "new"):
+        write_tokenizer(tmp_path / name, "T5Tokenizer", MAX_LENGTH, tmp_path / f"{name}-out")
+    old, new = (PromptTokenizer(tmp_path / f"{name}-out") for name in ("old", "new"))
+    for prompt in PROMPTS:
+        assert np.array_equal(old.encode(prompt).ids, new.encode(prompt).ids)
 
 
 SETTINGS = {"max_length": 16, "bos": 1, "eos": 2, "pad": 2}
@@ -193,13 +251,14 @@ SETTINGS = {"max_length": 16, "bos": 1, "eos": 2, "pad": 2}
         replace("settings.json", json.dumps(SETTINGS | {"bos": "1"})),
         replace("settings.json", json.dumps(SETTINGS | {"bos": True})),
         replace("settings.json", json.dumps(SETTINGS | {"pad": -1})),
+        replace("settings.json", json.dumps(SETTINGS | {"eos": None})),
         replace("settings.json", json.dumps(SETTINGS | {"more": 1})),
         replace("settings.json", json.dumps({"max_length": 16})),
     ],
 )
 def test_runtime_refuses_damaged_bundles(tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    write_clip_tokenizer(write_model_tokenizer(tmp_path / "tokenizer"), tmp_path / "out")
-    ClipTokenizer(tmp_path / "out")
+    write_tokenizer(write_model_tokenizer(tmp_path / "tokenizer"), "CLIPTokenizer", MAX_LENGTH, tmp_path / "out")
+    PromptTokenizer(tmp_path / "out")
     damage(tmp_path / "out")
     with pytest.raises(BundleError, match="tokenizer"):
-        ClipTokenizer(tmp_path / "out")
+        PromptTokenizer(tmp_path / "out")

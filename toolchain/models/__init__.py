@@ -8,13 +8,14 @@ from toolchain.errors import ModelError
 from toolchain.models.component import Component, Family
 from toolchain.models.flux import FLUX
 from toolchain.models.sd import SD
+from toolchain.models.sd3 import SD3
 from toolchain.models.sdxl import SDXL
 from toolchain.models.source import ModelSource, resolve_model
 from toolchain.recipe import Recipe
 
 __all__ = ["MODELS", "Component", "Family", "ModelSource", "family_of", "resolve_model"]
 
-MODELS: dict[str, Family] = {"sd": SD, "sdxl": SDXL, "flux": FLUX}
+MODELS: dict[str, Family] = {"sd": SD, "sdxl": SDXL, "sd3": SD3, "flux": FLUX}
 
 
 def family_of(source: ModelSource, recipe: Recipe) -> Family:

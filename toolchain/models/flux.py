@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolchain.errors import ModelError, RecipeError
+from toolchain.errors import ModelError
 from toolchain.models import parts
 from toolchain.models.component import Component, Family
 from toolchain.models.source import ModelSource
@@ -73,15 +73,15 @@ def check(source: ModelSource, recipe: Recipe) -> None:
     """Refuses what the step graph does not cover, from the configs alone."""
     parts.check_classes(source, CLASSES)
     latent_channels = source.setting("vae", "latent_channels")
-    width = source.setting("text_encoder_2", "d_model")
-    parts.check_sizes(source, {("vae", "latent_channels"): latent_channels, ("text_encoder_2", "d_model"): width})
+    parts.check_sizes(source, {("vae", "latent_channels"): latent_channels})
     parts.check_clip(source, "text_encoder", "transformer")
+    parts.check_t5(source, "text_encoder_2", "transformer", recipe, T5_TOKENS)
     parts.check_channels(source, "transformer", latent_channels * PATCH * PATCH)
+    width = source.setting("text_encoder_2", "d_model")
     parts.check_equal(source, "transformer", "joint_attention_dim", width, "text_encoder_2's d_model")
     pooled = source.setting("text_encoder", "hidden_size")
     parts.check_equal(source, "transformer", "pooled_projection_dim", pooled, "text_encoder's hidden_size")
     check_transformer(source)
-    check_tokens(recipe)
 
 
 def check_transformer(source: ModelSource) -> None:
@@ -108,18 +108,6 @@ def check_transformer(source: ModelSource) -> None:
                 expected=f"{key} = {same}, or none",
                 got=config[key],
             )
-
-
-def check_tokens(recipe: Recipe) -> None:
-    """RecipeError for longer prompts than diffusers lets the network have."""
-    tokens = recipe.component("text_encoder_2").tokens
-    if tokens > T5_TOKENS:
-        raise RecipeError(
-            "FLUX takes no prompts of this length",
-            where=f"{recipe.name}: components.text_encoder_2.tokens",
-            expected=f"at most {T5_TOKENS}",
-            got=tokens,
-        )
 
 
 def settings(source: ModelSource) -> ModelSettings:

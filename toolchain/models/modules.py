@@ -136,7 +136,9 @@ class ClipTextEncoder(nn.Module):
         states = torch.cat(output.hidden_states)
         hidden = states.index_select(0, states.shape[0] - self.layer - clip_skip)
         if self.normed:
-            hidden = self.text.get_submodule(_final_norm(self.text))(hidden)
+            norm = self.text.get_submodule(_final_norm(self.text))
+            # A layer kept in float32 records its state before the cast that goes on to the next layer.
+            hidden = norm(hidden.to(next(norm.parameters()).dtype))
         return (hidden.float(), pooled.float()) if self.pooled else hidden.float()
 
 

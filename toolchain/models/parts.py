@@ -22,7 +22,7 @@ T5_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast")
 # Named, because a config can name one too: a kernel that transformers would fetch from the hub and run.
 ATTENTION = "sdpa"
 CLIP_LENGTH = 77
-# Where T5 exceeds float16. https://github.com/huggingface/transformers/pull/18493
+# Where T5 exceeds float16 first: https://github.com/huggingface/transformers/issues/5651
 T5_WIDE = "encoder.block.*.layer.1.DenseReluDense.wo"
 
 
@@ -286,13 +286,36 @@ def check_clip(source: ModelSource, folder: str, network: str) -> None:
         )
 
 
-def check_t5(source: ModelSource, folder: str, network: str, recipe: Recipe) -> None:
-    """Sizes and tokenizer of a T5 encoder, as `check_clip`: ModelError. RecipeError where it would overflow."""
+def check_lengths(source: ModelSource, folders: tuple[str, str]) -> None:
+    """ModelError unless both CLIP text encoders take as many tokens: their contexts are joined token by token."""
+    first, second = (clip_length(source, folder) for folder in folders)
+    if first != second:
+        raise ModelError(
+            "the text encoders take prompts of different lengths",
+            where=source.path / folders[1] / "config.json",
+            expected=f"max_position_embeddings = {first}, that of {folders[0]}/config.json",
+            got=second,
+            hint="the folder mixes components of two models; download it again",
+        )
+
+
+def check_t5(source: ModelSource, folder: str, network: str, recipe: Recipe, most_tokens: int) -> None:
+    """Sizes and tokenizer of a T5 encoder, as `check_clip`: ModelError.
+
+    RecipeError for prompts of more than `most_tokens`, and for a precision in which it would overflow.
+    """
     layers = source.config(folder).get("num_layers", 6)
     check_sizes(source, {(folder, "d_model"): source.setting(folder, "d_model"), (folder, "num_layers"): layers})
     if source.has_weights(network):
         require_vocabulary(source.path / folder.replace("text_encoder", "tokenizer"), t5=True)
     own = recipe.component(folder)
+    if own.tokens > most_tokens:
+        raise RecipeError(
+            "the model takes no prompts of this length",
+            where=f"{recipe.name}: components.{folder}.tokens",
+            expected=f"at most {most_tokens}",
+            got=own.tokens,
+        )
     last = f"encoder.block.{layers - 1}.layer.1.DenseReluDense.wo"
     parents = [last[:i] for i, c in enumerate(f"{last}.") if c == "."]
     kept = any(fnmatch.fnmatchcase(name, pattern) for name in parents for pattern in own.keep_float32)

@@ -70,7 +70,7 @@ def check(source: ModelSource, recipe: Recipe) -> None:
     for folder in ENCODERS:
         parts.check_clip(source, folder, "unet")
         parts.check_sizes(source, {(folder, "num_hidden_layers"): _layers(source, folder)})
-    _check_lengths(source)
+    parts.check_lengths(source, ENCODERS)
     _check_unet(source, latent_channels)
     _check_vae(source, recipe)
 
@@ -83,19 +83,6 @@ def _refuse_refiner(source: ModelSource) -> None:
             expected='"text_encoder": ["transformers", "CLIPTextModel"]',
             got=json.dumps(source.index.get("text_encoder")),
             hint="use the base model; it draws pictures without the refiner",
-        )
-
-
-def _check_lengths(source: ModelSource) -> None:
-    """Both contexts are joined token by token."""
-    first, second = (parts.clip_length(source, folder) for folder in ENCODERS)
-    if first != second:
-        raise ModelError(
-            "the text encoders take prompts of different lengths",
-            where=source.path / "text_encoder_2" / "config.json",
-            expected=f"max_position_embeddings = {first}, that of text_encoder/config.json",
-            got=second,
-            hint="the folder mixes components of two models; download it again",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,15 @@ def require_vocabulary(folder: Path, t5: bool = False) -> None:
             expected=f"{' and '.join(sorted(wanted, reverse=True))}, or tokenizer.json",
             got=", ".join(sorted(held)) or "none of them",
             hint="download the model again",
+        )
+    # transformers says that another package is missing, which it tries after this one.
+    if "tokenizer.json" not in held and t5 and find_spec("sentencepiece") is None:
+        raise ModelError(
+            "the tokenizer is there as a SentencePiece model alone, and the package that reads it is not",
+            where=folder / "spiece.model",
+            expected="tokenizer.json beside it",
+            hint="pip install sentencepiece; or where it is installed, write a tokenizer.json with transformers: "
+            "T5Tokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
         )
 
 

@@ -168,8 +168,11 @@ class Pipeline:
 
     def _compile_table(self, name: str, spec: str, steps: int, tokens: int, skip: int) -> SamplerTable:
         settings = self.bundle.settings
+        linear = settings.linear_sigmas
         try:
             from toolchain.sampler.compile import compile_table
+
+            return compile_table(spec, steps, settings.scheduler, skip=skip, tokens=tokens, linear_sigmas=linear)
         except ImportError:
             raise RequestError(
                 "the bundle has no table for this scheduler and number of steps",
@@ -178,8 +181,6 @@ class Pipeline:
                 hint="add it to the recipe (sampling.schedulers, step_counts, strengths) and build again, or install "
                 "diffbuild[build] to compile it here",
             ) from None
-        linear = settings.linear_sigmas
-        return compile_table(spec, steps, settings.scheduler, skip=skip, tokens=tokens, linear_sigmas=linear)
 
     def _batches(self, count: int, size: Size) -> list[int]:
         """Bucket batches that together hold `count` pictures: the largest that fit, then the smallest."""

@@ -1,0 +1,380 @@
+"""Family sdxl: graphs have their stated signatures and compute what diffusers does; bad configs are named."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.export_scale import PUBLISHED
+from tests.tiny_sdxl import LAYERS, POOLED, TIME_EMBEDDING, WIDTHS, make_sdxl
+from toolchain.errors import DiffbuildError, ModelError, RecipeError
+from toolchain.export.capture import capture
+from toolchain.graph.placeholder import is_weight
+from toolchain.models import MODELS, ModelSource, family_of, resolve_model
+from toolchain.recipe import Bucket, Check, ComponentRecipe, Recipe, load_recipe
+from toolchain.sampler.table import MAX_STATES, ROW
+
+ROOT = Path(__file__).parents[2]
+FAMILY = MODELS["sdxl"]
+BUCKET = Bucket(2, 64, 96)
+PROMPTS = ("a red circle on a white background", "a blue square")
+RECIPE = Recipe(name="tiny", family="sdxl", buckets=(BUCKET,), check=Check(("a red circle",)))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sdxl(tmp_path_factory.mktemp("models") / "sdxl")
+
+
+@pytest.fixture(scope="module")
+def source(model: Path) -> ModelSource:
+    return resolve_model(str(model))
+
+
+@functools.cache
+def diffusers_pipeline(model: Path) -> Any:
+    from diffusers import StableDiffusionXLPipeline
+
+    return StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float32)
+
+
+def in_dtype(dtype: str, *names: str) -> Recipe:
+    return replace(RECIPE, components={name: ComponentRecipe(dtype) for name in names})  # type: ignore[arg-type]
+
+
+def random_inputs(source: ModelSource, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Of the step: the next state's first entry is the guided output of the network, not scaled on its way in."""
+    torch.manual_seed(0)
+    spec = FAMILY.component("denoiser").spec(source, BUCKET, recipe)
+    inputs = {t.name: torch.randn(t.shape) for t in spec.inputs if t.name != "step"}
+    row = torch.zeros(ROW)
+    row[MAX_STATES**2] = 1.0
+    row[-1] = 1.0
+    sizes = torch.tensor([[64.0, 96, 0, 0, 64, 96], [128, 64, 16, 8, 64, 96]])
+    return inputs | {
+        "step": torch.tensor([3]),
+        "timesteps": torch.linspace(999, 0, inputs["timesteps"].shape[0]),
+        "table": row.expand(inputs["table"].shape).clone(),
+        "guidance": torch.tensor([4.0]),
+        "guidance_rescale": torch.tensor([0.3]),
+        "time_ids": sizes.repeat(inputs["time_ids"].shape[0] // 2, 1),
+    }
+
+
+def evaluate(source: ModelSource, recipe: Recipe, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    module = FAMILY.component("denoiser").reference(source, recipe)
+    with torch.no_grad():
+        state, step = module(**inputs)
+    assert step.tolist() == [4]
+    result: torch.Tensor = state[0]
+    return result
+
+
+# Graphs
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_the_step_has_its_signature(source: ModelSource, guided: bool) -> None:
+    recipe = replace(RECIPE, classifier_free_guidance=guided)
+    capture(FAMILY.component("denoiser"), source, recipe, BUCKET)
+    shapes = {t.name: t.shape for t in FAMILY.component("denoiser").spec(source, BUCKET, recipe).inputs}
+    rows = 4 if guided else 2
+    assert shapes["context"] == (rows, 24, WIDTHS["text_encoder"])
+    assert shapes["context_2"] == (rows, 24, WIDTHS["text_encoder_2"])
+    assert shapes["pooled"] == (rows, POOLED)
+    assert shapes["time_ids"] == (rows, 6)
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder"])
+def test_the_other_components_have_their_signatures(source: ModelSource, name: str) -> None:
+    capture(FAMILY.component(name), source, RECIPE, BUCKET)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        ("float16", "denoiser"),
+        ("bfloat16", "denoiser"),
+        ("float16", "text_encoder"),
+        ("float16", "text_encoder_2"),
+        ("bfloat16", "vae_decoder"),
+    ],
+)
+def test_lower_precisions_have_the_same_signature_and_weights(source: ModelSource, dtype: str, name: str) -> None:
+    graph = capture(FAMILY.component(name), source, in_dtype(dtype, name), BUCKET)
+    weights = [v.dtype for v in graph.graph.initializers.values() if is_weight(v)]
+    assert weights
+    assert {str(d) for d in weights} == {dtype.upper()}
+
+
+def test_text_encoders_give_the_denoisers_inputs(source: ModelSource) -> None:
+    wanted = {t.name: t.shape for t in FAMILY.component("denoiser").spec(source, BUCKET, RECIPE).inputs}
+    given = {
+        t.name: t.shape
+        for name in ("text_encoder", "text_encoder_2")
+        for t in FAMILY.component(name).spec(source, BUCKET, RECIPE).outputs
+    }
+    assert list(given) == ["context", "context_2", "pooled"]
+    assert all(wanted[name][1:] == shape[1:] for name, shape in given.items())
+
+
+# What they compute
+
+
+def test_the_guided_step_is_the_unet_and_diffusers_guidance(source: ModelSource, model: Path) -> None:
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
+
+    inputs = random_inputs(source, RECIPE)
+    with torch.no_grad():
+        output = diffusers_pipeline(model).unet(
+            torch.cat([inputs["state"][0]] * 2),
+            inputs["timesteps"][3],
+            encoder_hidden_states=torch.cat([inputs["context"], inputs["context_2"]], dim=-1),
+            added_cond_kwargs={"text_embeds": inputs["pooled"], "time_ids": inputs["time_ids"]},
+            return_dict=False,
+        )[0]
+    negative, positive = output.chunk(2)
+    expected = rescale_noise_cfg(negative + 4.0 * (positive - negative), positive, guidance_rescale=0.3)
+    torch.testing.assert_close(evaluate(source, RECIPE, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_step_without_guidance_is_the_unet(source: ModelSource, model: Path) -> None:
+    recipe = replace(RECIPE, classifier_free_guidance=False)
+    inputs = random_inputs(source, recipe)
+    with torch.no_grad():
+        expected = diffusers_pipeline(model).unet(
+            inputs["state"][0],
+            inputs["timesteps"][3],
+            encoder_hidden_states=torch.cat([inputs["context"], inputs["context_2"]], dim=-1),
+            added_cond_kwargs={"text_embeds": inputs["pooled"], "time_ids": inputs["time_ids"]},
+            return_dict=False,
+        )[0]
+    torch.testing.assert_close(evaluate(source, recipe, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_input_matters(source: ModelSource) -> None:
+    """Else the tiny model could not show that one of them is left out or misplaced."""
+    inputs = random_inputs(source, RECIPE)
+    before = evaluate(source, RECIPE, inputs)
+    for name in ("context", "context_2", "pooled", "time_ids", "guidance", "guidance_rescale"):
+        changed = evaluate(source, RECIPE, inputs | {name: inputs[name].flip(0) * 0.5})
+        assert float((changed - before).norm() / before.norm()) > 0.01, name
+
+
+def encode(source: ModelSource, name: str, prompt: str, clip_skip: int) -> dict[str, torch.Tensor]:
+    """The component's outputs by name, from torch, for ids that transformers' tokenizer made."""
+    component = FAMILY.component(name)
+    tokenizer = getattr(diffusers_pipeline(source.path), str(component.tokenizer))
+    ids = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        outputs = component.reference(source, RECIPE)(ids, torch.tensor([clip_skip]))
+    names = [t.name for t in component.spec(source, BUCKET, RECIPE).outputs]
+    return dict(zip(names, [outputs] if isinstance(outputs, torch.Tensor) else outputs, strict=True))
+
+
+@pytest.mark.parametrize("clip_skip", [0, 1, 2])
+def test_text_encoders_give_what_diffusers_encodes(source: ModelSource, clip_skip: int) -> None:
+    """A prompt for each encoder; diffusers computes the negative ones without clip skip."""
+    positive, negative, pooled, negative_pooled = diffusers_pipeline(source.path).encode_prompt(
+        PROMPTS[0],
+        prompt_2=PROMPTS[1],
+        negative_prompt=PROMPTS[1],
+        negative_prompt_2="a red square",
+        clip_skip=clip_skip or None,
+    )
+    for prompts, skip, context, pool in (
+        (PROMPTS, clip_skip, positive, pooled),
+        ((PROMPTS[1], "a red square"), 0, negative, negative_pooled),
+    ):
+        first = encode(source, "text_encoder", prompts[0], skip)
+        second = encode(source, "text_encoder_2", prompts[1], skip)
+        torch.testing.assert_close(torch.cat([first["context"], second["context_2"]], dim=-1), context)
+        torch.testing.assert_close(second["pooled"], pool)
+
+
+def test_the_engine_computes_what_torch_does(source: ModelSource, model: Path, tmp_path: Path) -> None:
+    """The captured step with the checkpoint's weights attached, at a shape that is not square."""
+    import onnx_ir as ir
+    import onnxruntime
+    from safetensors.torch import load_file
+
+    graph = capture(FAMILY.component("denoiser"), source, RECIPE, BUCKET)
+    tensors = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    for value in graph.graph.initializers.values():
+        if value.name in tensors:
+            value.const_value = ir.tensor(tensors[value.name].numpy(), name=value.name)
+    ir.save(graph, tmp_path / "step.onnx")
+    inputs = random_inputs(source, RECIPE)
+    session = onnxruntime.InferenceSession(tmp_path / "step.onnx", providers=["CPUExecutionProvider"])
+    got = session.run(None, {name: value.numpy() for name, value in inputs.items()})[0][0]
+    np.testing.assert_allclose(got, evaluate(source, RECIPE, inputs).numpy(), rtol=1e-3, atol=1e-4)
+
+
+# Configs
+
+Edit = Callable[[Path], None]
+
+
+def change(file: str, **entries: Any) -> Edit:
+    """Sets entries of a JSON file; None removes one."""
+
+    def edit(folder: Path) -> None:
+        data = json.loads((folder / file).read_text()) | entries
+        (folder / file).write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
+
+    return edit
+
+
+def remove(file: str) -> Edit:
+    return lambda folder: (folder / file).unlink()
+
+
+def both(first: Edit, second: Edit) -> Edit:
+    def edit(folder: Path) -> None:
+        first(folder)
+        second(folder)
+
+    return edit
+
+
+BAD_CONFIGS: dict[str, tuple[Edit, list[str]]] = {
+    "refiner": (
+        change("model_index.json", text_encoder=[None, None], tokenizer=[None, None]),
+        ["no first text encoder", "refiner", "model_index.json", "use the base model"],
+    ),
+    "refiner without the entry": (change("model_index.json", text_encoder=None), ["no first text encoder"]),
+    "no second encoder": (change("model_index.json", text_encoder_2=None), ["the model has no text_encoder_2"]),
+    "second encoder without projection": (
+        change("model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]),
+        ["text_encoder_2 is of an unsupported class", "CLIPTextModelWithProjection"],
+    ),
+    "foreign tokenizer": (
+        change("model_index.json", tokenizer_2=["transformers", "T5Tokenizer"]),
+        ["tokenizer_2 is of an unsupported class", "T5Tokenizer"],
+    ),
+    "first encoder of another width": (
+        change("text_encoder/config.json", hidden_size=64),
+        ["does not fit the UNet", "cross_attention_dim = 112", "80"],
+    ),
+    "second encoder of another width": (
+        change("text_encoder_2/config.json", hidden_size=64),
+        ["does not fit the UNet", "cross_attention_dim = 96", "both text encoders"],
+    ),
+    "width that is no number": (change("text_encoder_2/config.json", hidden_size="48"), ["hidden_size is no size"]),
+    "no layers": (change("text_encoder_2/config.json", num_hidden_layers=0), ["num_hidden_layers is no size"]),
+    "pooled prompt of another width": (
+        change("text_encoder_2/config.json", projection_dim=48),
+        ["projection_class_embeddings_input_dim = 96", f"got: {POOLED + 6 * TIME_EMBEDDING}"],
+    ),
+    "time ids of another width": (
+        change("unet/config.json", addition_time_embed_dim=16),
+        [f"projection_class_embeddings_input_dim = {POOLED + 6 * 16}", "6 times addition_time_embed_dim"],
+    ),
+    "encoders of two lengths": (
+        both(
+            change("text_encoder_2/config.json", max_position_embeddings=32),
+            change("tokenizer_2/tokenizer_config.json", model_max_length=32),
+        ),
+        ["prompts of different lengths", "max_position_embeddings = 24", "32"],
+    ),
+    "second tokenizer of another length": (
+        change("tokenizer_2/tokenizer_config.json", model_max_length=77),
+        ["the tokenizer and the text encoder take prompts of different lengths", "text_encoder_2/config.json", "77"],
+    ),
+    "second tokenizer without words": (
+        both(remove("tokenizer_2/tokenizer.json"), remove("tokenizer_2/vocab.json")),
+        ["the tokenizer is incomplete", "tokenizer_2"],
+    ),
+    "plain unet": (
+        change("unet/config.json", addition_embed_type=None),
+        ["family sdxl does not cover this UNet", 'addition_embed_type = "text_time"', "None"],
+    ),
+    "other addition": (change("unet/config.json", addition_embed_type="image"), ["got: 'image'"]),
+    "distilled unet": (change("unet/config.json", time_cond_proj_dim=256), ["family sdxl", "guidance-distilled"]),
+    "inpainting": (change("unet/config.json", in_channels=9), ["inpainting", "in_channels = 4", "9"]),
+    "normalised latents": (
+        change("vae/config.json", latents_mean=[0.1, 0.2, 0.3, 0.4]),
+        ["normalised channel by channel", "latents_mean = [0.1, 0.2, 0.3, 0.4]"],
+    ),
+    "normalised latents by std": (change("vae/config.json", latents_std=[1, 1, 1, 1]), ["latents_std = [1, 1, 1, 1]"]),
+    "code of its own": (change("text_encoder_2/config.json", auto_map={"A": "b.C"}), ["code of its own"]),
+}
+
+
+def refused(folder: Path, recipe: Recipe, error: type[DiffbuildError]) -> str:
+    with pytest.raises(error) as caught:
+        family_of(resolve_model(str(folder)), recipe)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_configs_are_named(model: Path, tmp_path: Path, case: str) -> None:
+    edit, messages = BAD_CONFIGS[case]
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    edit(folder)
+    text = refused(folder, RECIPE, ModelError)
+    assert all(message in text for message in messages), text
+
+
+def test_a_good_model_is_accepted(source: ModelSource) -> None:
+    assert family_of(source, RECIPE) is FAMILY
+
+
+def test_a_model_is_not_taken_for_another_family(model: Path, tiny_model: Path) -> None:
+    text = refused(model, replace(RECIPE, family="sd"), ModelError)
+    assert "the recipe is for another family" in text
+    assert "use a recipe with family = 'sdxl'" in text
+    assert "use a recipe with family = 'sd'" in refused(tiny_model, RECIPE, ModelError)
+
+
+def test_a_vae_that_overflows_is_not_compiled_in_float16(model: Path, tmp_path: Path) -> None:
+    recipe = in_dtype("float16", "vae_decoder", "vae_encoder")
+    text = refused(model, recipe, RecipeError)
+    assert "overflows in float16" in text
+    assert "tiny: components.vae_decoder.dtype" in text
+    encoder = in_dtype("float16", "vae_encoder")
+    assert "components.vae_encoder.dtype" in refused(model, encoder, RecipeError)
+    family_of(resolve_model(str(model)), replace(encoder, without=("vae_encoder",)))
+    family_of(resolve_model(str(model)), in_dtype("bfloat16", "vae_decoder"))
+    kept = replace(RECIPE, components={"vae_decoder": ComponentRecipe("float16", ("decoder.up_blocks.*",))})
+    family_of(resolve_model(str(model)), kept)
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    change("vae/config.json", force_upcast=False)(folder)
+    family_of(resolve_model(str(folder)), recipe)
+
+
+@pytest.mark.parametrize(("written", "zeros"), [(True, True), (False, False), (None, True)])
+def test_settings(model: Path, tmp_path: Path, written: bool | None, zeros: bool) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    change("model_index.json", force_zeros_for_empty_prompt=written)(folder)
+    settings = FAMILY.settings(resolve_model(str(folder)))
+    assert settings.zero_negative is zeros
+    assert settings.max_clip_skip == min(LAYERS.values()) - 1
+    assert (settings.vae_factor, settings.multiple) == (8, 8)
+
+
+@pytest.mark.parametrize("name", ["sdxl-fp16", "sdxl-fp32"])
+def test_the_recipes_fit_the_published_configs(tmp_path: Path, name: str) -> None:
+    PUBLISHED["sdxl"].write(tmp_path)
+    source, recipe = resolve_model(str(tmp_path)), load_recipe(ROOT / "recipes" / f"{name}.toml")
+    family = family_of(source, recipe)
+    settings = family.settings(source)
+    assert settings.max_clip_skip == 11
+    assert all(b.height % settings.multiple == b.width % settings.multiple == 0 for b in recipe.buckets)
+    spec = family.component("denoiser").spec(source, recipe.buckets[0], recipe)
+    assert {t.name: t.shape for t in spec.inputs[6:]} == {
+        "guidance_rescale": (1,),
+        "context": (2, 77, 768),
+        "context_2": (2, 77, 1280),
+        "pooled": (2, 1280),
+        "time_ids": (2, 6),
+    }

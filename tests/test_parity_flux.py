@@ -1,0 +1,204 @@
+"""FLUX's picture is diffusers' picture: dev and schnell, both kinds of guidance, second prompts, image to image."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import toolchain
+from tests.test_parity import LEAST_PSNR_DB, psnr_db
+from tests.tiny_flux import T5_TOKENS, make_flux, recipe_text
+from toolchain.errors import RequestError
+from toolchain.sampler.schedulers import create, parse
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+PROMPTS = ["a red circle on a white background", "a blue square"]
+OTHERS = ["a blue square left of a red circle", "background"]
+SEEDS = [3, 9]
+WIDE = (64, 96)
+NEGATIVE = {"negative_prompt": ["left", "of white"]}
+# Those of the list that FluxPipeline can drive: it gives the others arguments that their set_timesteps does not take.
+SCHEDULERS = ["model", "flow-euler", "dpm++2m", "unipc", "deis"]
+
+Build = Callable[[str, Path, str], toolchain.Pipeline]
+
+
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_flux(tmp_path_factory.mktemp("flux") / "dev")
+
+
+@pytest.fixture(scope="module")
+def schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_flux(tmp_path_factory.mktemp("flux") / "schnell", guidance_embeds=False, eos_token_id=2)
+
+
+@pytest.fixture(scope="module")
+def build(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    def made(name: str, model: Path, text: str) -> toolchain.Pipeline:
+        folder = tmp_path_factory.mktemp(name)
+        (folder / f"{name}.toml").write_text(text)
+        toolchain.build(folder / f"{name}.toml", str(model), folder / "bundle", store=store)
+        return toolchain.load(folder / "bundle")
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def guided(build: Build, dev: Path) -> toolchain.Pipeline:
+    return build("flux-guided", dev, recipe_text(guided=True))
+
+
+@pytest.fixture(scope="module")
+def plain(build: Build, dev: Path) -> toolchain.Pipeline:
+    return build("flux-plain", dev, recipe_text(guided=False, buckets=("1x64x64",)))
+
+
+@pytest.fixture(scope="module")
+def fast(build: Build, schnell: Path) -> toolchain.Pipeline:
+    return build("flux-fast", schnell, recipe_text(guided=False, buckets=("2x64x96",)))
+
+
+@functools.cache
+def diffusers_pipeline(model: Path, kind: str) -> Any:
+    import diffusers
+    import torch
+
+    pipeline = getattr(diffusers, kind).from_pretrained(model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_with_diffusers(
+    model: Path, prompts: list[str], seeds: list[int] | None, scheduler: str, kind: str = "FluxPipeline", **kwargs: Any
+) -> np.ndarray:
+    """Pictures [N, H, W, 3] uint8, one generator per picture; without `seeds` from torch's own."""
+    import torch
+
+    config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    pipeline = diffusers_pipeline(model, kind)
+    pipeline.scheduler = create(parse(scheduler), config)
+    generators = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
+    images = pipeline(prompts, generator=generators, max_sequence_length=T5_TOKENS, output_type="np", **kwargs).images
+    return (images * 255).round().astype(np.uint8)
+
+
+def least_psnr_db(ours: list[Image.Image], theirs: np.ndarray) -> float:
+    return min(psnr_db(np.asarray(a), b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_schedulers(guided: toolchain.Pipeline, dev: Path, scheduler: str) -> None:
+    ours = guided(PROMPTS, seed=SEEDS, steps=5, guidance=3.5, scheduler=scheduler, size=WIDE).images
+    theirs = draw_with_diffusers(
+        dev, PROMPTS, SEEDS, scheduler, num_inference_steps=5, guidance_scale=3.5, height=64, width=96
+    )
+    assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
+
+
+@pytest.mark.parametrize(
+    ("guidance", "options", "reference"),
+    [
+        (3.5, {"true_cfg": 2.5, **NEGATIVE}, {"true_cfg_scale": 2.5, **NEGATIVE}),
+        (0.0, {"true_cfg": 1.5, "negative_prompt": ""}, {"true_cfg_scale": 1.5, "negative_prompt": ["", ""]}),
+        (1.0, {"prompt_2": OTHERS}, {"prompt_2": OTHERS}),
+        (
+            7.0,
+            {"true_cfg": 4.0, "prompt_2": OTHERS, **NEGATIVE, "negative_prompt_2": OTHERS[::-1]},
+            {"true_cfg_scale": 4.0, "prompt_2": OTHERS, **NEGATIVE, "negative_prompt_2": OTHERS[::-1]},
+        ),
+    ],
+    ids=["negative", "empty-negative", "second-prompt", "all"],
+)
+def test_guidance_and_prompts(
+    guided: toolchain.Pipeline, dev: Path, guidance: float, options: dict[str, Any], reference: dict[str, Any]
+) -> None:
+    run = {"seed": SEEDS, "steps": 3, "size": WIDE}
+    ours = guided(PROMPTS, guidance=guidance, **run, **options).images
+    theirs = draw_with_diffusers(
+        dev, PROMPTS, SEEDS, "model", num_inference_steps=3, guidance_scale=guidance, height=64, width=96, **reference
+    )
+    assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
+    # Every option counts: without them it is another picture.
+    assert least_psnr_db(guided(PROMPTS, guidance=3.0, **run).images, theirs) < LEAST_PSNR_DB / 2
+
+
+@pytest.mark.parametrize(("steps", "guidance"), [(4, 3.5), (2, 0.0)])
+def test_dev_without_true_guidance(plain: toolchain.Pipeline, dev: Path, steps: int, guidance: float) -> None:
+    ours = plain(PROMPTS, seed=SEEDS, steps=steps, guidance=guidance).images
+    theirs = draw_with_diffusers(
+        dev, PROMPTS, SEEDS, "model", num_inference_steps=steps, guidance_scale=guidance, height=64, width=64
+    )
+    assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_schnell(fast: toolchain.Pipeline, schnell: Path, steps: int) -> None:
+    ours = fast(PROMPTS, seed=SEEDS, steps=steps, guidance=0.0).images
+    theirs = draw_with_diffusers(
+        schnell, PROMPTS, SEEDS, "model", num_inference_steps=steps, guidance_scale=0.0, height=64, width=96
+    )
+    assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
+
+
+# With five steps 0.3 and 0.5 fall between two: FLUX starts at the earlier, Stable Diffusion at the later.
+@pytest.mark.parametrize("strength", [0.3, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("kind", ["dev", "schnell"])
+def test_image_to_image(request: pytest.FixtureRequest, kind: str, strength: float) -> None:
+    model, pipe = request.getfixturevalue(kind), request.getfixturevalue({"dev": "guided", "schnell": "fast"}[kind])
+    random = np.random.default_rng(0)
+    images = [Image.fromarray(random.integers(0, 256, (64, 96, 3), np.uint8)) for _ in PROMPTS]
+    ours = pipe(PROMPTS, image=images, strength=strength, seed=SEEDS, steps=5, guidance=1.0).images
+    theirs = draw_with_diffusers(
+        model,
+        PROMPTS,
+        SEEDS,
+        "model",
+        "FluxImg2ImgPipeline",
+        image=images,
+        strength=strength,
+        num_inference_steps=5,
+        guidance_scale=1.0,
+        height=64,
+        width=96,
+    )
+    assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
+
+
+@pytest.mark.parametrize("scheduler", ["flow-lcm"])
+def test_noise_is_drawn_in_packed_order(plain: toolchain.Pipeline, dev: Path, scheduler: str) -> None:
+    """FluxPipeline gives its scheduler no generator: the noise goes on in torch's own, as do latents without one."""
+    import torch
+
+    ours = plain(PROMPTS[0], seed=5, steps=4, guidance=3.5, scheduler=scheduler)
+    assert ours.table.stochastic
+    torch.manual_seed(5)
+    theirs = draw_with_diffusers(
+        dev, PROMPTS[:1], None, scheduler, num_inference_steps=4, guidance_scale=3.5, height=64, width=64
+    )
+    assert least_psnr_db(ours.images, theirs) >= LEAST_PSNR_DB
+
+
+def test_a_prompt_longer_than_both_encoders_is_cut_as_in_diffusers(plain: toolchain.Pipeline, dev: Path) -> None:
+    prompt = "a red circle left of " * 12 + "a blue square"
+    ours = plain(prompt, seed=4, steps=2, guidance=2.0).images
+    theirs = draw_with_diffusers(
+        dev, [prompt], [4], "model", num_inference_steps=2, guidance_scale=2.0, height=64, width=64
+    )
+    assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
+
+
+def test_options_that_a_bundle_does_not_have(plain: toolchain.Pipeline, guided: toolchain.Pipeline) -> None:
+    with pytest.raises(RequestError, match="no true classifier-free guidance"):
+        plain("a circle", true_cfg=2.0)
+    with pytest.raises(RequestError, match="takes a scale and a negative prompt"):
+        guided("a circle", true_cfg=2.0)
+    with pytest.raises(RequestError, match="clip_skip"):
+        guided("a circle", clip_skip=1)

@@ -1,0 +1,166 @@
+"""A small Stable Diffusion 3 model in diffusers' format with seeded random weights: nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.tiny import TEXT_LENGTH, write_tokenizer
+from tests.tiny_t5 import write_t5_tokenizer
+
+WIDTHS = {"text_encoder": 32, "text_encoder_2": 48}
+LAYERS = {"text_encoder": 3, "text_encoder_2": 4}
+POOLED = {"text_encoder": 24, "text_encoder_2": 40}
+T5_WIDTH = 96
+T5_TOKENS = 20
+CHANNELS = 16
+POSITIONS = 8
+"""Tokens along each side that the network has positions for: 128 pixels."""
+
+
+def make_sd3(folder: Path, *, version: str = "3.5", t5: bool = True, dynamic: bool = False, seed: int = 0) -> Path:
+    """A StableDiffusion3Pipeline folder: 64x64 pixels, 8x8x16 latents.
+
+    version  "3", or "3.5" with its second attention and normalised queries and keys
+    t5       without it the third text encoder and its tokenizer are null, as in folders of the model without T5
+    dynamic  whether the scheduler shifts by the number of tokens
+
+    Widths, depths and pooled prompts of the encoders differ, so that none can stand in for another.
+    """
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    tokenizers = [_tokenizer(folder / "tokenizer"), _tokenizer(folder / "tokenizer_2", pad_token="!")]
+    torch.manual_seed(seed)
+    texts = [_text(name, t) for name, t in zip(WIDTHS, tokenizers, strict=True)]
+    third, tokenizer_3 = _t5(folder / "tokenizer_3") if t5 else (None, None)
+    pipeline = StableDiffusion3Pipeline(
+        _transformer(version),
+        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic),
+        _vae(),
+        texts[0],
+        tokenizers[0],
+        texts[1],
+        tokenizers[1],
+        third,
+        tokenizer_3,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def recipe_text(*, guided: bool = True, t5: bool = True, strengths: tuple[float, ...] = ()) -> str:
+    """A recipe in float32 for one picture of 64x64 and two of 64x96."""
+    tokens = f"[components.text_encoder_3]\ntokens = {T5_TOKENS}\n" if t5 else ""
+    return f"""\
+family = "sd3"
+buckets = ["1x64x64", "2x64x96"]
+classifier_free_guidance = {str(guided).lower()}
+without = {"[]" if t5 else '["text_encoder_3"]'}
+
+{tokens}
+[sampling]
+scheduler = "model"
+steps = 4
+guidance = {4.5 if guided else 1.0}
+schedulers = ["model"]
+step_counts = [4]
+strengths = {list(strengths)}
+
+[check]
+prompts = ["a red circle"]
+psnr_db = 60.0
+"""
+
+
+def _tokenizer(folder: Path, **options: Any) -> Any:
+    """The second one pads with another token than it ends with, as in the published models."""
+    from transformers import CLIPTokenizer
+
+    write_tokenizer(folder)
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=TEXT_LENGTH, **options)
+
+
+def _text(name: str, tokenizer: Any) -> Any:
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTHS[name],
+        intermediate_size=64,
+        num_hidden_layers=LAYERS[name],
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_LENGTH,
+        projection_dim=POOLED[name],
+        hidden_act="quick_gelu" if name == "text_encoder" else "gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    made: Any = CLIPTextModelWithProjection(config)
+    # The library draws values so small that every prompt would give nearly the same picture.
+    for parameter in made.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=2 / parameter.shape[1] ** 0.5)
+    return made
+
+
+def _t5(folder: Path) -> Any:
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    tokenizer = T5Tokenizer.from_pretrained(write_t5_tokenizer(folder), model_max_length=T5_TOKENS)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=T5_WIDTH,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        tie_word_embeddings=False,
+    )
+    return T5EncoderModel(config), tokenizer
+
+
+def _transformer(version: str) -> Any:
+    import torch
+    from diffusers import SD3Transformer2DModel
+
+    later = version == "3.5"
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=T5_WIDTH,
+        caption_projection_dim=32,
+        pooled_projection_dim=sum(POOLED.values()),
+        pos_embed_max_size=POSITIONS,
+        dual_attention_layers=(0, 1) if later else (),
+        qk_norm="rms_norm" if later else None,
+    )
+    # Positions are tensors of the checkpoint: with other values than the formula's it shows where they come from.
+    transformer.pos_embed.pos_embed.add_(torch.randn(transformer.pos_embed.pos_embed.shape) / 2)
+    return transformer
+
+
+def _vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(16, 16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=CHANNELS,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=64,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
