@@ -19,14 +19,14 @@ LAYERS = (
     ("runtime",),
     ("plan", "assemble", "check"),
     ("api",),
-    ("report", "progress", "pictures", "doctor", "console"),
+    ("report", "progress", "pictures", "doctor", "console", "bench"),
     ("cli", "__init__"),
 )
 RUNTIME_NEEDS = {"errors", "recipe", "settings", "signature", "weights", "sampler", "bundle", "engines", "runtime"}
 OWNERS = {
     "polygraphy": {"check"},
     "skimage": {"check"},
-    "diffusers": {"models", "sampler", "check"},
+    "diffusers": {"models", "sampler", "check", "bench"},
     "transformers": {"models", "check"},
     "onnxscript": {"graph"},
     "huggingface_hub": {"models"},

@@ -56,8 +56,8 @@ def make_flux(folder: Path, *, guidance_embeds: bool = True, eos_token_id: int |
     )
     transformer = FluxTransformer2DModel(
         in_channels=64,
-        num_layers=2,
-        num_single_layers=2,
+        num_layers=1,
+        num_single_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=48,
@@ -91,11 +91,12 @@ def make_flux(folder: Path, *, guidance_embeds: bool = True, eos_token_id: int |
     return folder
 
 
-def recipe_text(*, guided: bool, buckets: tuple[str, ...] = ("1x64x64", "2x64x96")) -> str:
+def recipe_text(*, guided: bool, bucket: str, without: tuple[str, ...] = ()) -> str:
     return f"""\
 family = "flux"
-buckets = {list(buckets)}
+buckets = ["{bucket}"]
 classifier_free_guidance = {str(guided).lower()}
+without = {list(without)}
 
 [components.text_encoder_2]
 tokens = {T5_TOKENS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ def make_sdxl(folder: Path, *, zero_negative: bool = True, seed: int = 0, **save
         _vae(), first, second, *tokenizers, _unet(), scheduler, force_zeros_for_empty_prompt=zero_negative
     )
     pipeline.save_pretrained(folder, **save)
+    # As in the published config: Euler does not read it, DDIM made from this config does.
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}, indent=2))
     return folder
 
 
@@ -80,7 +84,6 @@ def _unet() -> Any:
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
         attention_head_dim=(2, 4),
         use_linear_projection=True,
         cross_attention_dim=sum(WIDTHS.values()),
@@ -104,3 +107,18 @@ def _vae() -> Any:
         sample_size=64,
         scaling_factor=0.13025,
     )
+
+
+def recipe_text(*, guided: bool = True, buckets: tuple[str, ...] = ("1x64x64", "2x64x96")) -> str:
+    return f"""\
+family = "sdxl"
+buckets = {list(buckets)}
+classifier_free_guidance = {str(guided).lower()}
+
+[sampling]
+steps = 4
+
+[check]
+prompts = ["a red circle on a white background"]
+psnr_db = 60.0
+""".replace("'", '"')

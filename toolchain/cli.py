@@ -15,6 +15,7 @@ import click
 
 from toolchain import pictures, progress, report
 from toolchain.console import GATE_FAILED, CommandLine, aspect, examples, place, size, verbosity
+from toolchain.errors import UsageError
 
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
@@ -27,6 +28,7 @@ store_option = click.option(
     type=click.Path(file_okay=False, path_type=Path),
     help="Where artifacts are kept and found.  [default: $DIFFBUILD_STORE, or ./artifacts]",
 )
+new_file = click.Path(dir_okay=False, path_type=Path)
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on stdout."
 )
@@ -187,27 +189,77 @@ def generate(bundle: Path, output: Path | None, no_verify: bool, as_json: bool, 
     _answer(as_json, lambda: document, lambda: report.generate_lines(images, drawn.result.timings, load_ms))
 
 
-@cli.command(epilog=examples("diffbuild check bundle --model owner/name --report check.json"))
+@cli.command(
+    epilog=examples(
+        "diffbuild check bundle --model owner/name --report check.json",
+        "diffbuild check bundle --model owner/name --html check.html",
+    )
+)
 @bundle_argument
 @model_option
 @revision_option
-@click.option("--report", "target", type=click.Path(path_type=Path), metavar="FILE.json", help="Also write the report.")
+@click.option("--report", "target", type=new_file, metavar="FILE.json", help="Also write the report.")
+@click.option("--html", "page", type=new_file, metavar="FILE.html", help="Also write a page with pictures and charts.")
 @json_option
 @verbosity
-def check(bundle: Path, model: str, revision: str | None, target: Path | None, as_json: bool) -> None:
+def check(
+    bundle: Path, model: str, revision: str | None, target: Path | None, page: Path | None, as_json: bool
+) -> None:
     """Compare a bundle with the model that it was built from.
 
     Exit code 3 when a tolerance of the recipe is missed.
     """
     from toolchain.api import check_bundle
+    from toolchain.bundle import read_bundle
+    from toolchain.check.page import save_page
 
     pictures.check_output(target)
+    pictures.check_output(page)
+    if target is not None and page is not None and target.resolve() == page.resolve():
+        raise UsageError("--report and --html name the same file", where=page, expected="two files")
     with progress.working(f"comparing {bundle} with {model}") as say:
         compared = check_bundle(bundle, model, revision=revision, progress=say)
     if target is not None:
         compared.save(target)
+    if page is not None:
+        save_page(page, compared, read_bundle(bundle))
     _answer(as_json, compared.to_json, compared.lines)
     raise click.exceptions.Exit(0 if compared.passed else GATE_FAILED)
+
+
+@cli.command(
+    epilog=examples(
+        "diffbuild bench bundle --repeats 10",
+        "diffbuild bench bundle --model owner/name --against diffusers --against compile --html bench.html",
+    )
+)
+@bundle_argument
+@click.option("--model", metavar="DIR_OR_HUB_ID", help="The model that the bundle was built from, for --against.")
+@revision_option
+@click.option("--against", multiple=True, type=click.Choice(["diffusers", "compile"]), help="Also measure, in turn.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Rounds.")
+@click.option("--prompt", metavar="TEXT", help="What to draw.  [default: the recipe's first]")
+@click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the recipe's]")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Pictures of a call.")
+@click.option("--size", type=size, metavar="HEIGHTxWIDTH", help="One of the built sizes.  [default: the first]")
+@click.option("--sweep", multiple=True, type=click.Choice(["steps", "batch", "size"]), help="Also show how cost grows.")
+@click.option("--html", "target", type=click.Path(path_type=Path), metavar="FILE.html", help="Also write a page.")
+@json_option
+@verbosity
+def bench(bundle: Path, target: Path | None, as_json: bool, **wanted: Any) -> None:
+    """Measure where the time of a picture goes, and how long diffusers takes for the same one.
+
+    Every contender is a process of its own; they draw in turn, so that the machine's drift hits all alike.
+    """
+    from toolchain.bench.page import page
+    from toolchain.bench.run import measure
+
+    pictures.check_output(target)
+    with progress.working(f"measuring {bundle}") as say:
+        measured = measure(bundle, say, **wanted)
+    if target is not None:
+        pictures.write_text(target, page(measured))
+    _answer(as_json, measured.to_json, measured.lines)
 
 
 @cli.command(epilog=examples("diffbuild inspect bundle --verify", "diffbuild inspect bundle --json"))

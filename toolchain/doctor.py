@@ -31,7 +31,7 @@ def examine(store: Path) -> dict[str, Any]:
 
     backends = {name: backend.available() for name, backend in BACKENDS.items()}
     libraries = {use: {name: _version(name) for name in names} for use, names in LIBRARIES.items()}
-    gpus, no_gpu = _gpus()
+    found, no_gpu = gpus()
     return {
         "works": any(reason is None for reason in backends.values()),
         "backends": {name: {"works": reason is None, "reason": reason} for name, reason in backends.items()},
@@ -40,7 +40,7 @@ def examine(store: Path) -> dict[str, Any]:
         "missing": {use: _missing(found) for use, found in libraries.items()},
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": {"features": cpu_features(), "physical_cores": physical_cores()},
-        "gpus": gpus,
+        "gpus": found,
         "no_gpu": no_gpu,
         "store": _store(store),
     }
@@ -59,7 +59,16 @@ def _missing(found: Mapping[str, str | None]) -> list[str]:
     return [name for name in lacking if not (have_one and name in ALTERNATIVES)]
 
 
-def _gpus() -> tuple[list[dict[str, str]], str | None]:
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def gpus() -> tuple[list[dict[str, str]], str | None]:
     """NVIDIA GPUs as nvidia-smi lists them, or why there are none."""
     query = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
     try:
@@ -72,8 +81,8 @@ def _gpus() -> tuple[list[dict[str, str]], str | None]:
         said = (done.stderr or done.stdout).strip().splitlines()
         return [], f"nvidia-smi: {said[0] if said else f'exit code {done.returncode}'}"
     rows = [[entry.strip() for entry in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
-    gpus = [dict(zip(("name", "compute_capability", "memory", "driver"), row, strict=False)) for row in rows]
-    return gpus, None if gpus else "nvidia-smi lists none"
+    found = [dict(zip(("name", "compute_capability", "memory", "driver"), row, strict=False)) for row in rows]
+    return found, None if found else "nvidia-smi lists none"
 
 
 def _store(store: Path) -> dict[str, Any]:

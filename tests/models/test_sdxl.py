@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 FAMILY = MODELS["sdxl"]
 BUCKET = Bucket(2, 64, 96)
 PROMPTS = ("a red circle on a white background", "a blue square")
+ONNX_NAMES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
 RECIPE = Recipe(name="tiny", family="sdxl", buckets=(BUCKET,), check=Check(("a red circle",)))
 
 
@@ -82,38 +83,49 @@ def evaluate(source: ModelSource, recipe: Recipe, inputs: dict[str, torch.Tensor
 # Graphs
 
 
+@pytest.fixture(scope="module")
+def step_graph(source: ModelSource) -> Any:
+    """The guided step in float32. Capturing compares it with its signature."""
+    return capture(FAMILY.component("denoiser"), source, RECIPE, BUCKET)
+
+
 @pytest.mark.parametrize("guided", [True, False])
-def test_the_step_has_its_signature(source: ModelSource, guided: bool) -> None:
+def test_the_signature_of_the_step(source: ModelSource, guided: bool) -> None:
     recipe = replace(RECIPE, classifier_free_guidance=guided)
-    capture(FAMILY.component("denoiser"), source, recipe, BUCKET)
     shapes = {t.name: t.shape for t in FAMILY.component("denoiser").spec(source, BUCKET, recipe).inputs}
     rows = 4 if guided else 2
+    assert list(shapes)[-5:] == ["guidance_rescale", "context", "context_2", "pooled", "time_ids"]
     assert shapes["context"] == (rows, 24, WIDTHS["text_encoder"])
     assert shapes["context_2"] == (rows, 24, WIDTHS["text_encoder_2"])
     assert shapes["pooled"] == (rows, POOLED)
     assert shapes["time_ids"] == (rows, 6)
 
 
-@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder"])
-def test_the_other_components_have_their_signatures(source: ModelSource, name: str) -> None:
-    capture(FAMILY.component(name), source, RECIPE, BUCKET)
-
-
 @pytest.mark.parametrize(
-    ("dtype", "name"),
+    ("dtype", "name", "guided"),
     [
-        ("float16", "denoiser"),
-        ("bfloat16", "denoiser"),
-        ("float16", "text_encoder"),
-        ("float16", "text_encoder_2"),
-        ("bfloat16", "vae_decoder"),
+        ("float16", "denoiser", False),
+        ("bfloat16", "denoiser", True),
+        ("float16", "text_encoder", True),
+        ("bfloat16", "vae_decoder", True),
+        ("float32", "vae_encoder", True),
     ],
 )
-def test_lower_precisions_have_the_same_signature_and_weights(source: ModelSource, dtype: str, name: str) -> None:
-    graph = capture(FAMILY.component(name), source, in_dtype(dtype, name), BUCKET)
-    weights = [v.dtype for v in graph.graph.initializers.values() if is_weight(v)]
-    assert weights
-    assert {str(d) for d in weights} == {dtype.upper()}
+def test_graphs_have_their_signature_and_precision(source: ModelSource, dtype: str, name: str, guided: bool) -> None:
+    recipe = replace(in_dtype(dtype, name), classifier_free_guidance=guided)
+    assert weight_dtypes(capture(FAMILY.component(name), source, recipe, BUCKET)) == {ONNX_NAMES[dtype]}
+
+
+def weight_dtypes(graph: Any) -> set[str]:
+    return {str(v.dtype) for v in graph.graph.initializers.values() if is_weight(v)}
+
+
+def test_the_recipe_decides_the_precision_not_the_config(model: Path, tmp_path: Path) -> None:
+    """SDXL's configs say float16, and what a test saves says float32."""
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    change("text_encoder_2/config.json", dtype=None, torch_dtype="float16")(folder)
+    module = FAMILY.component("text_encoder_2").module(resolve_model(str(folder)), RECIPE)
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
 
 
 def test_text_encoders_give_the_denoisers_inputs(source: ModelSource) -> None:
@@ -201,22 +213,37 @@ def test_text_encoders_give_what_diffusers_encodes(source: ModelSource, clip_ski
         torch.testing.assert_close(second["pooled"], pool)
 
 
-def test_the_engine_computes_what_torch_does(source: ModelSource, model: Path, tmp_path: Path) -> None:
-    """The captured step with the checkpoint's weights attached, at a shape that is not square."""
+def session(graph: Any, weights: Path, folder: Path) -> Any:
+    """The graph in ONNX Runtime with the checkpoint's weights attached, in the graph's precision."""
     import onnx_ir as ir
     import onnxruntime
-    from safetensors.torch import load_file
+    from safetensors.numpy import load_file
 
-    graph = capture(FAMILY.component("denoiser"), source, RECIPE, BUCKET)
-    tensors = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    tensors = load_file(weights)
     for value in graph.graph.initializers.values():
-        if value.name in tensors:
-            value.const_value = ir.tensor(tensors[value.name].numpy(), name=value.name)
-    ir.save(graph, tmp_path / "step.onnx")
+        if is_weight(value):
+            value.const_value = ir.tensor(tensors[value.name].astype(value.dtype.numpy()), name=value.name)
+    ir.save(graph, folder / "graph.onnx")
+    return onnxruntime.InferenceSession(folder / "graph.onnx", providers=["CPUExecutionProvider"])
+
+
+def test_the_engine_computes_what_torch_does(source: ModelSource, model: Path, step_graph: Any, tmp_path: Path) -> None:
+    engine = session(step_graph.clone(), model / "unet" / "diffusion_pytorch_model.safetensors", tmp_path)
     inputs = random_inputs(source, RECIPE)
-    session = onnxruntime.InferenceSession(tmp_path / "step.onnx", providers=["CPUExecutionProvider"])
-    got = session.run(None, {name: value.numpy() for name, value in inputs.items()})[0][0]
+    got = engine.run(None, {name: value.numpy() for name, value in inputs.items()})[0][0]
     np.testing.assert_allclose(got, evaluate(source, RECIPE, inputs).numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_second_text_encoder_runs_in_float16(source: ModelSource, model: Path, tmp_path: Path) -> None:
+    """All of it: its library makes the model inside the projection in a precision of its own."""
+    graph = capture(FAMILY.component("text_encoder_2"), source, in_dtype("float16", "text_encoder_2"), BUCKET)
+    assert weight_dtypes(graph) == {"FLOAT16"}
+    engine = session(graph, model / "text_encoder_2" / "model.safetensors", tmp_path)
+    ids = diffusers_pipeline(model).tokenizer_2(PROMPTS[0], padding="max_length", return_tensors="np").input_ids
+    expected = encode(source, "text_encoder_2", PROMPTS[0], 1)
+    got = engine.run(None, {"ids": ids, "clip_skip": np.array([1])})
+    for value, reference in zip(got, expected.values(), strict=True):
+        np.testing.assert_allclose(value, reference.numpy(), rtol=0.02, atol=0.02)
 
 
 # Configs

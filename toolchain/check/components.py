@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 F32 = NDArray[np.float32]
 Progress = Callable[[str], None]
+RECORDED = 7
+"""Evaluations of each trajectory that the engine is given: enough for a curve, and a third of a usual schedule."""
 
 
 def compare_components(
@@ -94,8 +96,8 @@ class _Comparison:
                     own = [conditions[self.prompts[i]] for i in chosen]
                     inputs = self._start(spec, bucket, tables[bucket], own, conditions[""])
                     generators = self._generators(bucket.batch)
-                    recorded, latents = _trajectory(module, spec, tables[bucket], inputs, generators)
-                    feeds += [Feed(f"{label}, {when}", arrays) for when, arrays in recorded]
+                    recorded, latents = _trajectory(module, spec, tables[bucket], inputs, generators, label)
+                    feeds += recorded
                     ends[bucket].append(Feed(f"{label}, final latents", {"latents": latents}))
                 self._compare(component, bucket, module, feeds)
         return ends
@@ -172,20 +174,31 @@ def _batches(prompts: int, batch: int) -> Iterator[tuple[str, list[int]]]:
         yield label, [min(first + row, last) for row in range(batch)]
 
 
-def _trajectory(
-    module: nn.Module, spec: GraphSpec, table: SamplerTable, inputs: Arrays, generators: list[Generator]
-) -> tuple[list[tuple[str, Arrays]], F32]:
-    """The inputs of the first, middle and last evaluation, and the latents [B, C, h, w] after the last."""
+def _recorded(evaluations: int) -> set[int]:
+    """Which evaluations of a trajectory are compared: RECORDED of them, evenly spaced, the first and the last too."""
+    intervals = RECORDED - 1
+    return {(2 * i * (evaluations - 1) + intervals) // (2 * intervals) for i in range(RECORDED)}
 
+
+def _trajectory(
+    module: nn.Module,
+    spec: GraphSpec,
+    table: SamplerTable,
+    inputs: Arrays,
+    generators: list[Generator],
+    label: str,
+) -> tuple[list[Feed], F32]:
+    """Some of the evaluations with what the reference made of them, and the latents [B, C, h, w] after the last."""
     inputs["state"][0] = normal(inputs["state"].shape[1:], generators) * np.float32(table.init_noise_sigma)
-    last = table.evaluations - 1
+    chosen = _recorded(table.evaluations)
     recorded = []
     for index, draws in enumerate(table.noise_draws):
         if draws:
             draw(inputs["noise"], generators)
-        if index in {0, table.evaluations // 2, last}:
-            changing = {name: inputs[name].copy() for name in ("state", "step", "noise")}
-            recorded.append((f"evaluation {index + 1} of {last + 1}", {**inputs, **changing}))
         outputs = call(module, spec, inputs)
+        if index in chosen:
+            changing = {name: inputs[name].copy() for name in ("state", "step", "noise")}
+            when = f"{label}, evaluation {index + 1} of {table.evaluations}"
+            recorded.append(Feed(when, {**inputs, **changing}, index + 1, outputs))
         inputs = {**inputs, "state": outputs["next_state"], "step": outputs["next_step"]}
     return recorded, inputs["state"][0]

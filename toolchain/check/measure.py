@@ -1,4 +1,4 @@
-"""One component against its reference on the same inputs, with Polygraphy: it runs both, and measures.
+"""One component against its reference on the same inputs, with Polygraphy: it runs the engine, and measures.
 
 Polygraphy's metrics are one-sided: the reference comes first, or SNR would take the engine's output for the signal.
 """
@@ -42,10 +42,16 @@ REFERENCE, ENGINE = "reference", "engine"
 
 @dataclass(frozen=True)
 class Feed:
-    """One set of inputs, and what to call it in the report."""
+    """One set of inputs, and what to call it in the report.
+
+    evaluation  of the denoiser, counted from 1; None for what is not on a trajectory
+    reference   what the reference made of the inputs, where it has run on them already
+    """
 
     label: str
     inputs: Arrays
+    evaluation: int | None = None
+    reference: Arrays | None = None
 
 
 def call(module: nn.Module, spec: GraphSpec, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
@@ -54,24 +60,6 @@ def call(module: nn.Module, spec: GraphSpec, inputs: Mapping[str, NDArray[Any]])
         outputs = module(*(torch.from_numpy(np.ascontiguousarray(inputs[t.name])) for t in spec.inputs))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return {t.name: o.numpy() for t, o in zip(spec.outputs, outputs, strict=True)}
-
-
-class ReferenceRunner(BaseRunner):  # type: ignore[misc]
-    """The torch module in float32."""
-
-    def __init__(self, module: nn.Module, spec: GraphSpec) -> None:
-        super().__init__(name=REFERENCE)
-        self._module = module
-        self._spec = spec
-
-    def get_input_metadata_impl(self) -> Any:
-        return _metadata(self._spec)
-
-    def infer_impl(self, feed_dict: Mapping[str, NDArray[Any]]) -> Arrays:
-        started = time.perf_counter()
-        outputs = call(self._module, self._spec, feed_dict)
-        self.inference_time = time.perf_counter() - started
-        return outputs
 
 
 class EngineRunner(BaseRunner):  # type: ignore[misc]
@@ -121,21 +109,20 @@ def compare_engine(
 
     Raises EngineError when the engine cannot be opened or run.
     """
+    references = [call(module, spec, f.inputs) if f.reference is None else f.reference for f in feeds]
     with quiet():
         try:
-            results = Comparator.run(
-                [ReferenceRunner(module, spec), EngineRunner(open_engine, spec)], data_loader=[f.inputs for f in feeds]
-            )
+            results = Comparator.run([EngineRunner(open_engine, spec)], data_loader=[f.inputs for f in feeds])
         except PolygraphyException as error:
             raise EngineError("the engine cannot be compared", where=f"{component} {bucket}", got=error) from error
-        pairs = zip(results[REFERENCE], results[ENGINE], strict=True)
-        arrays = [[{t.name: np.asarray(side[t.name]) for t in spec.outputs} for side in pair] for pair in pairs]
+        engines = [{t.name: np.asarray(outputs[t.name]) for t in spec.outputs} for outputs in results[ENGINE]]
     entries = [
-        Entry(component, bucket, feed.label, t.name, *measure(reference[t.name], engine[t.name], tolerance))
-        for feed, (reference, engine) in zip(feeds, arrays, strict=True)
+        Entry(component, bucket, feed.label, t.name, *measured, feed.evaluation)
+        for feed, reference, engine in zip(feeds, references, engines, strict=True)
         for t in spec.outputs
+        for measured in [measure(reference[t.name], engine[t.name], tolerance)]
     ]
-    return entries, [reference for reference, _ in arrays]
+    return entries, references
 
 
 def measure(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from toolchain.check.reference import reference_pipeline
-from toolchain.check.report import Picture
+from toolchain.check.report import Pair, Picture
 from toolchain.models import Family, ModelSource
 from toolchain.recipe import Check, Recipe
 from toolchain.runtime.pipeline import Pipeline
@@ -78,7 +78,7 @@ def judge(drawn: Drawn, reference: Pixels, check: Check) -> Picture:
     }
     size = f"{reference.shape[0]}x{reference.shape[1]}"
     failed = tuple(name for name, passed in verdicts.items() if not passed)
-    return Picture(drawn.prompt, drawn.seed, size, psnr, ssim, failed)
+    return Picture(drawn.prompt, drawn.seed, size, psnr, ssim, failed, Pair(reference, drawn.pixels))
 
 
 def is_blank(pixels: Pixels) -> bool:

@@ -6,11 +6,17 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolchain.files import write_atomic
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Pixels = NDArray[np.uint8]
 
 SCHEMA = 1
 LISTED_FAILURES = 12
@@ -45,6 +51,7 @@ class Entry:
     bucket  "1x64x64", or "any" where the component is the same for all of them
     input   what it was given, such as "prompt 1, evaluation 10 of 20"
     failed  the metrics that miss their limit, and "finite" where the engine's output holds NaN or infinity
+    evaluation  which one of a trajectory, counted from 1; None for what is not a denoiser's
     """
 
     component: str
@@ -54,6 +61,7 @@ class Entry:
     metrics: Metrics
     limits: Metrics
     failed: tuple[str, ...]
+    evaluation: int | None = None
 
     @property
     def passed(self) -> bool:
@@ -76,6 +84,14 @@ class Entry:
         return {**asdict(self), "metrics": metrics, "limits": limits, "failed": [*self.failed], "passed": self.passed}
 
 
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """The pixels of two pictures of one size, each 8-bit [H, W, 3]."""
+
+    reference: Pixels
+    compiled: Pixels
+
+
 @dataclass(frozen=True)
 class Picture:
     """One whole picture against the diffusers pipeline's, both in 8 bits. `size` is "HEIGHTxWIDTH" in pixels.
@@ -83,6 +99,7 @@ class Picture:
     psnr_db  inf where both are identical
     failed   of "psnr_db", "ssim", "finite" (the latents hold NaN or infinity), "not blank" (one colour throughout,
              where the reference is not)
+    pixels   of both, for who wants to see them; not in the JSON
     """
 
     prompt: str
@@ -91,14 +108,27 @@ class Picture:
     psnr_db: float
     ssim: float
     failed: tuple[str, ...]
+    pixels: Pair | None = field(default=None, repr=False, compare=False)
 
     @property
     def passed(self) -> bool:
         return not self.failed
 
+    def describe(self, limits: Mapping[str, float]) -> str:
+        """One line: which picture, what was measured and, where it failed, what was needed."""
+        numbers = _numbers({"psnr_db": self.psnr_db, "ssim": self.ssim}, limits, self.failed)
+        return f"picture {self.size}, seed {self.seed}, {self.prompt!r}: {numbers}"
+
     def to_json(self) -> dict[str, Any]:
-        numbers = {"psnr_db": _json(self.psnr_db), "ssim": _json(self.ssim)}
-        return {**asdict(self), **numbers, "failed": [*self.failed], "passed": self.passed}
+        return {
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "size": self.size,
+            "psnr_db": _json(self.psnr_db),
+            "ssim": _json(self.ssim),
+            "failed": [*self.failed],
+            "passed": self.passed,
+        }
 
 
 @dataclass(frozen=True)
@@ -131,6 +161,27 @@ class CheckReport:
         """Every entry, the one furthest beyond or nearest to its limits first."""
         return sorted(self.entries, key=lambda e: (e.passed, e.margin_db))
 
+    def worst_pictures_first(self) -> list[Picture]:
+        """Every picture, failed ones first, then by PSNR; NaN is worse than any number."""
+        return sorted(self.pictures, key=lambda p: (p.passed, -math.inf if math.isnan(p.psnr_db) else p.psnr_db))
+
+    def failures(self) -> list[str]:
+        """A line for everything that failed: comparisons, then pictures, the worst first."""
+        failed = [e.describe() for e in self.worst_first() if not e.passed]
+        return failed + [p.describe(self.limits) for p in self.worst_pictures_first() if not p.passed]
+
+    def grouped(self) -> dict[tuple[str, str, str], list[Entry]]:
+        """Entries by component, bucket and output in the order of the check; in each group the worst first."""
+        groups: dict[tuple[str, str, str], list[Entry]] = {(e.component, e.bucket, e.output): [] for e in self.entries}
+        for entry in self.worst_first():
+            groups[entry.component, entry.bucket, entry.output].append(entry)
+        return groups
+
+    def verdict(self) -> str:
+        results = [*(e.passed for e in self.entries), *(p.passed for p in self.pictures)]
+        failed = results.count(False)
+        return f"FAILED: {failed} of {len(results)} comparisons" if failed else f"passed: {len(results)} comparisons"
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values. NaN and infinities, which JSON lacks, are the strings "nan", "inf" and "-inf"."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -157,25 +208,23 @@ class CheckReport:
         """For a terminal: the worst of each metric by component, bucket and output, the pictures, and what failed."""
         lines = [f"{self.bundle} (recipe {self.recipe}, {self.backend}) against {self.model}"]
         lines += [f"warning: {warning}" for warning in self.warnings]
-        groups: dict[tuple[str, str, str], list[Entry]] = {}
-        for entry in self.worst_first():
-            groups.setdefault((entry.component, entry.bucket, entry.output), []).append(entry)
-        order = list(dict.fromkeys((e.component, e.bucket, e.output) for e in self.entries))
         rows: list[tuple[str, ...]] = [("component", "bucket", "output", "inputs", "worst", "")]
-        for key in order:
-            numbers = _numbers(_worst(groups[key]), {}, ())
-            passed = all(entry.passed for entry in groups[key])
-            rows.append((*key, str(len(groups[key])), numbers, "passed" if passed else "FAILED"))
+        for key, group in self.grouped().items():
+            numbers = _numbers(worst(group), {}, ())
+            rows.append((*key, str(len(group)), numbers, "passed" if all(e.passed for e in group) else "FAILED"))
         lines += _table(rows)
         for name, label in (("psnr_db", "PSNR dB"), ("ssim", "SSIM")):
             spread = self._summary(name)
             if spread["min"] is not None:
-                need = f"at least {_show(self.limits[name])}"
+                need = f"at least {show(self.limits[name])}"
                 lines.append(
-                    f"{len(self.pictures)} pictures, {label}: min {_show(spread['min'])}, "
-                    f"median {_show(spread['median'])} ({need})"
+                    f"{len(self.pictures)} pictures, {label}: min {show(spread['min'])}, "
+                    f"median {show(spread['median'])} ({need})"
                 )
-        return [*lines, *self._failures(), self._verdict()]
+        failed = self.failures()
+        more = len(failed) - LISTED_FAILURES
+        lines += [f"failed: {text}" for text in failed[:LISTED_FAILURES]]
+        return [*lines, *([f"failed: {more} more, all in the JSON report"] if more > 0 else []), self.verdict()]
 
     def _summary(self, name: str) -> dict[str, Any]:
         values = [getattr(p, name) for p in self.pictures]
@@ -183,23 +232,8 @@ class CheckReport:
             return {"min": None, "median": None}
         return {"min": _json(min(values)), "median": _json(statistics.median(values))}
 
-    def _failures(self) -> list[str]:
-        failed = [e.describe() for e in self.worst_first() if not e.passed]
-        for p in sorted(self.pictures, key=lambda p: p.psnr_db):
-            if not p.passed:
-                numbers = _numbers({"psnr_db": p.psnr_db, "ssim": p.ssim}, self.limits, p.failed)
-                failed.append(f"picture {p.size}, seed {p.seed}, {p.prompt!r}: {numbers}")
-        more = len(failed) - LISTED_FAILURES
-        shown = [f"failed: {text}" for text in failed[:LISTED_FAILURES]]
-        return [*shown, *([f"failed: {more} more, all in the JSON report"] if more > 0 else [])]
 
-    def _verdict(self) -> str:
-        results = [*(e.passed for e in self.entries), *(p.passed for p in self.pictures)]
-        failed = results.count(False)
-        return f"FAILED: {failed} of {len(results)} comparisons" if failed else f"passed: {len(results)} comparisons"
-
-
-def _worst(entries: Iterable[Entry]) -> dict[str, float]:
+def worst(entries: Iterable[Entry]) -> dict[str, float]:
     """The worst value of each metric over entries that have the same ones; NaN is worse than any number."""
     values: dict[str, list[float]] = {}
     for entry in entries:
@@ -229,12 +263,12 @@ def _numbers(values: Mapping[str, float], limits: Mapping[str, float], failed: I
     parts = []
     for name, value in values.items():
         side = "at most" if name in AT_MOST else "at least"
-        need = f" ({side} {_show(limits[name])})" if name in failed else ""
-        parts.append(f"{name} {_show(value)}{need}")
+        need = f" ({side} {show(limits[name])})" if name in failed else ""
+        parts.append(f"{name} {show(value)}{need}")
     return ", ".join([*parts, *(f"not {name}" if name == "finite" else name for name in failed if name not in values)])
 
 
-def _show(value: float | str) -> str:
+def show(value: float | str) -> str:
     if isinstance(value, str):
         return value
     return f"{value:.7g}" if 0.99 < value < 1 else f"{value:.4g}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from toolchain.errors import DiffbuildError, ExportError, ModelError
 from toolchain.graph import IR_VERSION, OPSET
@@ -129,12 +129,21 @@ def _quiet() -> Iterator[None]:
 
 
 def _detach_weights(model: ir.Model, weights: set[str], prefix: str) -> None:
-    """Renames every weight to the checkpoint's name and drops its bytes; constants keep their values."""
+    """Renames every weight to the checkpoint's name and drops its bytes; constants keep their values.
+
+    ExportError for a buffer that is not in the checkpoint: built under fake tensors it has no values.
+    """
     for name, value in list(model.graph.initializers.items()):
-        if name not in weights:
-            continue
         tensor = value.const_value
         assert tensor is not None
+        if name not in weights:
+            if isinstance(tensor.raw, FakeTensor):
+                raise ExportError(
+                    "a buffer has no values, because it is neither in the checkpoint nor computed in forward()",
+                    where=name,
+                    hint="give the module its values as an input, as the wrapper of CLIP does with its positions",
+                )
+            continue
         key = name.removeprefix(prefix)
         value.const_value = placeholder(key, tensor.dtype, static_shape(tensor))
         value.name = key

@@ -93,8 +93,10 @@ def clip_text_encoder(
 
         from toolchain.models.modules import construct
 
-        config = transformers.CLIPTextConfig(**{**source.config(folder), "attn_implementation": ATTENTION})
         own = recipe.component(folder)
+        # The model with projection builds its inner model in the config's dtype, whatever the default is.
+        given = {key: value for key, value in source.config(folder).items() if key not in ("dtype", "torch_dtype")}
+        config = transformers.CLIPTextConfig(**given | {"attn_implementation": ATTENTION, "dtype": own.dtype})
         return wrap(construct(lambda: getattr(transformers, cls)(config), own.dtype, own.keep_float32, folder))
 
     def reference(source: ModelSource, recipe: Recipe) -> nn.Module:

@@ -46,14 +46,23 @@ Callback = Callable[[Progress], bool | None]
 
 @dataclass
 class Timings:
-    """Milliseconds per stage of one call, summed over its runs."""
+    """Milliseconds per stage of one call, summed over its runs.
+
+    text_ms      prompts to conditions, of which tokenize_ms are the tokenizers'; next to nothing for known prompts
+    encode_ms    drawing the noise and, for image to image, encoding the picture
+    denoise_ms   the loop, of which launch_ms are inside the engine; steps_ms are its evaluations
+    launches     how often an engine was launched
+    """
 
     text_ms: float = 0.0
+    tokenize_ms: float = 0.0
     encode_ms: float = 0.0
     denoise_ms: float = 0.0
+    launch_ms: float = 0.0
     decode_ms: float = 0.0
     total_ms: float = 0.0
     steps_ms: list[float] = field(default_factory=list)
+    launches: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,9 +108,7 @@ class Pipeline:
         self._buckets: dict[Bucket, BucketEngines] = {}
         self._tables: OrderedDict[str, SamplerTable] = OrderedDict()
         if warm_up:
-            self._texts(dict.fromkeys(bundle.tokenizers, ""), 0)
-            for bucket in bundle.buckets:
-                self._engines(bucket).warm_up()
+            self.warm_up()
 
     def __call__(
         self, prompt: Texts, *, decode: bool = True, callback: Callback | None = None, **options: Any
@@ -132,6 +139,16 @@ class Pipeline:
             first += count
         timings.total_ms = (time.perf_counter() - started) * 1e3
         return Result(images, np.concatenate(parts), request, table, timings)
+
+    def warm_up(self) -> None:
+        """Opens every bucket and runs each engine once."""
+        self._texts(dict.fromkeys(self.bundle.tokenizers, ""), 0)
+        for bucket in self.bundle.buckets:
+            self._engines(bucket).warm_up()
+
+    def forget_prompts(self) -> None:
+        """Empties the cache of encoded prompts."""
+        self._texts.forget()
 
     def close(self) -> None:
         """Frees every engine."""
@@ -223,15 +240,19 @@ class Pipeline:
     ) -> tuple[NDArray[np.uint8], F32]:
         """One pass through a bucket for the pictures `chosen`: pixels [B, H, W, 3] and latents [B, C, h, w]."""
         clock = _Clock()
+        before = self._texts.tokenize_ms, self._texts.launches
         place(engines.inputs, *self._conditions(request, chosen))
         timings.text_ms += clock.lap_ms()
+        timings.tokenize_ms += self._texts.tokenize_ms - before[0]
+        timings.launches += self._texts.launches - before[1]
         generators = [Generator(request.seeds[i]) for i in chosen]
         start = start_latents(engines, table, request, chosen, generators)
         timings.encode_ms += clock.lap_ms()
         upload(engines, table, request, start)
         total = table.evaluations
         done = 0
-        for index in denoise(engines.steps, table.noise_draws, lambda: draw(engines.inputs["noise"], generators)):
+        steps = (_timed(engines.steps[0], timings), _timed(engines.steps[1], timings))
+        for index in denoise(steps, table.noise_draws, lambda: draw(engines.inputs["noise"], generators)):
             done = index + 1
             timings.steps_ms.append(clock.split_ms())
             if callback is not None:
@@ -242,7 +263,17 @@ class Pipeline:
         if decode:
             engines.decoders[done % 2]()
         timings.decode_ms += clock.lap_ms()
+        timings.launches += done + decode + (request.images is not None)
         return (engines.pixels.copy() if decode else engines.pixels[:0]), engines.states[done % 2][0].copy()
+
+
+def _timed(launch: Callable[[], None], timings: Timings) -> Callable[[], None]:
+    def run() -> None:
+        started = time.perf_counter()
+        launch()
+        timings.launch_ms += (time.perf_counter() - started) * 1e3
+
+    return run
 
 
 class _Clock:

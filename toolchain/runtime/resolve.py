@@ -195,6 +195,8 @@ def _time_ids(bundle: Bundle, options: Options, run_size: Size) -> tuple[tuple[i
         ask.check_pair(name, values[name], 0 if "crop" in name else 1)
     own = (*(values["original_size"] or run_size), *values["crop_top_left"], *(values["target_size"] or run_size))
     original, target = values["negative_original_size"], values["negative_target_size"]
+    if options.image is not None:  # here diffusers fills in each size on its own, and knows one crop
+        return own, (*(original or own[:2]), *values["crop_top_left"], *(target or own[4:]))
     if original is None or target is None:  # diffusers takes the negative's only where both sizes are there
         return own, own
     return own, (*original, *values["negative_crop_top_left"], *target)

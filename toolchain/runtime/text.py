@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
@@ -21,7 +22,10 @@ Conditions = dict[str, F32]
 
 
 class TextEncoders:
-    """Every text encoder of a bundle. Their outputs are named as the denoiser's inputs."""
+    """Every text encoder of a bundle. Their outputs are named as the denoiser's inputs.
+
+    tokenize_ms, launches  what tokenizing took and how often an engine ran, since this was opened
+    """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self._tokenizers = {name: PromptTokenizer(bundle.path / place) for name, place in bundle.tokenizers.items()}
@@ -29,6 +33,8 @@ class TextEncoders:
             name: BoundEngine(open_engine(bundle, backend, name, bundle.buckets[0])) for name in bundle.tokenizers
         }
         self._known: OrderedDict[tuple[str, str, int], Conditions] = OrderedDict()
+        self.tokenize_ms = 0.0
+        self.launches = 0
 
     def __call__(self, texts: Mapping[str, str], clip_skip: int) -> Conditions:
         """The conditions of one picture from the text of each encoder."""
@@ -48,7 +54,9 @@ class TextEncoders:
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
+        started = time.perf_counter()
         encoded = self._tokenizers[name].encode(text)
+        self.tokenize_ms += (time.perf_counter() - started) * 1e3
         if encoded.cut:
             log.warning(
                 "the prompt is longer than the %d tokens of %s; cut: %r", encoded.ids.shape[1], name, encoded.cut
@@ -57,10 +65,15 @@ class TextEncoders:
         if skips:
             inputs["clip_skip"] = np.array([clip_skip], np.int64)
         outputs = engine(inputs)
+        self.launches += 1
         made = self._known[key] = {k: np.array(v[0], np.float32) for k, v in outputs.items()}
         if len(self._known) > CACHED:
             self._known.popitem(last=False)
         return made
+
+    def forget(self) -> None:
+        """Empties the cache."""
+        self._known.clear()
 
     def close(self) -> None:
         for engine in self._engines.values():

@@ -1,0 +1,123 @@
+"""`diffbuild bench`: what it measures, what it says, and what it refuses before it measures."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from toolchain.bench.page import page
+from toolchain.bench.report import BenchReport, Result, Spread, spread, summarize
+from toolchain.bench.run import bench, measure, workload
+from toolchain.bundle import read_bundle
+from toolchain.cli import cli
+from toolchain.errors import BundleError, DiffbuildError, UsageError
+
+ROUNDS = [
+    {"text_ms": 1.0, "denoise_ms": 10.0, "overhead_ms": 0.5, "total_ms": 11.5, "launches": 6.0},
+    {"text_ms": 3.0, "denoise_ms": 14.0, "overhead_ms": 0.5, "total_ms": 17.5, "launches": 6.0},
+]
+
+
+@pytest.fixture
+def report() -> BenchReport:
+    ours = summarize({"process_ms": 50.0, "first_picture_ms": 20.0}, ROUNDS, {"peak_mb": 400.0})
+    theirs = Result({"load_ms": 900.0}, {"denoise_ms": Spread(30, 29, 31)}, Spread(35, 34, 36), None, {})
+    return BenchReport(
+        bundle="bundle",
+        recipe="tiny",
+        workload={"prompt": "<script>alert(1)</script>", "batch": 2, "size": "64x64", "steps": 4}
+        | {"scheduler": "euler", "guidance": 5.0},
+        repeats=2,
+        machine={"cpu": "a <processor>"},
+        versions={"diffbuild": "1"},
+        contenders={"diffbuild": ours, "diffusers": theirs},
+        ratios={"diffusers": [2.0, 4.0]},
+        likeness_db={"diffusers": 89.25},
+        sweeps={"steps": [{"steps": "5", "total_ms": 5.0, "images": 1}, {"steps": "10", "total_ms": 9.0, "images": 1}]},
+    )
+
+
+def test_spread_of_rounds() -> None:
+    assert spread([3.0]) == Spread(3.0, 3.0, 3.0)
+    assert spread([float(n) for n in range(11)]) == Spread(5.0, 1.0, 9.0)
+
+
+def test_stages_are_medians_of_the_rounds(report: BenchReport) -> None:
+    ours = report.contenders["diffbuild"]
+    assert list(ours.stages) == ["text_ms", "denoise_ms", "overhead_ms"]
+    assert (ours.stages["denoise_ms"].median, ours.total.median, ours.cold_ms) == (12.0, 14.5, 70.0)
+    assert ours.counts == {"launches": 6.0}
+
+
+def test_the_page_needs_nothing_and_escapes_everything(report: BenchReport) -> None:
+    html = page(report)
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "a &lt;processor&gt;" in html
+    assert not re.search(r"https?://|src=|@import|url\(", html)
+    assert "<b>3.00 times</b>" in html
+    assert "89.2 dB" in html
+    assert html.count("<svg") == 3  # stages, cold start, one sweep
+
+
+def test_the_terminal_says_the_same(report: BenchReport) -> None:
+    text = "\n".join(report.lines())
+    assert "diffusers takes 3.00 times as long" in text
+    assert "137.93 images/s" in text
+    assert json.dumps(report.to_json())
+
+
+def test_a_run_against_diffusers(tiny_bundle: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Two rounds of both; the pictures are the same, so the contenders do the same work."""
+    arguments = ["bench", str(tiny_bundle), "--model", str(tiny_model), "--against", "diffusers", "--repeats", "2"]
+    arguments += ["--sweep", "batch", "--html", str(tmp_path / "bench.html"), "--json"]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.output
+    data = json.loads(done.stdout)
+    ours, theirs = data["contenders"]["diffbuild"], data["contenders"]["diffusers"]
+    # A missing figure stands for infinite decibels: equal pictures.
+    assert data["likeness_db"]["diffusers"] is None or data["likeness_db"]["diffusers"] >= 60
+    stages = sum(ours["stages"][s]["median"] for s in ("tokenize_ms", "text_ms", "denoise_ms", "decode_ms"))
+    assert 0 < stages <= ours["total"]["p90"] * 1.01
+    assert set(ours["start"]) >= {"process_ms", "imports_ms", "verify_ms", "open_and_warm_up_ms", "first_picture_ms"}
+    # Prompt and empty prompt, four evaluations, the decoder: nothing else is launched.
+    assert (ours["counts"]["evaluations"], ours["counts"]["launches"]) == (4, 7)
+    assert theirs["peak_mb"] > 100
+    assert len(data["ratios"]["diffusers"]["rounds"]) == 2
+    assert [point["batch"] for point in data["sweeps"]["batch"]] == ["1"]
+    assert "<!doctype html>" in (tmp_path / "bench.html").read_text()
+
+
+def test_what_is_refused_before_anything_starts(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = read_bundle(tiny_bundle)
+    work = workload(bundle, None, 1, None, None)
+    with pytest.raises(UsageError, match="needs the model"):
+        bench(bundle, work, against=("diffusers",))
+    with pytest.raises(UsageError, match="no engine was built for this size"):
+        workload(bundle, None, 1, (64, 72), None)
+    with pytest.raises(BundleError, match="cannot run here"):
+        bench(replace(bundle, device={**bundle.device, "cpu": "another"}), work)
+    monkeypatch.setattr("toolchain.bench.run.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="not installed"):
+        bench(bundle, work, against=("compile",), model=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--repeats", "0"], ["--against", "nobody"], ["--html", "no/such/folder/a.html"], ["--batch", "0"]],
+)
+def test_wrong_usage_is_exit_code_2(tiny_bundle: Path, arguments: list[str]) -> None:
+    assert CliRunner().invoke(cli, ["bench", str(tiny_bundle), *arguments]).exit_code == 2
+
+
+def test_a_contender_that_fails_says_why(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(DiffbuildError, match="diffusers failed while it was measured"):
+        measure(tiny_bundle, model=str(tmp_path), against=("diffusers",), repeats=1)

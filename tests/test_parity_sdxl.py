@@ -1,0 +1,222 @@
+"""SDXL's picture is diffusers' picture: both encoders' prompts, zeros for none, sizes as conditions, image to image."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import toolchain
+from tests.test_parity import LEAST_PSNR_DB, psnr_db
+from tests.tiny_sdxl import make_sdxl, recipe_text
+from toolchain.errors import RequestError
+from toolchain.sampler.schedulers import create, parse
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+PROMPTS = ["a red circle on a white background", "a blue square"]
+OTHERS = ["a blue square left of a red circle", "background"]
+SEEDS = [3, 9]
+WIDE = (64, 96)
+SCHEDULERS = ["model", "ddim", "euler-a", "dpm++2m", "dpm++2m:karras", "dpm++2m:karras,sde", "unipc"]
+BASE, FROM_IMAGE = "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"
+
+Build = Callable[[str, Path, str], toolchain.Pipeline]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sdxl(tmp_path_factory.mktemp("sdxl") / "model")
+
+
+@pytest.fixture(scope="module")
+def model_without_zeros(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights; no negative prompt is the empty prompt."""
+    folder = Path(shutil.copytree(model, tmp_path_factory.mktemp("sdxl-empty") / "model"))
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"force_zeros_for_empty_prompt": False}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def build(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    def made(name: str, model: Path, text: str) -> toolchain.Pipeline:
+        folder = tmp_path_factory.mktemp(name)
+        (folder / f"{name}.toml").write_text(text)
+        toolchain.build(folder / f"{name}.toml", str(model), folder / "bundle", store=store)
+        return toolchain.load(folder / "bundle")
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def pipe(build: Build, model: Path) -> toolchain.Pipeline:
+    return build("sdxl-guided", model, recipe_text())
+
+
+@pytest.fixture(scope="module")
+def plain(build: Build, model: Path) -> toolchain.Pipeline:
+    return build("sdxl-plain", model, recipe_text(guided=False, buckets=("2x64x96",)))
+
+
+@functools.cache
+def diffusers_pipeline(model: Path, kind: str) -> Any:
+    import diffusers
+    import torch
+
+    pipeline = getattr(diffusers, kind).from_pretrained(model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_with_diffusers(model: Path, prompts: list[str], scheduler: str, kind: str = BASE, **kwargs: Any) -> np.ndarray:
+    """Pictures [N, H, W, 3] uint8 with `SEEDS`, one generator per picture."""
+    import torch
+
+    config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    pipeline = diffusers_pipeline(model, kind)
+    pipeline.scheduler = create(parse(scheduler), config)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS[: len(prompts)]]
+    images = pipeline(prompts, generator=generators, output_type="np", **kwargs).images
+    return (images * 255).round().astype(np.uint8)
+
+
+def least_psnr_db(ours: list[Image.Image], theirs: np.ndarray | list[Image.Image]) -> float:
+    return min(psnr_db(np.asarray(a), np.asarray(b)) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_schedulers(pipe: toolchain.Pipeline, model: Path, scheduler: str) -> None:
+    ours = pipe(PROMPTS, seed=SEEDS, steps=5, guidance=5.0, scheduler=scheduler, size=WIDE).images
+    theirs = draw_with_diffusers(
+        model, PROMPTS, scheduler, num_inference_steps=5, guidance_scale=5.0, height=64, width=96
+    )
+    assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
+
+
+@pytest.mark.parametrize("scheduler", ["model", "euler-a"])
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_without_guidance(
+    pipe: toolchain.Pipeline, plain: toolchain.Pipeline, model: Path, guidance: float, scheduler: str
+) -> None:
+    """A bundle that was built without draws the same as one that was built with it."""
+    options: dict[str, Any] = {"seed": SEEDS, "steps": 4, "scheduler": scheduler, "size": WIDE}
+    theirs = draw_with_diffusers(
+        model, PROMPTS, scheduler, num_inference_steps=4, guidance_scale=guidance, height=64, width=96
+    )
+    for bundle in (pipe, plain):
+        assert least_psnr_db(bundle(PROMPTS, guidance=guidance, **options).images, theirs) >= LEAST_PSNR_DB
+
+
+def test_what_needs_guidance_is_refused_without_it(plain: toolchain.Pipeline) -> None:
+    with pytest.raises(RequestError, match="negative prompt"):
+        plain(PROMPTS, negative_prompt="background")
+    with pytest.raises(RequestError, match="without classifier-free guidance"):
+        plain(PROMPTS, guidance=5.0)
+    with pytest.raises(RequestError, match="no guidance that could be rescaled"):
+        plain(PROMPTS, guidance_rescale=0.5)
+
+
+NEGATIVES: list[dict[str, Any]] = [
+    {},
+    {"negative_prompt": ["", ""]},
+    {"negative_prompt": ["background", "of"]},
+    {"negative_prompt": ["background", "of"], "negative_prompt_2": OTHERS},
+    {"prompt_2": OTHERS},
+    {"prompt_2": OTHERS, "negative_prompt": ["left", "a blue"], "negative_prompt_2": ["red", "circle"]},
+]
+OPTIONS: list[dict[str, Any]] = [
+    {"clip_skip": 1},
+    {"clip_skip": 2, "negative_prompt": ["left", "a blue"]},
+    {"guidance_rescale": 0.7},
+    {"original_size": (256, 192), "target_size": (64, 80)},
+]
+
+
+def drawn(pipe: toolchain.Pipeline, model: Path, options: dict[str, Any], prompts: list[str]) -> float:
+    ours = pipe(prompts, seed=SEEDS[: len(prompts)], steps=4, guidance=6.0, size=(64, 64), **options).images
+    renamed = {k.replace("crop_top_left", "crops_coords_top_left"): v for k, v in options.items()}
+    theirs = draw_with_diffusers(
+        model, prompts, "model", num_inference_steps=4, guidance_scale=6.0, height=64, width=64, **renamed
+    )
+    return least_psnr_db(ours, theirs)
+
+
+@pytest.mark.parametrize("options", [*NEGATIVES, *OPTIONS, {"crop_top_left": (16, 8)}], ids=lambda o: ",".join(o))
+def test_options(pipe: toolchain.Pipeline, model: Path, options: dict[str, Any]) -> None:
+    assert drawn(pipe, model, options, PROMPTS) >= LEAST_PSNR_DB
+
+
+def test_every_option_changes_the_picture(pipe: toolchain.Pipeline) -> None:
+    """Else the tests above would show nothing."""
+    common: dict[str, Any] = {"seed": SEEDS, "steps": 4, "guidance": 6.0, "size": (64, 64)}
+    before = pipe(PROMPTS, **common).images
+    for options in [*NEGATIVES[1:], *OPTIONS, {"crop_top_left": (16, 8)}]:
+        assert least_psnr_db(pipe(PROMPTS, **common, **options).images, before) < 50, options
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"negative_original_size": (32, 32), "negative_target_size": (64, 96)},
+        {"negative_original_size": (32, 32), "negative_target_size": (64, 64), "negative_crop_top_left": (8, 24)},
+        {"negative_original_size": (32, 32)},
+        {"negative_target_size": (32, 32), "negative_crop_top_left": (8, 24)},
+    ],
+    ids=lambda o: ",".join(o),
+)
+def test_sizes_of_the_negative_prompt(pipe: toolchain.Pipeline, model: Path, options: dict[str, Any]) -> None:
+    """One picture: of several, diffusers 0.42 interleaves the rows, and gives pictures each other's sizes."""
+    assert drawn(pipe, model, options, PROMPTS[:1]) >= LEAST_PSNR_DB
+
+
+@pytest.mark.parametrize("negative", [None, ["", ""]])
+def test_a_model_whose_empty_prompt_is_not_zeros(
+    build: Build, model_without_zeros: Path, negative: list[str] | None
+) -> None:
+    pipe = build("sdxl-empty", model_without_zeros, recipe_text())
+    assert drawn(pipe, model_without_zeros, {"negative_prompt": negative}, PROMPTS) >= LEAST_PSNR_DB
+
+
+def test_a_prompt_longer_than_the_encoders_is_cut(pipe: toolchain.Pipeline, model: Path) -> None:
+    prompt = "a red circle left of " * 12 + "a blue square"
+    assert drawn(pipe, model, {}, [prompt]) >= LEAST_PSNR_DB
+
+
+@pytest.mark.parametrize("strength", [0.4, 0.75])
+@pytest.mark.parametrize("scheduler", ["model", "ddim", "euler-a", "dpm++2m:karras", "unipc"])
+def test_image_to_image(pipe: toolchain.Pipeline, model: Path, scheduler: str, strength: float) -> None:
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (64, 96, 3), np.uint8)) for _ in PROMPTS]
+    options: dict[str, Any] = {"image": images, "strength": strength, "negative_prompt": ["left", "of"]}
+    ours = pipe(PROMPTS, seed=SEEDS, steps=5, guidance=5.0, scheduler=scheduler, **options).images
+    theirs = draw_with_diffusers(
+        model, PROMPTS, scheduler, FROM_IMAGE, num_inference_steps=5, guidance_scale=5.0, **options
+    )
+    assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"original_size": (256, 192), "crop_top_left": (16, 8)},
+        {"negative_original_size": (32, 32)},
+        {"negative_original_size": (32, 32), "negative_target_size": (64, 96), "negative_crop_top_left": (8, 24)},
+    ],
+    ids=lambda o: ",".join(o),
+)
+def test_sizes_of_image_to_image(pipe: toolchain.Pipeline, model: Path, options: dict[str, Any]) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    ours = pipe(PROMPTS[0], seed=SEEDS[0], steps=4, guidance=6.0, image=image, strength=0.75, **options).images
+    renamed = {k.replace("crop_top_left", "crops_coords_top_left"): v for k, v in options.items()}
+    reference: dict[str, Any] = {"image": image, "strength": 0.75, **renamed}
+    theirs = draw_with_diffusers(
+        model, PROMPTS[:1], "model", FROM_IMAGE, num_inference_steps=4, guidance_scale=6.0, **reference
+    )
+    assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB

@@ -1,0 +1,1 @@
+"""Where the time of a picture goes, and how long others take for the same picture. See `run`."""

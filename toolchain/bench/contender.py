@@ -1,0 +1,71 @@
+"""A process that draws pictures when it is told to, seen from outside."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain.errors import DiffbuildError
+
+if TYPE_CHECKING:
+    from toolchain.bench.run import Workload
+
+
+class Contender:
+    """One line of JSON goes in for each picture and one comes out.
+
+    start    milliseconds of the cold start by part, from the process's start to its first picture
+    picture  the PNG of that first picture
+    """
+
+    def __init__(self, name: str, bundle: Path, model: Path | None, work: Workload, scratch: Path) -> None:
+        """Starts it and waits for its first picture. DiffbuildError with its own words when it fails."""
+        self.name = name
+        self.picture = scratch / f"{name}.png"
+        self._errors = (scratch / f"{name}.log").open("w+")
+        self._started = time.time()
+        command = [sys.executable, "-m", "toolchain.bench.worker", name, str(bundle), str(model), str(self.picture)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
+        answer = self._ask(vars(work))
+        begun = answer.pop("began")
+        self.start: dict[str, float] = {"process_ms": (begun - self._started) * 1e3, **answer}
+
+    def draw(self, work: Workload) -> dict[str, Any]:
+        """The pictures of a workload: milliseconds by stage."""
+        return self._ask(vars(work))
+
+    def finish(self) -> dict[str, Any]:
+        """What is only known at the end: peak memory."""
+        return self._ask(None)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._errors.close()
+
+    def _ask(self, message: dict[str, Any] | None) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            said = [text for text in self._errors.read().splitlines() if text.strip()]
+            raise DiffbuildError(
+                f"{self.name} failed while it was measured",
+                where=f"exit code {self._process.returncode}",
+                got="\n    ".join(said[-8:]) or "nothing was said",
+            )
+        answer: dict[str, Any] = json.loads(line)
+        return answer

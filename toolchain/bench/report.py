@@ -1,0 +1,121 @@
+"""What a benchmark found, as JSON and as a table. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+STAGES = ("tokenize_ms", "text_ms", "denoise_ms", "decode_ms", "overhead_ms")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of the rounds: the median, and the tenth and ninetieth percentile."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender. `start` is its cold start by part; `stages` and `total` are of the rounds, in milliseconds.
+
+    peak_mb is resident memory, pages of mapped weight files included.
+    """
+
+    start: Mapping[str, float]
+    stages: Mapping[str, Spread]
+    total: Spread
+    peak_mb: float | None
+    counts: Mapping[str, float]
+
+    @property
+    def cold_ms(self) -> float:
+        return sum(self.start.values())
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Everything that `bench` measured.
+
+    ratios       contender -> its time over ours, round by round
+    likeness_db  contender -> PSNR of its first picture against ours; infinite where they are equal
+    sweeps       what was varied -> points
+    """
+
+    bundle: str
+    recipe: str
+    workload: Mapping[str, Any]
+    repeats: int
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+    contenders: Mapping[str, Result]
+    ratios: Mapping[str, Sequence[float]]
+    likeness_db: Mapping[str, float | None]
+    sweeps: Mapping[str, Sequence[Mapping[str, Any]]]
+
+    def to_json(self) -> dict[str, Any]:
+        ratios = {name: asdict(spread(values)) | {"rounds": list(values)} for name, values in self.ratios.items()}
+        return {**asdict(self), "ratios": ratios}
+
+    def lines(self) -> Iterator[str]:
+        """For the terminal."""
+        work = self.workload
+        yield (
+            f"{work['batch']} picture(s) of {work['size']}, {work['steps']} steps, {work['scheduler']}, guidance "
+            f"{work['guidance']}; {self.repeats} rounds, after one that is the cold start"
+        )
+        images = int(work["batch"])
+        for name, result in self.contenders.items():
+            yield ""
+            total = result.total
+            rate = images / total.median * 1e3
+            memory = f", peak {result.peak_mb:.0f} MB" if result.peak_mb is not None else ""
+            yield f"{name}: {_ms(total)} a call, {rate:.2f} images/s{memory}"
+            yield "  " + ", ".join(f"{stage.removesuffix('_ms')} {_ms(s)}" for stage, s in result.stages.items())
+            if "loop_overhead_ms" in result.counts:
+                share = result.counts["loop_overhead_ms"] / max(result.stages["denoise_ms"].median, 1e-9)
+                evaluations, launches = (int(result.counts[key]) for key in ("evaluations", "launches"))
+                yield f"  {evaluations} evaluations, {launches} launches, {share:.1%} of the loop outside the engine"
+            parts = ", ".join(
+                f"{part.removesuffix('_ms').replace('_', ' ')} {ms:.0f}" for part, ms in result.start.items()
+            )
+            yield f"  cold start {result.cold_ms:.0f} ms: {parts}"
+        for name, values in self.ratios.items():
+            found = spread(values)
+            likeness = self.likeness_db[name]
+            same = "another size" if likeness is None else f"PSNR {likeness:.1f} dB"
+            yield ""
+            times = f"{found.median:.2f} times as long ({found.p10:.2f} to {found.p90:.2f})"
+            yield f"{name} takes {times}; pictures: {same}"
+        for kind, points in self.sweeps.items():
+            yield ""
+            yield f"{kind}: " + ", ".join(f"{point[kind]} {point['total_ms']:.0f} ms" for point in points)
+
+
+def summarize(start: Mapping[str, float], rounds: Sequence[Mapping[str, float]], end: Mapping[str, Any]) -> Result:
+    stages = {key: spread([r[key] for r in rounds]) for key in STAGES if key in rounds[0]}
+    others = [key for key in rounds[0] if key not in (*STAGES, "total_ms")]
+    return Result(
+        start=dict(start),
+        stages=stages,
+        total=spread([r["total_ms"] for r in rounds]),
+        peak_mb=end["peak_mb"],
+        counts={key: statistics.median(r[key] for r in rounds) for key in others},
+    )
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and deciles, interpolated; all three are the value where there is one."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return Spread(statistics.median(values), deciles[0], deciles[-1])
+
+
+def _ms(found: Spread) -> str:
+    digits = 0 if found.median >= 100 else 1
+    return f"{found.median:.{digits}f} ms ({found.p10:.{digits}f} to {found.p90:.{digits}f})"

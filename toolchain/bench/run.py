@@ -1,0 +1,215 @@
+"""`diffbuild bench`: where the time of a picture goes, and how long others take for the same picture.
+
+Every contender is a process of its own that stays open: they draw in turn, round after round, so that the machine's
+drift hits all alike, and each has its own peak memory. The first picture of a process is its cold start, and is not
+among the rounds.
+"""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from toolchain.bench.contender import Contender
+from toolchain.bench.report import BenchReport, summarize
+from toolchain.bundle import Bundle, read_bundle
+from toolchain.engines import backend_of
+from toolchain.errors import BundleError, UsageError
+from toolchain.models import resolve_model
+
+OURS = "diffbuild"
+AGAINST = {"diffusers": ("torch", "diffusers"), "compile": ("torch", "diffusers")}
+"""Other contenders, and what they import: the diffusers pipeline in eager mode, and with torch.compile."""
+SWEEP_STEPS = (5, 10, 20, 40)
+VERSIONS = ("diffbuild", "numpy", "onnxruntime", "onnxruntime-gpu", "torch", "diffusers", "transformers")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every contender draws: `batch` pictures of one prompt at `size` (height, width), seeds counting up."""
+
+    prompt: str
+    batch: int
+    size: tuple[int, int]
+    steps: int
+    scheduler: str
+    guidance: float
+    seed: int = 0
+
+
+def workload(
+    bundle: Bundle, prompt: str | None, batch: int, size: tuple[int, int] | None, steps: int | None
+) -> Workload:
+    """The recipe's defaults where nothing is said. UsageError for a size that was not built."""
+    first, sampling = bundle.buckets[0], bundle.recipe.sampling
+    chosen = size or (first.height, first.width)
+    built = sorted({(b.height, b.width) for b in bundle.buckets})
+    if chosen not in built:
+        sizes = ", ".join(f"{h}x{w}" for h, w in built)
+        raise UsageError("no engine was built for this size", expected=sizes, got=f"{chosen[0]}x{chosen[1]}")
+    return Workload(
+        prompt=prompt or bundle.recipe.check.prompts[0],
+        batch=batch,
+        size=chosen,
+        steps=steps or sampling.steps,
+        scheduler=sampling.scheduler,
+        guidance=sampling.guidance
+        if bundle.recipe.classifier_free_guidance or bundle.settings.embedded_guidance
+        else 1.0,
+    )
+
+
+def measure(
+    path: Path,
+    progress: Callable[[str], None] = lambda text: None,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    against: tuple[str, ...] = (),
+    repeats: int = 5,
+    prompt: str | None = None,
+    steps: int | None = None,
+    batch: int = 1,
+    size: tuple[int, int] | None = None,
+    sweep: tuple[str, ...] = (),
+) -> BenchReport:
+    """`diffbuild bench`, by the names of its options. Raises what `bench` and `resolve_model` raise."""
+    bundle = read_bundle(path)
+    work = workload(bundle, prompt, batch, size, steps)
+    source = resolve_model(model, revision).path if model is not None and against else None
+    return bench(bundle, work, against=against, model=source, repeats=repeats, sweeps=sweep, progress=progress)
+
+
+def bench(
+    bundle: Bundle,
+    work: Workload,
+    *,
+    against: tuple[str, ...] = (),
+    model: Path | None = None,
+    repeats: int = 5,
+    sweeps: tuple[str, ...] = (),
+    progress: Callable[[str], None] = lambda text: None,
+) -> BenchReport:
+    """Measures a bundle and whatever it is held against.
+
+    model  the diffusers folder that the bundle was built from, for the other contenders
+
+    Raises UsageError for a contender that is not installed or has no model, BundleError for a bundle that cannot run
+    here, DiffbuildError with a contender's own words when it fails.
+    """
+    _refuse(bundle, against, model)
+    with tempfile.TemporaryDirectory(prefix="diffbuild-bench-") as scratch:
+        contenders = []
+        try:
+            for name in (OURS, *against):
+                progress(f"starting {name}")
+                contenders.append(Contender(name, bundle.path, model, work, Path(scratch)))
+            rounds: list[dict[str, Any]] = []
+            for number in range(repeats):
+                progress(f"round {number + 1} of {repeats}")
+                rounds.append({c.name: c.draw(work) for c in contenders})
+            swept = {kind: _sweep(contenders[0], bundle, work, kind, progress) for kind in sweeps}
+            ends = {c.name: c.finish() for c in contenders}
+        finally:
+            for contender in contenders:
+                contender.close()
+        likeness = {c.name: _psnr_db(contenders[0].picture, c.picture) for c in contenders[1:]}
+    return BenchReport(
+        bundle=str(bundle.path),
+        recipe=bundle.recipe.name,
+        workload=vars(work) | {"size": f"{work.size[0]}x{work.size[1]}"},
+        repeats=repeats,
+        machine=_machine(),
+        versions=_versions(),
+        contenders={c.name: summarize(c.start, [r[c.name] for r in rounds], ends[c.name]) for c in contenders},
+        ratios={n: [r[n]["total_ms"] / r[OURS]["total_ms"] for r in rounds] for n in against},
+        likeness_db=likeness,
+        sweeps=swept,
+    )
+
+
+def _refuse(bundle: Bundle, against: tuple[str, ...], model: Path | None) -> None:
+    backend = backend_of(bundle.backend)
+    reason = backend.available() or backend.refuse(bundle.device)
+    if reason:
+        raise BundleError("the bundle cannot run here", where=bundle.path, got=reason, hint="build it on this machine")
+    for name in against:
+        missing = [package for package in AGAINST[name] if find_spec(package) is None]
+        if missing:
+            hint = "pip install 'diffbuild[build]'"
+            raise UsageError(
+                f"{name} cannot be measured", expected=" and ".join(missing), got="not installed", hint=hint
+            )
+        if model is None:
+            raise UsageError(
+                f"{name} needs the model that the bundle was built from",
+                expected="--model",
+                got="none",
+                hint=f"diffbuild bench {bundle.path} --model {bundle.model['name']} --against {name}",
+            )
+
+
+def _sweep(
+    ours: Contender, bundle: Bundle, work: Workload, kind: str, progress: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Median milliseconds of three pictures at each point."""
+    points: dict[str, Workload] = {}
+    if kind == "steps":
+        points = {str(steps): replace(work, steps=steps) for steps in SWEEP_STEPS}
+    elif kind == "batch":
+        built = sorted({b.batch for b in bundle.buckets if (b.height, b.width) == work.size})
+        points = {str(batch): replace(work, batch=batch) for batch in built}
+    else:
+        for height, width in sorted({(b.height, b.width) for b in bundle.buckets}, key=lambda s: s[0] * s[1]):
+            points[f"{height}x{width}"] = replace(work, size=(height, width), batch=1)
+    found = []
+    for label, point in points.items():
+        progress(f"sweep of {kind}: {label}")
+        ours.draw(point)
+        times = sorted(ours.draw(point)["total_ms"] for _ in range(3))
+        found.append({kind: label, "total_ms": times[1], "images": point.batch})
+    return found
+
+
+def _psnr_db(ours: Path, theirs: Path) -> float | None:
+    """How alike the first pictures are: contenders that draw other pictures do other work."""
+    import numpy as np
+    from PIL import Image
+
+    a, b = (np.asarray(Image.open(path), np.float64) for path in (ours, theirs))
+    if a.shape != b.shape:
+        return None
+    error = float(np.square(a - b).mean())
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def _machine() -> dict[str, Any]:
+    from toolchain.doctor import cpu_name, gpus
+    from toolchain.engines.onnxruntime import cpu_features, physical_cores
+
+    return {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "cpu_features": cpu_features(),
+        "physical_cores": physical_cores(),
+        "gpus": gpus()[0],
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in VERSIONS:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

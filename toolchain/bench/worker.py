@@ -1,0 +1,182 @@
+"""The inside of a contender: `python -m toolchain.bench.worker NAME BUNDLE MODEL PICTURE`.
+
+Reads one workload per line, draws it, and answers with milliseconds by stage; null ends it. The first answer is the
+cold start by part.
+"""
+
+from __future__ import annotations
+
+import time
+
+BEGAN = time.time()  # before anything else is imported
+
+import json  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+Stages = dict[str, float]
+Draw = Callable[[dict[str, Any]], tuple[Stages, Any]]
+
+
+class Parts:
+    """Milliseconds of one thing after another."""
+
+    def __init__(self) -> None:
+        self.found: Stages = {}
+        self._last = time.perf_counter()
+
+    def done(self, name: str) -> None:
+        now = time.perf_counter()
+        self.found[name] = self.found.get(name, 0.0) + (now - self._last) * 1e3
+        self._last = now
+
+
+def diffbuild(bundle: str, _: str, parts: Parts) -> Draw:
+    from toolchain.bundle import read_bundle
+    from toolchain.runtime.pipeline import Pipeline
+
+    parts.done("imports_ms")
+    opened = read_bundle(Path(bundle))
+    parts.done("manifest_ms")
+    opened.verify()
+    parts.done("verify_ms")
+    pipe = Pipeline(opened, warm_up=False)
+    pipe.warm_up()
+    parts.done("open_and_warm_up_ms")
+
+    def draw(work: dict[str, Any]) -> tuple[Stages, Any]:
+        pipe.forget_prompts()  # a service sees new prompts
+        result = pipe(
+            [work["prompt"]] * work["batch"],
+            seed=work["seed"],
+            steps=work["steps"],
+            scheduler=work["scheduler"],
+            guidance=work["guidance"],
+            size=tuple(work["size"]),
+        )
+        t = result.timings
+        stages = {
+            "tokenize_ms": t.tokenize_ms,
+            "text_ms": t.text_ms - t.tokenize_ms,
+            "denoise_ms": t.launch_ms,
+            "decode_ms": t.decode_ms,
+            "overhead_ms": t.total_ms - t.text_ms - t.launch_ms - t.decode_ms,
+            "total_ms": t.total_ms,
+            "loop_overhead_ms": t.denoise_ms - t.launch_ms,
+            "evaluations": float(len(t.steps_ms)),
+            "launches": float(t.launches),
+        }
+        return stages, result.images[0]
+
+    return draw
+
+
+def diffusers(_: str, model: str, parts: Parts, compiled: bool = False) -> Draw:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from toolchain.sampler.schedulers import create, parse, reference_kwargs
+
+    parts.done("imports_ms")
+    pipeline = DiffusionPipeline.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    if getattr(pipeline, "safety_checker", None) is not None:
+        pipeline.safety_checker = None
+    network = "unet" if hasattr(pipeline, "unet") else "transformer"
+    if compiled:
+        setattr(pipeline, network, torch.compile(getattr(pipeline, network)))
+        pipeline.vae.decode = torch.compile(pipeline.vae.decode)
+    config = json.loads((Path(model) / "scheduler" / "scheduler_config.json").read_text())
+    parts.done("load_ms")
+
+    def draw(work: dict[str, Any]) -> tuple[Stages, Any]:
+        spec = parse(work["scheduler"])
+        pipeline.scheduler = create(spec, config)
+        own: Stages = {}
+        started = time.perf_counter()
+        with _timed(pipeline, "encode_prompt", own, "text_ms"), _timed(pipeline.vae, "decode", own, "decode_ms"):
+            result = pipeline(
+                [work["prompt"]] * work["batch"],
+                num_inference_steps=work["steps"],
+                guidance_scale=work["guidance"],
+                height=work["size"][0],
+                width=work["size"][1],
+                generator=[torch.Generator().manual_seed(work["seed"] + i) for i in range(work["batch"])],
+                **reference_kwargs(spec),
+            )
+        total = (time.perf_counter() - started) * 1e3
+        own["denoise_ms"] = total - sum(own.values())
+        return {**own, "total_ms": total}, result.images[0]
+
+    return draw
+
+
+@contextmanager
+def _timed(owner: Any, name: str, found: Stages, key: str) -> Iterator[None]:
+    """Adds the time of every call of a method to `found`."""
+    plain = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            found[key] = found.get(key, 0.0) + (time.perf_counter() - started) * 1e3
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        setattr(owner, name, plain)
+
+
+def compile_(bundle: str, model: str, parts: Parts) -> Draw:
+    return diffusers(bundle, model, parts, compiled=True)
+
+
+CONTENDERS: dict[str, Callable[[str, str, Parts], Draw]] = {
+    "diffbuild": diffbuild,
+    "diffusers": diffusers,
+    "compile": compile_,
+}
+
+
+def peak_mb() -> float | None:
+    """Peak resident memory of this process, shared pages included; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def main() -> None:
+    name, bundle, model, picture = sys.argv[1:5]
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    parts = Parts()
+    draw = CONTENDERS[name](bundle, model, parts)
+    first = json.loads(sys.stdin.readline())
+    parts = _resume(parts)
+    _, image = draw(first)
+    parts.done("first_picture_ms")
+    image.save(picture)
+    print(json.dumps({"began": BEGAN, **parts.found}), file=answers, flush=True)
+    for line in sys.stdin:
+        work = json.loads(line)
+        answer = {"peak_mb": peak_mb()} if work is None else draw(work)[0]
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _resume(parts: Parts) -> Parts:
+    """The same parts, the clock set anew: waiting for the first workload is nobody's time."""
+    fresh = Parts()
+    fresh.found = parts.found
+    return fresh
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""A check as a page: one HTML file that needs no network and no scripts, for whoever was not there when it ran."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain.bundle import Bundle
+from toolchain.check.charts import component_chart, curve_chart, decibels
+from toolchain.check.markup import Html, element, join, table
+from toolchain.check.report import AT_MOST, CheckReport, Entry, Pair, Picture, show, worst
+from toolchain.check.style import STYLE
+from toolchain.files import write_atomic
+
+if TYPE_CHECKING:
+    from toolchain.check.report import Pixels
+
+AMPLIFIED = 16
+"""Times the difference of two pictures is shown: one level, which is what rounding does, can be seen on black."""
+SHOWN_PIXELS = 6_000_000
+"""Of all pictures together: five of SDXL, twenty-two of SD 1.5. It keeps the page below some 30 MB."""
+SMALL = 256
+"""Pictures below this many pixels a side are enlarged with hard edges: what a pixel is stays visible."""
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""Nothing is loaded and nothing runs, whatever a prompt may hold: the browser's own guarantee beside the escaping."""
+METRICS = {"cosine": "cosine", "snr_db": "SNR dB", "max_error": "max error", "difference": "difference"}
+
+
+def save_page(path: Path, report: CheckReport, bundle: Bundle) -> None:
+    """Writes the page of a check of `bundle`, whole or not at all. StoreError when it cannot be written."""
+    write_atomic(path, render(report, bundle).encode())
+
+
+def render(report: CheckReport, bundle: Bundle) -> str:
+    """The whole document."""
+    title = f"diffbuild check: {report.recipe}"
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("link", rel="icon", href="data:,"),
+        element("title", f"{'passed' if report.passed else 'FAILED'}: {title}"),
+        element("style", Html(STYLE)),
+    )
+    body = element(
+        "body",
+        element("h1", title),
+        _verdict(report),
+        *(element("p", f"Warning: {warning}", class_="warning") for warning in report.warnings),
+        _pictures(report),
+        _components(report),
+        _curves(report),
+        element("h2", "Details"),
+        _comparisons(report),
+        _recipe(bundle),
+        _environment(report, bundle),
+        _files(bundle),
+    )
+    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+
+
+def _verdict(report: CheckReport) -> Html:
+    failures = report.failures()
+    gates = len(report.entries) + len(report.pictures)
+    word = element("strong", "Failed" if failures else "Passed", class_="bad" if failures else "good")
+    count = f"{len(failures)} of {gates} gates missed" if failures else f"all {gates} gates kept"
+    at = f" at {report.revision}" if report.revision else ""
+    lines = [
+        element("p", word, f" {count}"),
+        element("p", f"{report.bundle} ({report.backend}) against {report.model}{at}", class_="note"),
+        *_extremes(report),
+        *([element("ul", *(element("li", text) for text in failures))] if failures else []),
+    ]
+    return element("section", *lines, class_=f"verdict {'bad' if failures else 'good'}")
+
+
+def _extremes(report: CheckReport) -> list[Html]:
+    """What came nearest to its limit, or furthest beyond."""
+    lines = []
+    if report.pictures:
+        psnr, ssim = (_least(getattr(p, name) for p in report.pictures) for name in ("psnr_db", "ssim"))
+        lines.append(
+            f"Pictures, {len(report.pictures)}: lowest PSNR {decibels(psnr)} (at least "
+            f"{decibels(report.limits['psnr_db'])}), lowest SSIM {_number(ssim)} (at least {show(report.limits['ssim'])})"
+        )
+    ratios = [e for e in report.entries if e.metrics.snr_db is not None]
+    if ratios:
+        lowest = min(ratios, key=_margin)
+        where = f"{lowest.component} {lowest.bucket}, {lowest.input}"
+        needed = f"at least {decibels(lowest.limits.snr_db)}"
+        lines.append(
+            f"Outputs of components, {len(report.entries)}: nearest to its limit {decibels(lowest.metrics.snr_db)} "
+            f"({needed}), {where}"
+        )
+    return [element("p", line, class_="note") for line in lines]
+
+
+def _margin(entry: Entry) -> float:
+    snr, limit = entry.metrics.snr_db, entry.limits.snr_db
+    assert snr is not None
+    assert limit is not None
+    return -math.inf if math.isnan(snr) else snr - limit
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _pictures(report: CheckReport) -> Html:
+    """The worst first, as many as keep the page of a sensible size; the others are named with their numbers."""
+    figures: list[Html] = []
+    left_out: list[Picture] = []
+    pixels = 0
+    for picture in report.worst_pictures_first():
+        pixels += 0 if picture.pixels is None else picture.pixels.reference[..., 0].size
+        if pixels > SHOWN_PIXELS and figures:
+            left_out.append(picture)
+        else:
+            figures.append(_picture(picture, report.limits))
+    rows = [[p.prompt, str(p.seed), p.size, decibels(p.psnr_db), _number(p.ssim), _word(p.passed)] for p in left_out]
+    head = ["prompt", "seed", "size", "PSNR", "SSIM", ""]
+    rest = [
+        element("p", f"{len(rows)} better pictures are not shown, to keep this page small:"),
+        table(head, rows, numbers=(1, 3, 4)),
+    ]
+    note = (
+        f"The worst first. The difference is absolute, the largest of the three channels, times {AMPLIFIED}: black is "
+        f"equal, white is {math.ceil(255 / AMPLIFIED)} of 255 levels or more."
+    )
+    intro = [element("h2", "Pictures"), element("p", note, class_="note")]
+    return join(*intro, *figures, *(rest if rows else [])) if figures else Html()
+
+
+def _picture(picture: Picture, limits: Mapping[str, float]) -> Html:
+    numbers = [
+        ("psnr_db", f"PSNR {decibels(picture.psnr_db)} (at least {decibels(limits['psnr_db'])})"),
+        ("ssim", f"SSIM {_number(picture.ssim)} (at least {show(limits['ssim'])})"),
+    ]
+    others = [f"not {name}" if name == "finite" else name for name in picture.failed if name not in dict(numbers)]
+    about = [
+        element("span", text, class_="bad" if name in picture.failed else None)
+        for name, text in [*numbers, *((n.removeprefix("not "), n) for n in others)]
+    ]
+    spaced = [part for text in about for part in (text, ", ")][:-1]
+    where = f"{picture.size}, seed {picture.seed}: "
+    return element(
+        "article",
+        element("h3", f"{picture.prompt}"),
+        element("p", where, *spaced, ". ", _badge(picture.passed)),
+        *([] if picture.pixels is None else [_figures(picture.pixels)]),
+        class_="picture" if picture.passed else "picture failed",
+    )
+
+
+def _figures(pair: Pair) -> Html:
+    import numpy as np
+
+    levels = np.abs(pair.reference.astype(np.int16) - pair.compiled).max(axis=-1)
+    amplified = np.minimum(AMPLIFIED * levels, 255).astype(np.uint8)
+    share = f"{(levels > 0).mean():.1%} of the pixels differ, by {levels.max()} at most" if levels.any() else "none"
+    return element(
+        "div",
+        _figure(pair.reference, "reference"),
+        _figure(pair.compiled, "compiled"),
+        _figure(amplified, f"difference, {AMPLIFIED} times: {share}"),
+        class_="three",
+    )
+
+
+def _figure(pixels: Pixels, caption: str) -> Html:
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    height, width = pixels.shape[:2]
+    source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    small = "small" if max(height, width) <= SMALL else None
+    image = element("img", src=source, alt=caption, width=width, height=height, class_=small)
+    return element("figure", image, element("figcaption", caption))
+
+
+# --- components -------------------------------------------------------------------------------------------------------
+
+
+def _components(report: CheckReport) -> Html:
+    charted: dict[str, list[Entry]] = {}
+    for entry in report.entries:
+        if entry.metrics.snr_db is not None:
+            name = entry.component if entry.bucket == "any" else f"{entry.component} {entry.bucket}"
+            charted.setdefault(name, []).append(entry)
+    rows = []
+    for (component, bucket, output), group in report.grouped().items():
+        measured, limits = worst(group), group[0].limits.named()
+        cells = [_measured(measured, limits, name) for name in METRICS]
+        passed = all(entry.passed for entry in group)
+        rows.append([component, bucket, output, str(len(group)), *cells, _badge(passed)])
+    note = join(
+        "Power of the reference over power of the difference, higher is better. A dot is one output on one input, the "
+        "filled one is the worst; ",
+        element("span", class_="key"),
+        " is the limit.",
+    )
+    chart = [element("p", note, class_="note"), component_chart(charted)] if charted else []
+    head = ["component", "bucket", "output", "inputs", *METRICS.values(), ""]
+    worsts = element("details", element("summary", "Worst of each output, with its limit"), table(head, rows))
+    return join(element("h2", "Error by component"), *chart, worsts) if rows else Html()
+
+
+def _curves(report: CheckReport) -> Html:
+    """A chart for each bucket of the denoiser; a curve for each trajectory."""
+    buckets: dict[str, dict[str, list[Entry]]] = {}
+    for entry in report.entries:
+        if entry.evaluation is not None and entry.metrics.snr_db is not None:
+            trajectory = f"{entry.input.rpartition(', ')[0]}, {entry.output}"
+            buckets.setdefault(f"{entry.component} {entry.bucket}", {}).setdefault(trajectory, []).append(entry)
+    if not buckets:
+        return Html()
+    charts = [element("section", element("h3", name), curve_chart(lines)) for name, lines in buckets.items()]
+    note = (
+        "Signal-to-noise ratio of the denoiser's step along the reference's trajectories, a curve for each. Every "
+        "evaluation is given what the reference made: errors do not add up here, they do in the pictures."
+    )
+    intro = [element("h2", "Error by step"), element("p", note, class_="note")]
+    return join(*intro, element("div", *charts, class_="charts"))
+
+
+def _comparisons(report: CheckReport) -> Html:
+    rows = []
+    for entry in report.worst_first():
+        measured, limits = entry.metrics.named(), entry.limits.named()
+        cells = [_measured(measured, limits, name) for name in METRICS]
+        rows.append([entry.component, entry.bucket, entry.input, entry.output, *cells, _badge(entry.passed)])
+    head = ["component", "bucket", "input", "output", *METRICS.values(), ""]
+    title = f"All {len(rows)} comparisons of components, the worst first"
+    return element("details", element("summary", title), table(head, rows)) if rows else Html()
+
+
+def _measured(values: Mapping[str, float], limits: Mapping[str, float], name: str) -> str:
+    if name not in values:
+        return ""
+    return f"{_number(values[name])} ({'≤' if name in AT_MOST else '≥'} {show(limits[name])})"
+
+
+# --- what was checked -------------------------------------------------------------------------------------------------
+
+
+def _recipe(bundle: Bundle) -> Html:
+    text = toml(bundle.recipe.to_json())
+    return element("details", element("summary", f"Recipe {bundle.recipe.name}"), element("pre", text))
+
+
+def _environment(report: CheckReport, bundle: Bundle) -> Html:
+    model = bundle.model
+    facts = {
+        "bundle": report.bundle,
+        "compared with": report.model + (f" at {report.revision}" if report.revision else ""),
+        "built from": str(model.get("name")) + (f" at {model['revision']}" if model.get("revision") else ""),
+        "pipeline": f"{model.get('pipeline')}, family {bundle.family}",
+        "device": f"{report.backend}: {_pairs(report.device)}",
+        "built on": _pairs(bundle.device),
+        "checked with": _pairs(report.versions),
+        "built with": _pairs(bundle.tools),
+    }
+    listed = [part for key, text in facts.items() for part in (element("dt", key), element("dd", text))]
+    return element("details", element("summary", "Model, device and versions"), element("dl", *listed), open="")
+
+
+def _files(bundle: Bundle) -> Html:
+    rows = [[name, f"{entry.size:,}", element("code", entry.sha256)] for name, entry in sorted(bundle.files.items())]
+    size = sum(entry.size for entry in bundle.files.values())
+    title = f"{len(rows)} files with their sha256, {size:,} bytes; all were verified before the check"
+    listed = table(["file", "bytes", "sha256"], rows, numbers=(1,))
+    return element("details", element("summary", title), listed)
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def toml(data: Mapping[str, Any], path: str = "") -> str:
+    """Plain data as TOML: a table's own keys first, then the tables in it."""
+    own = [f"{_key(k)} = {json.dumps(v, ensure_ascii=False)}" for k, v in data.items() if not isinstance(v, Mapping)]
+    parts = ["\n".join([*([f"[{path}]"] if path and own else []), *own])]
+    parts += [toml(v, f"{path}.{_key(k)}" if path else _key(k)) for k, v in data.items() if isinstance(v, Mapping)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else json.dumps(name, ensure_ascii=False)
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def _word(passed: bool) -> str:
+    return "passed" if passed else "FAILED"
+
+
+def _badge(passed: bool) -> Html:
+    return element("span", _word(passed), class_="good" if passed else "bad")
+
+
+def _number(value: float) -> str:
+    return show(value) if math.isfinite(value) else {"nan": "NaN", "inf": "∞", "-inf": "-∞"}[str(float(value))]
+
+
+def _least(values: Iterable[float]) -> float:
+    """NaN is worse than any number."""
+    found = [*values]
+    return math.nan if any(map(math.isnan, found)) else min(found)
