@@ -268,7 +268,7 @@ RECIPES = [
         ("3 problems", "sampling.guidance: out of range", "sampling.stps: unknown key", "scheduler2"),
     ),
     Case("bucket not in eights", recipe_with("2x64x96", "2x64x90"), 2, ("buckets[1]: not a multiple of 8",)),
-    Case("bucket against the VAE", five_block_vae, 2, ("2x64x72 is not divisible by the VAE's factor 16",)),
+    Case("bucket against the VAE", five_block_vae, 2, ("2x64x72 has sides that are no multiples of 16",)),
     Case("duplicate bucket", recipe_with("2x64x96", "1x64x64"), 2, ("buckets[1]: duplicate", "'1x64x64'")),
     Case(
         "unknown scheduler in the recipe",
@@ -560,6 +560,17 @@ REQUESTS = [
         ("the folder of the output is missing", "none"),
         "mkdir -p",
     ),
+    Case("image is missing", request("--image", "none.png"), 2, ("the image cannot be read", "none.png")),
+    Case("image is no image", lambda w: w.generate("--image", w.model / "model_index.json"), 2, ("cannot be read",)),
+    Case("aspect is no ratio", request("--aspect", "wide"), 2, ("'wide' is not WIDTH:HEIGHT",)),
+    Case("strength without image", request("--strength", "0.5"), 2, ("strength is for image to image",)),
+    Case("second prompt of one encoder", request("--prompt-2", "a"), 2, ("no text encoder for prompt_2",)),
+    Case(
+        "component that cannot be left out",
+        recipe_with("[sampling]", 'without = ["denoiser"]\n[sampling]'),
+        2,
+        ("without: denoiser cannot be left out (expected vae_encoder)",),
+    ),
     Case("output is a folder", lambda w: w.generate(output=w.root), 2, ("the output is a folder",), "a.png"),
     Case("output is no PNG", lambda w: w.generate(output=w.root / "a.jpg"), 2, ("written as PNG", "ends in .png")),
     Case(
@@ -669,6 +680,9 @@ def test_names_are_unique() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
 
 
+IMAGE = np.zeros((64, 64, 3), np.uint8)
+
+
 @pytest.mark.parametrize(
     ("prompt", "settings", "part"),
     [
@@ -686,6 +700,23 @@ def test_names_are_unique() -> None:
         (PROMPT, {"guidance": "5"}, "guidance is not a number"),
         (PROMPT, {"negative_prompt": ["a", "b"]}, "as many negative prompts"),
         (PROMPT, {"latents": np.zeros((1, 4, 3, 3), np.float32)}, "latents have another shape"),
+        (PROMPT, {"negativ_prompt": "a"}, "did you mean negative_prompt?"),
+        (PROMPT, {"prompt_2": "a"}, "no text encoder for prompt_2"),
+        (PROMPT, {"negative_prompt_2": "a"}, "needs a first"),
+        (PROMPT, {"clip_skip": 3}, "an integer from 0 to 2"),
+        (PROMPT, {"clip_skip": True}, "clip_skip is not a number of layers"),
+        (PROMPT, {"guidance_rescale": 1.5}, "guidance_rescale is out of range"),
+        (PROMPT, {"true_cfg": 2.0}, "no true classifier-free guidance"),
+        (PROMPT, {"original_size": (64, 64)}, "not conditioned on sizes"),
+        (PROMPT, {"size": (64, 64), "aspect": 1.0}, "exclude each other"),
+        (PROMPT, {"aspect": 0.0}, "aspect is out of range"),
+        (PROMPT, {"strength": 0.5}, "strength is for image to image"),
+        (PROMPT, {"image": IMAGE, "strength": 0.1}, "leaves no step to run"),
+        (PROMPT, {"image": IMAGE, "strength": 1.1}, "strength is out of range"),
+        (PROMPT, {"image": IMAGE.astype(np.float32)}, "image is not an image"),
+        (PROMPT, {"image": [IMAGE, IMAGE]}, "as many images as prompts"),
+        (PROMPT, {"image": IMAGE, "latents": np.zeros((1, 4, 8, 8), np.float32)}, "exclude each other"),
+        (PROMPT, {"image": IMAGE, "scheduler": "ddim-inverse"}, "cannot noise an image"),
     ],
 )
 def test_bad_request_in_python(tiny_bundle: Path, prompt: Any, settings: dict[str, Any], part: str) -> None:

@@ -129,6 +129,7 @@ NEGATIVES: list[dict[str, Any]] = [
     {"negative_prompt": ["background", "of"]},
     {"negative_prompt": ["background", "of"], "negative_prompt_2": OTHERS},
     {"prompt_2": OTHERS},
+    {"prompt_2": ["", "background"]},
     {"prompt_2": OTHERS, "negative_prompt": ["left", "a blue"], "negative_prompt_2": ["red", "circle"]},
 ]
 OPTIONS: list[dict[str, Any]] = [
@@ -174,6 +175,15 @@ def test_every_option_changes_the_picture(pipe: toolchain.Pipeline) -> None:
 def test_sizes_of_the_negative_prompt(pipe: toolchain.Pipeline, model: Path, options: dict[str, Any]) -> None:
     """One picture: of several, diffusers 0.42 interleaves the rows, and gives pictures each other's sizes."""
     assert drawn(pipe, model, options, PROMPTS[:1]) >= LEAST_PSNR_DB
+
+
+def test_an_empty_second_prompt_is_the_first(pipe: toolchain.Pipeline, model: Path) -> None:
+    """Where it is text; in a list, which a test above gives, it is the empty prompt."""
+    options: dict[str, Any] = {"seed": SEEDS[0], "steps": 4, "guidance": 6.0, "size": (64, 64)}
+    ours = pipe(PROMPTS[0], prompt_2="", **options).images
+    pipeline = diffusers_pipeline(model, BASE)
+    assert pipeline.encode_prompt(PROMPTS[0], "")[0].equal(pipeline.encode_prompt(PROMPTS[0])[0])
+    assert least_psnr_db(ours, pipe(PROMPTS[0], **options).images) == float("inf")
 
 
 @pytest.mark.parametrize("negative", [None, ["", ""]])

@@ -49,12 +49,12 @@ def make_sd3(folder: Path, *, version: str = "3.5", t5: bool = True, dynamic: bo
     return folder
 
 
-def recipe_text(*, guided: bool = True, t5: bool = True, strengths: tuple[float, ...] = ()) -> str:
-    """A recipe in float32 for one picture of 64x64 and two of 64x96."""
+def recipe_text(*, guided: bool = True, t5: bool = True, bucket: str = "2x64x96") -> str:
+    """A recipe in float32 for one bucket."""
     tokens = f"[components.text_encoder_3]\ntokens = {T5_TOKENS}\n" if t5 else ""
     return f"""\
 family = "sd3"
-buckets = ["1x64x64", "2x64x96"]
+buckets = ["{bucket}"]
 classifier_free_guidance = {str(guided).lower()}
 without = {"[]" if t5 else '["text_encoder_3"]'}
 
@@ -65,7 +65,6 @@ steps = 4
 guidance = {4.5 if guided else 1.0}
 schedulers = ["model"]
 step_counts = [4]
-strengths = {list(strengths)}
 
 [check]
 prompts = ["a red circle"]
@@ -133,14 +132,14 @@ def _transformer(version: str) -> Any:
         sample_size=8,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        num_layers=3,
+        num_layers=2,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=T5_WIDTH,
         caption_projection_dim=32,
         pooled_projection_dim=sum(POOLED.values()),
         pos_embed_max_size=POSITIONS,
-        dual_attention_layers=(0, 1) if later else (),
+        dual_attention_layers=(0,) if later else (),
         qk_norm="rms_norm" if later else None,
     )
     # Positions are tensors of the checkpoint: with other values than the formula's it shows where they come from.

@@ -202,7 +202,8 @@ class _Planner:
                 "config": _config_digest(self.source.config(component.folder)),
                 "signature": spec.to_json(),
                 "recipe": _json(recipe),
-                "guided": self.guided,
+                # Of the denoiser alone: a text encoder is the same with and without guidance.
+                "guided": self.guided and component.name == "denoiser",
                 "backend": self.backend.name,
                 "tools": tool_versions(EXPORT_TOOLS),
             }

@@ -19,6 +19,8 @@ import pytest
 import toolchain
 from toolchain.bundle import Bundle, read_bundle
 from toolchain.check import CheckReport, compare
+from toolchain.check.components import RECORDED, _recorded
+from toolchain.check.page import render
 from toolchain.check.tables import compare_tables
 from toolchain.errors import BundleError, DiffbuildError, ModelError
 from toolchain.models import ModelSource, resolve_model
@@ -107,9 +109,11 @@ def test_every_metric_and_input_is_in_the_report(good: CheckReport) -> None:
         assert set(entry["metrics"]) == set(entry["limits"]) == expected
     inputs = {(e["bucket"], e["input"]) for e in data["entries"] if e["component"] == "denoiser"}
     assert inputs == {
-        *((BUCKET, f"prompt {p}, evaluation {i} of 4") for p in (1, 2) for i in (1, 3, 4)),
-        *(("2x64x96", f"prompts 1-2, evaluation {i} of 4") for i in (1, 3, 4)),
+        *((BUCKET, f"prompt {p}, evaluation {i} of 4") for p in (1, 2) for i in (1, 2, 3, 4)),
+        *(("2x64x96", f"prompts 1-2, evaluation {i} of 4") for i in (1, 2, 3, 4)),
     }
+    assert all(f"evaluation {e['evaluation']} of" in e["input"] for e in data["entries"] if e["evaluation"])
+    assert {e["component"] for e in data["entries"] if e["evaluation"]} == {"denoiser"}
     assert {e["input"] for e in data["entries"] if e["component"] == "sampler"} == {"model/4", "euler/4", "euler-a/4"}
     assert {e["input"] for e in data["entries"] if e["component"] == "text_encoder"} == {
         "prompt 1",
@@ -117,6 +121,27 @@ def test_every_metric_and_input_is_in_the_report(good: CheckReport) -> None:
         "empty prompt",
     }
     assert {"torch", "diffusers", "polygraphy", "scikit-image", "diffbuild"} <= set(data["versions"])
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 4, 7, 8, 20, 25, 30, 50, 999])
+def test_recorded_evaluations_are_spread_over_the_trajectory(evaluations: int) -> None:
+    chosen = sorted(_recorded(evaluations))
+    assert {0, evaluations // 2, evaluations - 1} <= {*chosen}
+    assert len(chosen) == min(evaluations, RECORDED)
+    gaps = np.diff(chosen)
+    assert evaluations == 1 or gaps.max() - gaps.min() <= 1
+
+
+def test_the_report_carries_the_pixels_of_both_sides_for_the_page(good: CheckReport, tiny_bundle: Path) -> None:
+    for picture in good.pictures:
+        assert picture.pixels is not None
+        height, width = map(int, picture.size.split("x"))
+        assert picture.pixels.reference.shape == picture.pixels.compiled.shape == (height, width, 3)
+    bundle = read_bundle(tiny_bundle)
+    page = render(good, bundle)
+    assert f"all {len(good.entries) + 8} gates kept" in page
+    assert page.count("<img") == 3 * 8
+    assert all(entry.sha256 in page and name in page for name, entry in bundle.files.items())
 
 
 def test_the_public_function_runs_the_check(
@@ -205,7 +230,7 @@ def test_another_model_is_warned_of_and_fails(small: Path, tmp_path: Path) -> No
         f"the {name}'s weights are not those that the bundle was built from"
         for name in ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
     )
-    assert failed_components(report) == {"text_encoder", "denoiser", "vae_decoder"}
+    assert failed_components(report) == {"text_encoder", "denoiser", "vae_decoder", "vae_encoder"}
 
 
 def test_a_wrong_table_entry_fails_by_name(small: Path, tiny_model: Path) -> None:

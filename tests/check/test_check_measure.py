@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
-from toolchain.check.measure import measure
+from toolchain.check.measure import Feed, compare_engine, measure
 from toolchain.check.pictures import Drawn, is_blank, judge
 from toolchain.recipe import Check, Tolerance
+from toolchain.signature import GraphSpec, TensorSpec
 
 TOLERANCE = Tolerance(cosine=0.999, snr_db=40.0, max_error=0.01)
 CHECK = Check(prompts=("p",), psnr_db=40.0, ssim=0.98)
@@ -32,6 +36,41 @@ def test_values_are_those_of_numpy(noise: float) -> None:
     assert (limits.cosine, limits.snr_db, limits.max_error) == (0.999, 40.0, 0.01)
     missed = {"cosine": metrics.cosine < 0.999, "snr_db": metrics.snr_db < 40, "max_error": metrics.max_error > 0.01}
     assert failed == tuple(name for name, bad in missed.items() if bad)
+
+
+class FakeEngine:
+    """Doubles its input, but for an error."""
+
+    spec = GraphSpec((TensorSpec("x", "float32", (2,)),), (TensorSpec("y", "float32", (2,)),))
+
+    def bind(self, buffers: dict[str, np.ndarray]) -> Callable[[], None]:
+        def launch() -> None:
+            buffers["y"][...] = 2 * buffers["x"] + 0.25
+
+        return launch
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_reference_runs_only_on_inputs_that_it_has_not_seen() -> None:
+    seen: list[np.ndarray] = []
+
+    def module(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.numpy())
+        return 2 * x
+
+    x = np.array([1, -2], np.float32)
+    known, new = Feed("known", {"x": x}, 3, {"y": 2 * x}), Feed("new", {"x": 3 * x})
+    entries, references = compare_engine(
+        "c", "any", FakeEngine.spec, cast(Any, module), cast(Any, FakeEngine), [known, new], TOLERANCE
+    )
+    assert [array.tolist() for array in seen] == [[3, -6]]
+    assert [r["y"].tolist() for r in references] == [[2, -4], [6, -12]]
+    assert [(e.input, e.evaluation, e.metrics.max_error) for e in entries] == [
+        ("known", 3, 0.25 / 4),
+        ("new", None, 0.25 / 12),
+    ]
 
 
 def test_the_reference_is_the_signal() -> None:

@@ -252,9 +252,7 @@ def test_modules_kept_in_float32(dev: ModelSource, kept: tuple[str, ...]) -> Non
     with torch.no_grad():
         (state, _), (expected, _) = module(**inputs), reference(**inputs)
     snr_db = 20 * torch.log10(expected.std() / (state - expected).std())
-    print("SNR", kept, snr_db)
-    assert snr_db > (40 if kept == ("*",) else 15)
-    capture(FLUX.component("denoiser"), dev, recipe, BUCKET)
+    assert snr_db > (40 if kept == ("*",) else 30)
 
 
 @both_models

@@ -52,6 +52,10 @@ def decibels(value: float | None) -> str:
     return f"{value:.1f} dB" if math.isfinite(value) else f"{'-' if value < 0 else ''}∞ dB"
 
 
+def at_least(limit: float) -> str:
+    return f"at least {limit:g} dB"
+
+
 def component_chart(groups: Mapping[str, Sequence[Entry]]) -> Html:
     """A row for each group: a dot for every comparison, the worst one filled, the limit as a line."""
     scale = Scale.of([e for entries in groups.values() for e in entries])
@@ -61,19 +65,21 @@ def component_chart(groups: Mapping[str, Sequence[Entry]]) -> Html:
         for value in scale.grid
     ]
     axis = element("svg", *ticks, class_="ticks", height=16, aria_hidden="true")
-    return element("div", *rows, element("div", "", axis, element("span", "dB"), class_="row axis"), class_="rows")
+    return element(
+        "div", *rows, element("div", element("span"), axis, element("span", "dB"), class_="row axis"), class_="rows"
+    )
 
 
 def _row(name: str, entries: Sequence[Entry], scale: Scale) -> Html:
     lowest = min(entries, key=_snr)
     failed = any("snr_db" in e.failed or "finite" in e.failed for e in entries)
-    label = f"{decibels(lowest.metrics.snr_db)} (at least {decibels(_limit(lowest))})" + (", FAILED" if failed else "")
+    label = f"{decibels(lowest.metrics.snr_db)} ({at_least(_limit(lowest))})" + (", FAILED" if failed else "")
     marks = [_grid_line(scale, value) for value in scale.grid]
     left, right = _snr(lowest), max(map(_snr, entries))
     marks.append(element("line", x1=_x(scale, left), x2=_x(scale, right), y1="50%", y2="50%", class_="span"))
     for limit in sorted({_limit(e) for e in entries}):
         marks.append(element("line", x1=_x(scale, limit), x2=_x(scale, limit), y1=0, y2="100%", class_="limit"))
-    for entry in sorted(entries, key=_snr, reverse=True):
+    for entry in sorted(entries, key=lambda e: e is lowest):
         kind = " ".join([*(["bad"] if not _kept(entry) else []), *(["worst"] if entry is lowest else [])])
         title = element("title", _title(entry))
         marks.append(element("circle", title, cx=_x(scale, _snr(entry)), cy="50%", r=4, class_=kind or None))
@@ -112,7 +118,7 @@ def curve_chart(lines: Mapping[str, Sequence[Entry]]) -> Html:
         for value in scale.grid
     ]
     lowest = min(entries, key=_snr)
-    label = f"lowest {decibels(lowest.metrics.snr_db)}, {lowest.input}; at least {decibels(_limit(lowest))}"
+    label = f"lowest {decibels(lowest.metrics.snr_db)}, {lowest.input}; {at_least(_limit(lowest))}"
     drawing = element("svg", *marks, height=CURVE_PX, role="img", aria_label=label)
     axis = element("svg", *labels, class_="ticks", height=CURVE_PX, aria_hidden="true")
     steps = element("div", element("span", "evaluation 1"), element("span", str(last)), class_="steps")

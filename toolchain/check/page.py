@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.bundle import Bundle
-from toolchain.check.charts import component_chart, curve_chart, decibels
+from toolchain.check.charts import at_least, component_chart, curve_chart, decibels
 from toolchain.check.markup import Html, element, join, table
 from toolchain.check.report import AT_MOST, CheckReport, Entry, Pair, Picture, show, worst
 from toolchain.check.style import STYLE
@@ -29,6 +29,8 @@ SMALL = 256
 """Pictures below this many pixels a side are enlarged with hard edges: what a pixel is stays visible."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """Nothing is loaded and nothing runs, whatever a prompt may hold: the browser's own guarantee beside the escaping."""
+FLAWS = {"finite": "latents are not finite", "not blank": "blank"}
+"""Gates of a picture that are no number, and what it means that one failed."""
 METRICS = {"cosine": "cosine", "snr_db": "SNR dB", "max_error": "max error", "difference": "difference"}
 
 
@@ -76,9 +78,23 @@ def _verdict(report: CheckReport) -> Html:
         element("p", word, f" {count}"),
         element("p", f"{report.bundle} ({report.backend}) against {report.model}{at}", class_="note"),
         *_extremes(report),
-        *([element("ul", *(element("li", text) for text in failures))] if failures else []),
+        *([element("ul", *(element("li", text) for text in _missed(report)))] if failures else []),
     ]
     return element("section", *lines, class_=f"verdict {'bad' if failures else 'good'}")
+
+
+def _missed(report: CheckReport) -> list[str]:
+    """A line for every output of which something failed, with its worst input, and one for the pictures."""
+    lines = []
+    for (component, bucket, output), group in report.grouped().items():
+        failed = [e for e in group if not e.passed]
+        if failed:
+            count = f"{len(failed)} of {len(group)} missed" if len(group) > 1 else "missed"
+            lines.append(f"{component} {bucket}, {output}: {count}; {failed[0].input}: {failed[0].numbers()}")
+    pictures = [p for p in report.worst_pictures_first() if not p.passed]
+    if pictures:
+        lines.append(f"pictures: {len(pictures)} of {len(report.pictures)} missed, see below")
+    return lines
 
 
 def _extremes(report: CheckReport) -> list[Html]:
@@ -86,18 +102,16 @@ def _extremes(report: CheckReport) -> list[Html]:
     lines = []
     if report.pictures:
         psnr, ssim = (_least(getattr(p, name) for p in report.pictures) for name in ("psnr_db", "ssim"))
-        lines.append(
-            f"Pictures, {len(report.pictures)}: lowest PSNR {decibels(psnr)} (at least "
-            f"{decibels(report.limits['psnr_db'])}), lowest SSIM {_number(ssim)} (at least {show(report.limits['ssim'])})"
-        )
+        psnr_need, ssim_need = at_least(report.limits["psnr_db"]), f"at least {show(report.limits['ssim'])}"
+        lowest_psnr = f"lowest PSNR {decibels(psnr)} ({psnr_need})"
+        lines.append(f"Pictures, {len(report.pictures)}: {lowest_psnr}, lowest SSIM {_number(ssim)} ({ssim_need})")
     ratios = [e for e in report.entries if e.metrics.snr_db is not None]
     if ratios:
         lowest = min(ratios, key=_margin)
-        where = f"{lowest.component} {lowest.bucket}, {lowest.input}"
-        needed = f"at least {decibels(lowest.limits.snr_db)}"
         lines.append(
-            f"Outputs of components, {len(report.entries)}: nearest to its limit {decibels(lowest.metrics.snr_db)} "
-            f"({needed}), {where}"
+            f"Outputs of components, {len(report.entries)}: lowest SNR against its limit "
+            f"{decibels(lowest.metrics.snr_db)} ({at_least(lowest.limits.snr_db or 0.0)}), {lowest.component} "
+            f"{lowest.bucket}, {lowest.input}"
         )
     return [element("p", line, class_="note") for line in lines]
 
@@ -125,52 +139,48 @@ def _pictures(report: CheckReport) -> Html:
             figures.append(_picture(picture, report.limits))
     rows = [[p.prompt, str(p.seed), p.size, decibels(p.psnr_db), _number(p.ssim), _word(p.passed)] for p in left_out]
     head = ["prompt", "seed", "size", "PSNR", "SSIM", ""]
-    rest = [
-        element("p", f"{len(rows)} better pictures are not shown, to keep this page small:"),
-        table(head, rows, numbers=(1, 3, 4)),
-    ]
+    cut = f"Not shown, to keep this page small, are {len(rows)} that are better than these:"
+    rest = [element("p", cut), table(head, rows, numbers=(1, 3, 4))] if rows else []
     note = (
         f"The worst first. The difference is absolute, the largest of the three channels, times {AMPLIFIED}: black is "
         f"equal, white is {math.ceil(255 / AMPLIFIED)} of 255 levels or more."
     )
     intro = [element("h2", "Pictures"), element("p", note, class_="note")]
-    return join(*intro, *figures, *(rest if rows else [])) if figures else Html()
+    return join(*intro, element("div", *figures, class_="pictures"), *rest) if figures else Html()
 
 
 def _picture(picture: Picture, limits: Mapping[str, float]) -> Html:
     numbers = [
-        ("psnr_db", f"PSNR {decibels(picture.psnr_db)} (at least {decibels(limits['psnr_db'])})"),
+        ("psnr_db", f"PSNR {decibels(picture.psnr_db)} ({at_least(limits['psnr_db'])})"),
         ("ssim", f"SSIM {_number(picture.ssim)} (at least {show(limits['ssim'])})"),
+        *((name, text) for name, text in FLAWS.items() if name in picture.failed),
     ]
-    others = [f"not {name}" if name == "finite" else name for name in picture.failed if name not in dict(numbers)]
-    about = [
-        element("span", text, class_="bad" if name in picture.failed else None)
-        for name, text in [*numbers, *((n.removeprefix("not "), n) for n in others)]
-    ]
-    spaced = [part for text in about for part in (text, ", ")][:-1]
-    where = f"{picture.size}, seed {picture.seed}: "
+    about = [element("span", text, class_="bad" if name in picture.failed else None) for name, text in numbers]
+    spaced = [part for text in about for part in (text, ", ")]
+    pair = picture.pixels
+    kinds = {"picture": True, "failed": not picture.passed, "large": pair and max(pair.reference.shape) > SMALL}
     return element(
         "article",
-        element("h3", f"{picture.prompt}"),
-        element("p", where, *spaced, ". ", _badge(picture.passed)),
-        *([] if picture.pixels is None else [_figures(picture.pixels)]),
-        class_="picture" if picture.passed else "picture failed",
+        element("h3", picture.prompt),
+        element("p", f"{picture.size}, seed {picture.seed}: ", *spaced, _badge(picture.passed)),
+        *([] if pair is None else _figures(pair)),
+        class_=" ".join(name for name, holds in kinds.items() if holds),
     )
 
 
-def _figures(pair: Pair) -> Html:
+def _figures(pair: Pair) -> list[Html]:
     import numpy as np
 
     levels = np.abs(pair.reference.astype(np.int16) - pair.compiled).max(axis=-1)
     amplified = np.minimum(AMPLIFIED * levels, 255).astype(np.uint8)
-    share = f"{(levels > 0).mean():.1%} of the pixels differ, by {levels.max()} at most" if levels.any() else "none"
-    return element(
-        "div",
+    differ = f"{(levels > 0).mean():.1%} of the pixels differ, by {levels.max()} of 255 levels at most."
+    figures = [
         _figure(pair.reference, "reference"),
         _figure(pair.compiled, "compiled"),
-        _figure(amplified, f"difference, {AMPLIFIED} times: {share}"),
-        class_="three",
-    )
+        _figure(amplified, f"difference x{AMPLIFIED}"),
+    ]
+    told = differ if levels.any() else "Every pixel is the same."
+    return [element("p", told, class_="note"), element("div", *figures, class_="three")]
 
 
 def _figure(pixels: Pixels, caption: str) -> Html:
@@ -259,7 +269,7 @@ def _environment(report: CheckReport, bundle: Bundle) -> Html:
     model = bundle.model
     facts = {
         "bundle": report.bundle,
-        "compared with": report.model + (f" at {report.revision}" if report.revision else ""),
+        "reference": report.model + (f" at {report.revision}" if report.revision else ""),
         "built from": str(model.get("name")) + (f" at {model['revision']}" if model.get("revision") else ""),
         "pipeline": f"{model.get('pipeline')}, family {bundle.family}",
         "device": f"{report.backend}: {_pairs(report.device)}",

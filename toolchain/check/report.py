@@ -76,8 +76,11 @@ class Entry:
 
     def describe(self) -> str:
         """One line: where, what was measured and, where it failed, what was needed."""
-        numbers = _numbers(self.metrics.named(), self.limits.named(), self.failed)
-        return f"{self.component} {self.bucket}, {self.input}, {self.output}: {numbers}"
+        return f"{self.component} {self.bucket}, {self.input}, {self.output}: {self.numbers()}"
+
+    def numbers(self) -> str:
+        """What was measured and, where it failed, what was needed."""
+        return _numbers(self.metrics.named(), self.limits.named(), self.failed)
 
     def to_json(self) -> dict[str, Any]:
         metrics, limits = ({k: _json(v) for k, v in m.named().items()} for m in (self.metrics, self.limits))

@@ -33,13 +33,14 @@ ul { margin: .5rem 0 0; padding-left: 1.2rem; }
 .verdict .note, .verdict ul { color: var(--text); font-size: .925rem; }
 .warning { border-left: .3rem solid var(--limit); padding: .25rem 1rem; margin: 1rem 0; }
 
+.pictures { display: grid; gap: 0 2rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 28rem), 1fr)); }
 .picture { border-top: 1px solid var(--line); padding: .9rem 0; }
+.picture.large { grid-column: 1 / -1; }
 .picture.failed { border-left: .3rem solid var(--bad); padding-left: .75rem; }
 .three { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .5rem; margin-top: .5rem; }
-@media (min-width: 44rem) { .three { gap: 1rem; max-width: 52rem; } }
 figure { margin: 0; }
 figcaption { line-height: 1.3; margin-top: .25rem; }
-img { display: block; width: 100%; height: auto; background: #000; border-radius: .15rem; }
+img { display: block; width: 100%; height: auto; outline: 1px solid var(--line); }
 img.small { image-rendering: pixelated; }
 
 svg { display: block; width: 100%; overflow: visible; }
@@ -47,7 +48,7 @@ svg { display: block; width: 100%; overflow: visible; }
 .row { display: grid; gap: 0 1rem; padding: .3rem 0; align-items: center; }
 .row > :last-child { font-size: .875rem; font-variant-numeric: tabular-nums; }
 .axis > :last-child { color: var(--faint); }
-@media (min-width: 44rem) { .row { grid-template-columns: 12rem minmax(0, 1fr) 14rem; padding: .1rem 0; } }
+@media (min-width: 44rem) { .row { grid-template-columns: 13rem minmax(0, 1fr) 15rem; padding: .1rem 0; } }
 @media (max-width: 43.99rem) { .row { padding: .45rem .4rem; } .axis > :first-child { display: none; } }
 circle { fill: var(--ground); stroke: var(--mark); stroke-width: 1.5; }
 circle.worst, .curves circle { fill: var(--mark); }

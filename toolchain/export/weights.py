@@ -20,7 +20,7 @@ from toolchain.errors import WeightsError
 from toolchain.export.safetensors import write_safetensors
 from toolchain.graph.placeholder import is_weight, static_shape
 from toolchain.graph.transpose import SUFFIX
-from toolchain.weights import MappedWeights, TensorRef
+from toolchain.weights import MappedWeights, TensorRef, numpy_dtype
 
 DTYPES = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16", ir.DataType.INT8: "I8"}
 NUMPY = {
@@ -140,4 +140,4 @@ def _convert(array: NDArray[Any], use: WeightUse, ref: TensorRef) -> NDArray[Any
             got=f"largest magnitude {np.abs(array.astype(np.float32)).max():g}",
             hint="keep its module in float32 (keep_float32 in the recipe) or use bfloat16" if "beyond" in was else None,
         )
-    return converted
+    return converted.view(numpy_dtype(use.dtype))  # of bfloat16 the bits, as the files hold them

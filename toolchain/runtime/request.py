@@ -140,8 +140,8 @@ def texts_by_encoder(
                 got=texts,
             )
         own = repeat(f"{name}_{number}", check_texts(f"{name}_{number}", texts), len(first))
-        # diffusers takes the first prompt where the second is empty
-        by_encoder[f"text_encoder_{number}"] = [o or f for o, f in zip(own, first, strict=True)]
+        # diffusers takes the first prompt where the second is empty, but not where it is one of a list
+        by_encoder[f"text_encoder_{number}"] = first if texts == "" else own
     return [{encoder: texts[i] for encoder, texts in by_encoder.items()} for i in range(len(first))]
 
 
