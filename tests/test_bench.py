@@ -61,7 +61,7 @@ def test_the_page_needs_nothing_and_escapes_everything(report: BenchReport) -> N
     assert "a &lt;processor&gt;" in html
     assert not re.search(r"https?://|src=|@import|url\(", html)
     assert "<b>3.00 times</b>" in html
-    assert "89.2 dB" in html
+    assert "PSNR 89.2 dB" in html
     assert html.count("<svg") == 3  # stages, cold start, one sweep
 
 

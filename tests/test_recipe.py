@@ -188,7 +188,8 @@ MANY_LINES = [
     f"buckets[8]: not a bucket (expected {BUCKET}, got ' 1x64x64')",
     f"buckets[9]: wrong type (expected {BUCKET}, got 3)",
     "classifier_free_guidance: wrong type (expected true or false, got 1)",
-    "components.denoiser.dtpye: unknown key, did you mean 'dtype'? (expected one of dtype, keep_float32, tokens, got 'dtpye')",
+    "components.denoiser.dtpye: unknown key, did you mean 'dtype'? "
+    "(expected one of dtype, keep_float32, tokens, got 'dtpye')",
     "components.denoiser.dtype: unknown value, did you mean 'float16'? "
     "(expected one of 'float32', 'float16', 'bfloat16', got 'float61')",
     f"components.denoiser.keep_float32: wrong type (expected a list, each {TEXT}, got 'norm')",
@@ -241,7 +242,10 @@ def changed(**values: str) -> str:
             ],
         ),
         (changed(buckets="[]"), [f"buckets: empty (expected {ENTRIES}, got [])"]),
-        (changed(buckets='"1x64x64"'), ["buckets: unknown name (expected a list of buckets, or one of sdxl-aspect-ratios, got '1x64x64')"]),
+        (
+            changed(buckets='"1x64x64"'),
+            ["buckets: unknown name (expected a list of buckets, or one of sdxl-aspect-ratios, got '1x64x64')"],
+        ),
         (
             changed(buckets='"sdxl-aspect"'),
             [

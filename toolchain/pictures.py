@@ -67,7 +67,10 @@ def check_output(path: Path | None) -> None:
     """Refuses, before any work is done, a place where a file cannot be written. Raises UsageError."""
     folder = Path() if path is None else path.parent
     if path is not None and path.is_dir():
-        raise UsageError("the output is a folder", where=path, expected="a file", hint=f"--output {path / 'a.png'}")
+        raise UsageError("the output is a folder", where=path, expected="a file", hint=f"give {path / 'a.png'}, say")
+    if path is not None and path.exists() and not path.is_file():
+        # Replaced by a rename, a device or a pipe would be gone.
+        raise UsageError("the output is no regular file", where=path, expected="a new or a regular file")
     if not folder.is_dir():
         raise UsageError("the folder of the output is missing", where=folder, hint=f"mkdir -p {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):

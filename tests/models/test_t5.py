@@ -127,7 +127,7 @@ def test_the_graph_computes_what_transformers_does(
 
 
 def test_the_graph_in_bfloat16(graphs: dict[Any, ir.Model], source: ModelSource, tmp_path: Path) -> None:
-    """With onnx's own evaluator, because ONNX Runtime has no bfloat16 on a CPU. Seven bits of mantissa: 42 dB a step."""
+    """With onnx's own evaluator, because ONNX Runtime has no bfloat16 on a CPU."""
     graph = graphs["bfloat16", ()].clone()
     original = load_file(source.path / FOLDER / "model.safetensors")
     for name, tensor in weights_of(graph, source.path / FOLDER, tmp_path / "w.safetensors").items():

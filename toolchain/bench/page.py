@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from toolchain.bench.report import BenchReport, Result, spread
+from toolchain.bench.report import BenchReport, Result, alike, spread
 
 COLOURS = {
     "process_ms": "#9aa5b1",
@@ -43,7 +43,8 @@ def page(report: BenchReport) -> str:
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>&ldquo;{escape(str(work['prompt']))}&rdquo;, {escape(str(work['scheduler']))}, guidance "
-        f"{work['guidance']}; medians of {report.repeats} rounds in turn, the first picture of each process left out.</p>",
+        f"{work['guidance']}; medians of {report.repeats} rounds in turn, the first picture of each process left "
+        "out.</p>",
         _verdicts(report),
         "<h2>A call by stage</h2>",
         _bars({name: {k: s.median for k, s in r.stages.items()} for name, r in report.contenders.items()}),
@@ -63,10 +64,10 @@ def _verdicts(report: BenchReport) -> str:
     lines = []
     for name, values in report.ratios.items():
         found, likeness = spread(values), report.likeness_db[name]
-        same = "another size" if likeness is None else f"{likeness:.1f} dB"
+        same = alike(likeness)
         lines.append(
             f"<li><b>{escape(name)}</b> takes <b>{found.median:.2f} times</b> as long "
-            f"({found.p10:.2f} to {found.p90:.2f}); its picture against ours: {same}</li>"
+            f"({found.p10:.2f} to {found.p90:.2f}); its picture and ours: {same}</li>"
         )
     return f"<ul>{''.join(lines)}</ul>" if lines else ""
 

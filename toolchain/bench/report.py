@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -87,7 +88,7 @@ class BenchReport:
         for name, values in self.ratios.items():
             found = spread(values)
             likeness = self.likeness_db[name]
-            same = "another size" if likeness is None else f"PSNR {likeness:.1f} dB"
+            same = alike(likeness)
             yield ""
             times = f"{found.median:.2f} times as long ({found.p10:.2f} to {found.p90:.2f})"
             yield f"{name} takes {times}; pictures: {same}"
@@ -114,6 +115,13 @@ def spread(values: Sequence[float]) -> Spread:
         return Spread(values[0], values[0], values[0])
     deciles = statistics.quantiles(values, n=10, method="inclusive")
     return Spread(statistics.median(values), deciles[0], deciles[-1])
+
+
+def alike(likeness_db: float | None) -> str:
+    """How alike two pictures are, in words."""
+    if likeness_db is None:
+        return "of another size"
+    return "equal" if likeness_db == math.inf else f"PSNR {likeness_db:.1f} dB"
 
 
 def _ms(found: Spread) -> str:
