@@ -27,42 +27,6 @@ MODEL = ROOT / "examples" / "shapes" / "model"
 RECIPE = ROOT / "recipes" / "shapes-fp32.toml"
 PROMPT = "a red circle left of a blue square on a white background"
 STEPS = 20
-SD15 = {
-    "model_index.json": {
-        "_class_name": "StableDiffusionPipeline",
-        "scheduler": ["diffusers", "PNDMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    },
-    "unet/config.json": {
-        "_class_name": "UNet2DConditionModel",
-        "attention_head_dim": 8,
-        "block_out_channels": [320, 640, 1280, 1280],
-        "cross_attention_dim": 768,
-        "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
-        "in_channels": 4,
-        "out_channels": 4,
-        "sample_size": 64,
-        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
-    },
-    "vae/config.json": {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": [128, 256, 512, 512],
-        "latent_channels": 4,
-    },
-    "text_encoder/config.json": {"hidden_size": 768, "max_position_embeddings": 77},
-}
-EXPORT_SD15 = """
-import sys
-from toolchain.export.capture import capture
-from toolchain.models import MODELS, resolve_model
-from toolchain.recipe import Bucket, ComponentRecipe
-component, source = MODELS["sd"].component("denoiser"), resolve_model(sys.argv[1])
-graph = capture(component, source, ComponentRecipe(), Bucket(1, 512, 512), True)
-print(len(list(graph.graph)))
-"""
 
 
 def timed(command: list[str], cwd: Path) -> float:
@@ -114,20 +78,6 @@ def verified_load(bundle: Path) -> dict[str, float]:
     return spread([once() for _ in range(6)][1:])
 
 
-def export_sd15(scratch: Path) -> dict[str, Any]:
-    """Seconds and peak memory of exporting the real-size SD 1.5 step from configs alone, in a process of its own."""
-    model = scratch / "sd15"
-    for name, content in SD15.items():
-        (model / name).parent.mkdir(parents=True, exist_ok=True)
-        (model / name).write_text(json.dumps(content))
-    code = f"import resource, sys\n{EXPORT_SD15}\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code, str(model)], check=True, capture_output=True, text=True)
-    seconds = time.perf_counter() - started
-    nodes, peak = done.stdout.split()
-    return {"seconds": round(seconds, 1), "peak_gb": round(int(peak) / 1e6, 2), "nodes": int(nodes)}
-
-
 def bucket_sizes(bundle: Path) -> dict[str, Any]:
     """Bytes per bucket of the denoiser, and bytes that its buckets share."""
     folder = bundle / "engines" / "denoiser"
@@ -145,7 +95,7 @@ def parity(bundle: Path) -> dict[str, Any]:
     from toolchain.sampler.schedulers import compatible, create, parse, reference_kwargs
 
     pipe = toolchain.load(bundle)
-    config = pipe.bundle.settings["scheduler"]
+    config = pipe.bundle.settings.scheduler
     reference = StableDiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32, safety_checker=None)
     reference.set_progress_bar_config(disable=True)
     prompts = [PROMPT, "a yellow triangle above a purple ring on a black background"]
@@ -205,7 +155,6 @@ def main() -> None:
             "start_to_png": lambda: start_to_png(bundle, scratch),
             "verified_load": lambda: verified_load(bundle),
             "denoiser_sizes": lambda: bucket_sizes(bundle),
-            "export_sd15_step_512": lambda: export_sd15(scratch),
             "psnr_db": lambda: parity(bundle),
         }
         for key, measure in measures.items():

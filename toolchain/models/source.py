@@ -258,7 +258,7 @@ def select_files(names: list[str], weights: bool = True) -> list[str]:
             continue
         if not weights and file.endswith((".safetensors", ".safetensors.index.json")):
             continue
-        if file.endswith((".json", ".safetensors", ".txt")):
+        if file.endswith((".json", ".safetensors", ".txt", ".model")):
             chosen.append(name)
     return chosen
 
