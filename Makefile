@@ -17,8 +17,8 @@ $(READY): pyproject.toml
 demo: $(READY)
 	$(BIN)/diffbuild build recipes/shapes-fp32.toml --model $(MODEL) --output $(BUNDLE)
 	$(BIN)/diffbuild generate $(BUNDLE) "a red circle left of a blue square on a white background" --seed 0 --output demo/shapes.png
-	$(BIN)/diffbuild check $(BUNDLE) --model $(MODEL) --report demo/check.json
-	@echo "the picture: demo/shapes.png   the report: demo/check.json"
+	$(BIN)/diffbuild check $(BUNDLE) --model $(MODEL) --report demo/check.json --html demo/check.html
+	@echo "the picture: demo/shapes.png   the report: demo/check.html"
 
 test: $(READY)
 	$(BIN)/ruff check .

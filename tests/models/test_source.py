@@ -229,6 +229,7 @@ def test_one_set_of_weights_is_downloaded() -> None:
         "text_encoder/model.safetensors",
         "tokenizer/merges.txt",
         "tokenizer/vocab.json",
+        "tokenizer_3/spiece.model",
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
         "vae/diffusion_pytorch_model.fp16.safetensors",
