@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,16 +31,25 @@ def test_the_check_passes(bundle: Path) -> None:
     assert min(p.psnr_db for p in report.pictures) >= 60
 
 
-@pytest.mark.xfail(strict=True, reason="the model was trained too briefly: see its score in the README")
-def test_held_out_captions_are_drawn(bundle: Path) -> None:
-    """A tenth of the evaluation, with room for luck: the score itself is in benchmarks/results."""
+@pytest.fixture(scope="module")
+def scores(bundle: Path) -> list[Any]:
+    """A tenth of the evaluation: the score itself is in benchmarks/results."""
     import evaluate
     import scenes
 
     chosen = evaluate.held_out_scenes()[::10]
     pictures = evaluate.draw_with_bundle(bundle)([s.caption for s in chosen], list(range(len(chosen))))
-    scores = [scenes.score(s, p) for s, p in zip(chosen, pictures, strict=True)]
+    return [scenes.score(s, p) for s, p in zip(chosen, pictures, strict=True)]
+
+
+def test_held_out_captions_are_drawn(scores: list[Any]) -> None:
+    """With room for luck, as twenty captions are few."""
     assert np.mean([s.colours and s.background for s in scores]) >= 0.8
+
+
+@pytest.mark.xfail(strict=True, reason="the model often swaps the sides of two things: see its score in the README")
+def test_every_thing_is_where_the_caption_says(scores: list[Any]) -> None:
+    assert np.mean([s.everything for s in scores]) >= 0.7
 
 
 def test_the_model_is_small_and_safe() -> None:

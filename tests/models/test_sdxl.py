@@ -286,6 +286,10 @@ BAD_CONFIGS: dict[str, tuple[Edit, list[str]]] = {
         ["no first text encoder", "refiner", "model_index.json", "use the base model"],
     ),
     "refiner without the entry": (change("model_index.json", text_encoder=None), ["no first text encoder"]),
+    "refiner as published": (
+        change("model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline"),
+        ["StableDiffusionXLImg2ImgPipeline is not supported"],
+    ),
     "no second encoder": (change("model_index.json", text_encoder_2=None), ["the model has no text_encoder_2"]),
     "second encoder without projection": (
         change("model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]),
