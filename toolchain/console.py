@@ -43,18 +43,19 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 def size(text: str) -> tuple[int, int]:
     """HEIGHTxWIDTH in pixels -> (height, width)."""
-    height, _, width = text.partition("x")
-    if not (height.isascii() and height.isdigit() and width.isascii() and width.isdigit()):
-        raise click.BadParameter(f"{text!r} is not HEIGHTxWIDTH in pixels, such as 512x768.")
-    return int(height), int(width)
+    return _pair(text, "HEIGHTxWIDTH in pixels, such as 512x768.")
 
 
 def place(text: str) -> tuple[int, int]:
     """TOPxLEFT in pixels -> (top, left)."""
-    top, _, left = text.partition("x")
-    if not (top.isascii() and top.isdigit() and left.isascii() and left.isdigit()):
-        raise click.BadParameter(f"{text!r} is not TOPxLEFT in pixels, such as 0x0.")
-    return int(top), int(left)
+    return _pair(text, "TOPxLEFT in pixels, such as 0x0.")
+
+
+def _pair(text: str, form: str) -> tuple[int, int]:
+    first, _, second = text.partition("x")
+    if not (first.isascii() and first.isdigit() and second.isascii() and second.isdigit()):
+        raise click.BadParameter(f"{text!r} is not {form}")
+    return int(first), int(second)
 
 
 def aspect(text: str) -> float:

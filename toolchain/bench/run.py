@@ -20,9 +20,9 @@ from typing import Any
 from toolchain.bench.contender import Contender
 from toolchain.bench.report import BenchReport, summarize
 from toolchain.bundle import Bundle, read_bundle
-from toolchain.engines import backend_of
-from toolchain.errors import BundleError, UsageError
+from toolchain.errors import UsageError
 from toolchain.models import resolve_model
+from toolchain.runtime.engines import usable_backend
 
 OURS = "diffbuild"
 AGAINST = {"diffusers": ("torch", "diffusers"), "compile": ("torch", "diffusers")}
@@ -136,10 +136,7 @@ def bench(
 
 
 def _refuse(bundle: Bundle, against: tuple[str, ...], model: Path | None) -> None:
-    backend = backend_of(bundle.backend)
-    reason = backend.available() or backend.refuse(bundle.device)
-    if reason:
-        raise BundleError("the bundle cannot run here", where=bundle.path, got=reason, hint="build it on this machine")
+    usable_backend(bundle)
     for name in against:
         missing = [package for package in AGAINST[name] if find_spec(package) is None]
         if missing:

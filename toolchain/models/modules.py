@@ -74,6 +74,13 @@ def rescale(output: Tensor, guided: Tensor, share: Tensor) -> Tensor:
     return share * (guided * ratio) + (1 - share) * guided
 
 
+def guide_unet(output: Tensor, guided: bool, guidance: Tensor, guidance_rescale: Tensor) -> Tensor:
+    """What UNet families make of the network's output: guided and rescaled where the batch is doubled; in float32."""
+    if guided:
+        return rescale(output, guide(output, guidance), guidance_rescale)
+    return output.float() + unused(guidance, guidance_rescale)
+
+
 def unused(*inputs: Tensor) -> Tensor:
     """Zero, made of the inputs that a graph has only so that every graph of its family has the same signature."""
     return 0 * torch.stack([x.float().sum() for x in inputs]).sum()
@@ -101,10 +108,7 @@ class UNetStep(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         row, latents, time = begin(state, step, timesteps, table, self.guided, self.dtype)
         output = self.unet(latents, time, context.to(self.dtype), return_dict=False)[0]
-        if self.guided:
-            output = rescale(output, guide(output, guidance), guidance_rescale)
-        else:
-            output = output.float() + unused(guidance, guidance_rescale)
+        output = guide_unet(output, self.guided, guidance, guidance_rescale)
         return finish(row, state, step, output, noise)
 
 

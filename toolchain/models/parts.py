@@ -42,6 +42,12 @@ def clip_length(source: ModelSource, folder: str) -> int:
     return int(source.config(folder).get("max_position_embeddings", CLIP_LENGTH))
 
 
+def clip_layers(source: ModelSource, folder: str) -> int:
+    """Layers of a CLIP text encoder."""
+    layers: int = source.config(folder).get("num_hidden_layers", 12)
+    return layers
+
+
 def step_spec(
     latents: tuple[int, ...], inputs: Mapping[str, tuple[int, ...]], noise: tuple[int, ...] = ()
 ) -> GraphSpec:

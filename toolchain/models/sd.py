@@ -82,7 +82,7 @@ def settings(source: ModelSource) -> ModelSettings:
         vae_factor=factor,
         multiple=factor,
         token_pixels=factor,
-        max_clip_skip=int(source.config("text_encoder").get("num_hidden_layers", 12)),
+        max_clip_skip=parts.clip_layers(source, "text_encoder"),
     )
 
 

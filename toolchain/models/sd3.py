@@ -85,7 +85,8 @@ def check(source: ModelSource, recipe: Recipe) -> None:
         parts.check_clip(source, folder, "transformer")
         projection = source.setting(folder, "projection_dim")
         parts.check_sizes(
-            source, {(folder, "projection_dim"): projection, (folder, "num_hidden_layers"): _layers(source, folder)}
+            source,
+            {(folder, "projection_dim"): projection, (folder, "num_hidden_layers"): parts.clip_layers(source, folder)},
         )
     parts.check_lengths(source, CLIPS)
     if T5 not in recipe.without:
@@ -154,11 +155,6 @@ def _check_widths(source: ModelSource, recipe: Recipe) -> None:
         )
 
 
-def _layers(source: ModelSource, folder: str) -> int:
-    layers: int = source.config(folder).get("num_hidden_layers", 12)
-    return layers
-
-
 def _patch_size(source: ModelSource) -> int:
     """Latents per token of the network, along each side."""
     size: int = source.config("transformer").get("patch_size", PATCH_SIZE)
@@ -174,7 +170,7 @@ def settings(source: ModelSource) -> ModelSettings:
         multiple=token,
         token_pixels=token,
         early_start=True,
-        max_clip_skip=min(_layers(source, folder) for folder in CLIPS) - (PENULTIMATE - 1),
+        max_clip_skip=min(parts.clip_layers(source, folder) for folder in CLIPS) - (PENULTIMATE - 1),
     )
 
 

@@ -69,7 +69,7 @@ def check(source: ModelSource, recipe: Recipe) -> None:
     parts.check_sizes(source, {("vae", "latent_channels"): latent_channels})
     for folder in ENCODERS:
         parts.check_clip(source, folder, "unet")
-        parts.check_sizes(source, {(folder, "num_hidden_layers"): _layers(source, folder)})
+        parts.check_sizes(source, {(folder, "num_hidden_layers"): parts.clip_layers(source, folder)})
     parts.check_lengths(source, ENCODERS)
     _check_unet(source, latent_channels)
     _check_vae(source, recipe)
@@ -137,14 +137,9 @@ def _check_vae(source: ModelSource, recipe: Recipe) -> None:
             )
 
 
-def _layers(source: ModelSource, folder: str) -> int:
-    layers: int = source.config(folder).get("num_hidden_layers", 12)
-    return layers
-
-
 def settings(source: ModelSource) -> ModelSettings:
     factor = parts.vae_factor(source)
-    layers = min(_layers(source, folder) for folder in ENCODERS)
+    layers = min(parts.clip_layers(source, folder) for folder in ENCODERS)
     return ModelSettings(
         scheduler=source.config("scheduler"),
         vae_factor=factor,

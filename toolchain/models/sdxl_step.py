@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from toolchain.models.modules import begin, finish, guide, rescale, unused
+from toolchain.models.modules import begin, finish, guide_unet
 
 
 class SDXLStep(nn.Module):
@@ -36,8 +36,5 @@ class SDXLStep(nn.Module):
         # The sizes stay in float32, where a side of more than 2048 pixels is exact; the UNet casts their embedding.
         added = {"text_embeds": pooled.to(self.dtype), "time_ids": time_ids}
         output = self.unet(latents, time, joined, added_cond_kwargs=added, return_dict=False)[0]
-        if self.guided:
-            output = rescale(output, guide(output, guidance), guidance_rescale)
-        else:
-            output = output.float() + unused(guidance, guidance_rescale)
+        output = guide_unet(output, self.guided, guidance, guidance_rescale)
         return finish(row, state, step, output, noise)

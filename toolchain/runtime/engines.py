@@ -8,11 +8,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolchain.bundle import Bundle
-from toolchain.engines import Backend, Engine
+from toolchain.engines import Backend, Engine, backend_of
+from toolchain.errors import BundleError
 from toolchain.recipe import Bucket
 
 F32 = NDArray[np.float32]
 Array = NDArray[np.generic]
+
+
+def usable_backend(bundle: Bundle) -> Backend:
+    """The bundle's backend. BundleError when its engines were built for another device or version."""
+    backend = backend_of(bundle.backend)
+    reason = backend.available() or backend.refuse(bundle.device)
+    if reason:
+        raise BundleError(
+            "the bundle cannot run here",
+            where=bundle.path,
+            got=reason,
+            hint="build it on this machine, from the same recipe",
+        )
+    return backend
 
 
 def open_engine(bundle: Bundle, backend: Backend, component: str, bucket: Bucket) -> Engine:

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from toolchain.bundle import Bundle, read_bundle
-from toolchain.engines import Engine, backend_of
+from toolchain.engines import Engine
 from toolchain.errors import BundleError, RequestError
 from toolchain.recipe import Bucket
-from toolchain.runtime.engines import F32, BucketEngines, open_engine
+from toolchain.runtime.engines import F32, BucketEngines, open_engine, usable_backend
 from toolchain.runtime.loop import denoise
 from toolchain.runtime.noise import Generator
 from toolchain.runtime.request import Options, Request, Size, Texts
@@ -95,15 +95,7 @@ class Pipeline:
         Raises BundleError when the engines were built for another device or version.
         """
         self.bundle = bundle
-        self._backend = backend_of(bundle.backend)
-        reason = self._backend.available() or self._backend.refuse(bundle.device)
-        if reason:
-            raise BundleError(
-                "the bundle cannot run here",
-                where=bundle.path,
-                got=reason,
-                hint="build it on this machine, from the same recipe",
-            )
+        self._backend = usable_backend(bundle)
         self._texts = TextEncoders(bundle, self._backend)
         self._buckets: dict[Bucket, BucketEngines] = {}
         self._tables: OrderedDict[str, SamplerTable] = OrderedDict()
