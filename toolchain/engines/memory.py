@@ -1,0 +1,76 @@
+"""Where the buffers of engines lie: host memory, or a GPU's behind one stream.
+
+The runtime works on a `Memory` alone and never asks which it is. On a GPU everything but `read` only enqueues: a picture
+costs one synchronisation with the host, at its end.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+
+class Buffer(Protocol):
+    """A dense tensor in some memory, of fixed address and shape. numpy arrays are the buffers of the host."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def __getitem__(self, rows: int | slice, /) -> Any:
+        """A view of one row, without the first axis, or of several: to copy from and to write to."""
+
+
+class Memory(Protocol):
+    """The buffers of one pipeline. What is asked of it happens in order; not safe for concurrent use."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """A new buffer, freed with the memory."""
+
+    def write(self, target: Any, value: ArrayLike) -> None:
+        """Copies `value`, broadcast and cast to the buffer, into it. The caller may change `value` afterwards."""
+
+    def copy(self, target: Any, source: Any) -> None:
+        """Copies a buffer into another of the same shape and dtype."""
+
+    def read(self, *sources: Any) -> list[NDArray[Any]]:
+        """Copies of buffers on the host, after everything that was asked for before. Waits once for all of them."""
+
+    def mark(self) -> Any:
+        """A moment in the order of the work."""
+
+    def elapsed_ms(self, first: Any, second: Any) -> float:
+        """Milliseconds of work between two marks; both must lie before a `read`."""
+
+    def close(self) -> None:
+        """Frees every buffer."""
+
+
+class HostMemory:
+    """numpy arrays: done as soon as it is asked for."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        return np.zeros(shape, dtype)
+
+    def write(self, target: NDArray[Any], value: ArrayLike) -> None:
+        target[...] = value
+
+    def copy(self, target: NDArray[Any], source: NDArray[Any]) -> None:
+        target[...] = source
+
+    def read(self, *sources: NDArray[Any]) -> list[NDArray[Any]]:
+        return [source.copy() for source in sources]
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def elapsed_ms(self, first: float, second: float) -> float:
+        return (second - first) * 1e3
+
+    def close(self) -> None:
+        pass
