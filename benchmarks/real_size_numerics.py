@@ -96,6 +96,7 @@ def size_of(folder: Path) -> int:
 
 def inputs_of(spec: Any, table: Any) -> dict[str, Any]:
     """One evaluation in the middle of a schedule, its text random."""
+    from toolchain.engines.memory import HostMemory
     from toolchain.runtime.start import place_sampler, place_scales, place_time_ids
 
     rng = np.random.default_rng(1)
@@ -105,23 +106,26 @@ def inputs_of(spec: Any, table: Any) -> dict[str, Any]:
     }
     inputs["state"][1:] = 0
     inputs["step"][...] = table.evaluations // 2
-    place_sampler(inputs, table)
-    place_scales(inputs, {"guidance": 5.0, "guidance_rescale": 0.0})
-    place_time_ids(inputs, (512, 512, 0, 0, 512, 512), (512, 512, 0, 0, 512, 512))
+    memory = HostMemory()
+    place_sampler(memory, inputs, table)
+    place_scales(memory, inputs, {"guidance": 5.0, "guidance_rescale": 0.0})
+    place_time_ids(memory, inputs, (512, 512, 0, 0, 512, 512), (512, 512, 0, 0, 512, 512))
     return inputs
 
 
 def step_by_engine(model: str, folder: Path) -> dict[str, Any]:
     from toolchain.bundle import read_bundle
     from toolchain.engines import backend_of
+    from toolchain.engines.memory import HostMemory
     from toolchain.runtime.engines import BoundEngine, open_engine
     from toolchain.sampler.compile import compile_table
 
     bundle = read_bundle(folder.parent / "bundle")
     started = time.perf_counter()
-    engine = open_engine(bundle, backend_of(bundle.backend), "denoiser", FIRST)
+    memory = HostMemory()
+    engine = open_engine(bundle, backend_of(bundle.backend), "denoiser", FIRST, memory)
     opened = time.perf_counter() - started
-    bound = BoundEngine(engine)
+    bound = BoundEngine(engine, memory)
     inputs = inputs_of(engine.spec, compile_table("euler", 20, bundle.settings.scheduler))
     seconds, outputs = timed(lambda: bound(inputs))
     np.save(folder.parent / "engine.npy", outputs["next_state"][0])

@@ -12,6 +12,7 @@ import torch
 
 from toolchain.check.measure import Feed, compare_engine, measure
 from toolchain.check.pictures import Drawn, is_blank, judge
+from toolchain.engines.memory import HostMemory
 from toolchain.recipe import Check, Tolerance
 from toolchain.signature import GraphSpec, TensorSpec
 
@@ -63,7 +64,14 @@ def test_the_reference_runs_only_on_inputs_that_it_has_not_seen() -> None:
     x = np.array([1, -2], np.float32)
     known, new = Feed("known", {"x": x}, 3, {"y": 2 * x}), Feed("new", {"x": 3 * x})
     entries, references = compare_engine(
-        "c", "any", FakeEngine.spec, cast(Any, module), cast(Any, FakeEngine), [known, new], TOLERANCE
+        "c",
+        "any",
+        FakeEngine.spec,
+        cast(Any, module),
+        HostMemory,
+        cast(Any, lambda memory: FakeEngine()),
+        [known, new],
+        TOLERANCE,
     )
     assert [array.tolist() for array in seen] == [[3, -6]]
     assert [r["y"].tolist() for r in references] == [[2, -4], [6, -12]]

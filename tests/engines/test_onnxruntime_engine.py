@@ -13,6 +13,7 @@ import torch
 
 from tests.tiny import recipe_for
 from toolchain.engines import BACKENDS, backend_of
+from toolchain.engines.memory import HostMemory
 from toolchain.engines.onnxruntime import OnnxRuntimeBackend, cpu_features, physical_cores
 from toolchain.errors import EngineError, UsageError
 from toolchain.export.capture import capture
@@ -57,7 +58,7 @@ def test_every_level_equals_torch(prepared: Any, level: str, tmp_path: Path) -> 
     out = tmp_path / "engine"
     out.mkdir()
     BACKEND.build(folder / "graph.onnx", weights, out, options)
-    engine = BACKEND.open(out, weights, spec, options)
+    engine = BACKEND.open(out, weights, spec, options, HostMemory())
     found = {t.name: np.zeros(t.shape, t.dtype) for t in spec.outputs}
     engine.bind({"latents": latents, **found})()
     tolerance = 1e-5 if dtype == "float32" else 5e-3
@@ -80,7 +81,7 @@ def opened(prepared: Any, out: Path, spec: GraphSpec | None = None) -> Any:
     options = {"optimization": "basic", "threads": 1}
     weights = {"weights": folder / "weights.safetensors"}
     BACKEND.build(folder / "graph.onnx", weights, out, options)
-    return BACKEND.open(out, weights, spec or right, options)
+    return BACKEND.open(out, weights, spec or right, options, HostMemory())
 
 
 def test_outputs_that_are_not_bound_are_not_delivered(prepared: Any, tmp_path: Path) -> None:
@@ -120,6 +121,7 @@ def test_a_graph_that_cannot_be_read(prepared: Any, tmp_path: Path) -> None:
             {"weights": prepared[1] / "weights.safetensors"},
             prepared[2],
             {"optimization": "basic", "threads": 1},
+            HostMemory(),
         )
 
 
@@ -157,4 +159,4 @@ def test_a_weight_file_that_is_missing(prepared: Any, tmp_path: Path) -> None:
     opened(prepared, tmp_path)
     missing = {"weights": tmp_path / "nowhere" / "weights.safetensors"}
     with pytest.raises(EngineError, match="cannot open the graph"):
-        BACKEND.open(tmp_path, missing, prepared[2], {"optimization": "basic", "threads": 1})
+        BACKEND.open(tmp_path, missing, prepared[2], {"optimization": "basic", "threads": 1}, HostMemory())

@@ -78,25 +78,25 @@ def test_crop_takes_the_middle_of_the_nearest_larger_bucket(pipe: toolchain.Pipe
     assert np.array_equal(cut, whole[8:56, 8:88])
 
 
-class Counted:
-    """A text encoder that counts its runs."""
-
-    def __init__(self, engine: Any, calls: list[int]) -> None:
-        self.engine, self.calls, self.inputs = engine, calls, engine.inputs
-
-    def __call__(self, inputs: Any) -> Any:
-        self.calls.append(1)
-        return self.engine(inputs)
-
-
-def test_prompts_are_encoded_once(pipe: toolchain.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    (name,) = pipe._texts._engines
-    encode = pipe._texts._engines[name]
-    monkeypatch.setitem(pipe._texts._engines, name, Counted(encode, calls))
+def test_prompts_are_encoded_once(pipe: toolchain.Pipeline) -> None:
+    before = pipe._texts.launches
     pipe("a prompt that nobody gave before", seed=0, steps=1)
     pipe(["a prompt that nobody gave before"] * 2, seed=0, steps=1)
-    assert len(calls) == 1
+    assert pipe._texts.launches == before + 1
+
+
+def test_the_cache_of_prompts_stops_growing(pipe: toolchain.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    (encoder,) = pipe._texts._encoders.values()
+    pipe.forget_prompts()
+    monkeypatch.setattr(encoder, "_capacity", 3)
+    first = pipe("a red circle", seed=0, steps=1)
+    rows = len(encoder._known) + len(encoder._free)
+    for i in range(9):
+        pipe(f"prompt {i}", seed=0, steps=1)
+    assert len(encoder._known) == 3
+    assert len(encoder._known) + len(encoder._free) <= max(rows, 3)
+    # A row that was taken over by another prompt must not be seen again.
+    assert np.array_equal(first.latents, pipe("a red circle", seed=0, steps=1).latents)
 
 
 def test_a_table_that_is_not_in_the_bundle_is_compiled(pipe: toolchain.Pipeline) -> None:

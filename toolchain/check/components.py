@@ -18,9 +18,10 @@ from toolchain.check.measure import Arrays, Feed, call, compare_engine
 from toolchain.check.reference import reference_module
 from toolchain.check.report import Entry
 from toolchain.engines import backend_of
+from toolchain.engines.memory import HostMemory
 from toolchain.models import Component, Family, ModelSource
 from toolchain.recipe import Bucket
-from toolchain.runtime.engines import open_engine
+from toolchain.runtime.engines import open_engine, open_memory
 from toolchain.runtime.noise import Generator
 from toolchain.runtime.prompt import PromptTokenizer
 from toolchain.runtime.start import draw, normal, place_sampler, place_scales, place_time_ids
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 F32 = NDArray[np.float32]
+HOST = HostMemory()
 Progress = Callable[[str], None]
 RECORDED = 7
 """Evaluations of each trajectory that the engine is given: enough for a curve, and a third of a usual schedule."""
@@ -138,7 +140,8 @@ class _Comparison:
             label,
             self.bundle.engine(component.name, some).spec,
             module,
-            lambda: open_engine(self.bundle, backend_of(self.bundle.backend), component.name, some),
+            lambda: open_memory(self.bundle, backend_of(self.bundle.backend)),
+            lambda memory: open_engine(self.bundle, backend_of(self.bundle.backend), component.name, some, memory),
             feeds,
             self.bundle.recipe.check.tolerance(component.name),
         )
@@ -150,14 +153,14 @@ class _Comparison:
     ) -> Arrays:
         """Inputs of the first evaluation but for state and noise, as the runtime fills its buffers."""
         inputs: Arrays = {t.name: np.zeros(t.shape, t.dtype) for t in spec.inputs}
-        place_sampler(inputs, table)
+        place_sampler(HOST, inputs, table)
         embedded = self.bundle.settings.embedded_guidance
         guidance = self.bundle.recipe.sampling.guidance if self.guided or embedded else 1.0
         # Scales that the recipe has no default for are off by default: the check turns them on to see them work.
-        place_scales(inputs, {"guidance": guidance, "guidance_rescale": 0.5, "true_cfg": 2.0})
+        place_scales(HOST, inputs, {"guidance": guidance, "guidance_rescale": 0.5, "true_cfg": 2.0})
         sizes = (bucket.height, bucket.width, 0, 0, bucket.height, bucket.width)
-        place_time_ids(inputs, sizes, sizes)
-        place(inputs, [empty] * len(conditions) if self.guided else [], conditions)
+        place_time_ids(HOST, inputs, sizes, sizes)
+        place(HOST, inputs, [empty] * len(conditions) if self.guided else [], conditions)
         return inputs
 
     def _generators(self, batch: int) -> list[Generator]:
@@ -194,7 +197,7 @@ def _trajectory(
     recorded = []
     for index, draws in enumerate(table.noise_draws):
         if draws:
-            draw(inputs["noise"], generators)
+            draw(HOST, inputs["noise"], generators)
         outputs = call(module, spec, inputs)
         if index in chosen:
             changing = {name: inputs[name].copy() for name in ("state", "step", "noise")}

@@ -29,14 +29,18 @@ from polygraphy.logger import G_LOGGER
 
 from toolchain.check.report import Entry, Metrics
 from toolchain.engines import Engine
+from toolchain.engines.memory import Memory
 from toolchain.errors import EngineError
 from toolchain.recipe import Tolerance
+from toolchain.runtime.engines import BoundEngine
 from toolchain.signature import GraphSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
 Arrays = dict[str, NDArray[Any]]
+OpenMemory = Callable[[], Memory]
+OpenEngine = Callable[[Memory], Engine]
 REFERENCE, ENGINE = "reference", "engine"
 
 
@@ -65,35 +69,36 @@ def call(module: nn.Module, spec: GraphSpec, inputs: Mapping[str, NDArray[Any]])
 class EngineRunner(BaseRunner):  # type: ignore[misc]
     """An engine of the bundle, opened when Polygraphy activates it, with every output bound."""
 
-    def __init__(self, open_engine: Callable[[], Engine], spec: GraphSpec) -> None:
+    def __init__(self, open_memory: OpenMemory, open_engine: OpenEngine, spec: GraphSpec) -> None:
         super().__init__(name=ENGINE)
-        self._open = open_engine
+        self._open_memory, self._open_engine = open_memory, open_engine
         self._spec = spec
-        self._engine: Engine | None = None
-        self._buffers: Arrays = {}
-        self._launch: Callable[[], None] | None = None
+        self._memory: Memory | None = None
+        self._bound: BoundEngine | None = None
 
     def activate_impl(self) -> None:
-        self._engine = self._open()
-        self._buffers = {t.name: np.zeros(t.shape, t.dtype) for t in (*self._spec.inputs, *self._spec.outputs)}
-        self._launch = self._engine.bind(self._buffers)
+        self._memory = self._open_memory()
+        self._bound = BoundEngine(self._open_engine(self._memory), self._memory)
 
     def get_input_metadata_impl(self) -> Any:
         return _metadata(self._spec)
 
     def infer_impl(self, feed_dict: Mapping[str, NDArray[Any]]) -> Arrays:
-        assert self._launch is not None
-        for name, array in feed_dict.items():
-            self._buffers[name][...] = array
+        assert self._bound is not None
+        assert self._memory is not None
         started = time.perf_counter()
-        self._launch()
+        outputs = self._bound(feed_dict)
+        found = self._memory.read(*(outputs[t.name] for t in self._spec.outputs))
         self.inference_time = time.perf_counter() - started
-        return {t.name: self._buffers[t.name].copy() for t in self._spec.outputs}
+        return {t.name: array for t, array in zip(self._spec.outputs, found, strict=True)}
 
     def deactivate_impl(self) -> None:
-        engine, self._engine, self._launch, self._buffers = self._engine, None, None, {}
-        if engine is not None:
-            engine.close()
+        bound, memory = self._bound, self._memory
+        self._bound = self._memory = None
+        if bound is not None:
+            bound.close()
+        if memory is not None:
+            memory.close()
 
 
 def compare_engine(
@@ -101,7 +106,8 @@ def compare_engine(
     bucket: str,
     spec: GraphSpec,
     module: nn.Module,
-    open_engine: Callable[[], Engine],
+    open_memory: OpenMemory,
+    open_engine: OpenEngine,
     feeds: Sequence[Feed],
     tolerance: Tolerance,
 ) -> tuple[list[Entry], list[Arrays]]:
@@ -112,7 +118,9 @@ def compare_engine(
     references = [call(module, spec, f.inputs) if f.reference is None else f.reference for f in feeds]
     with quiet():
         try:
-            results = Comparator.run([EngineRunner(open_engine, spec)], data_loader=[f.inputs for f in feeds])
+            results = Comparator.run(
+                [EngineRunner(open_memory, open_engine, spec)], data_loader=[f.inputs for f in feeds]
+            )
         except PolygraphyException as error:
             raise EngineError("the engine cannot be compared", where=f"{component} {bucket}", got=error) from error
         engines = [{t.name: np.asarray(outputs[t.name]) for t in spec.outputs} for outputs in results[ENGINE]]

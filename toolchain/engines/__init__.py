@@ -6,13 +6,11 @@ needs nothing but numpy and the backend's own library.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from toolchain.engines.memory import Buffer, Memory
 from toolchain.engines.onnxruntime import OnnxRuntimeBackend
 from toolchain.errors import UsageError
 from toolchain.signature import GraphSpec
@@ -20,7 +18,7 @@ from toolchain.signature import GraphSpec
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-Buffers = Mapping[str, NDArray[np.generic]]
+Buffers = Mapping[str, Buffer]
 
 
 class Engine(Protocol):
@@ -29,7 +27,9 @@ class Engine(Protocol):
     spec: GraphSpec
 
     def bind(self, buffers: Buffers) -> Callable[[], None]:
-        """Fixes every input and output to a buffer and returns the launch, which allocates nothing.
+        """Fixes every input and output to a buffer of the engine's memory and returns the launch.
+
+        A launch allocates nothing, and on a GPU only enqueues.
 
         One engine can hold several bindings: the denoising loop swaps two, so that no state is copied. Outputs that
         are not given are not delivered. Raises EngineError for a missing buffer or one of another dtype or shape.
@@ -69,8 +69,19 @@ class Backend(Protocol):
         `weights` is role -> file: "weights" is the component's weight file, "packed" the backend's. Raises EngineError.
         """
 
-    def open(self, folder: Path, weights: Mapping[str, Path], spec: GraphSpec, options: Mapping[str, Any]) -> Engine:
-        """Opens an engine from its folder and its component's weight files. Raises EngineError."""
+    def memory(self, folders: Sequence[Path], options: Mapping[str, Any]) -> Memory:
+        """Where the buffers of one pipeline will lie, for the engines in `folders`. Raises EngineError."""
+
+    def open(
+        self,
+        folder: Path,
+        weights: Mapping[str, Path],
+        spec: GraphSpec,
+        options: Mapping[str, Any],
+        memory: Any,
+    ) -> Engine:
+        """Opens an engine from its folder and its component's weight files, for buffers of `memory`, which is one of
+        this backend's own. Raises EngineError."""
 
 
 BACKENDS: dict[str, Backend] = {"onnxruntime": OnnxRuntimeBackend()}

@@ -1,7 +1,7 @@
 """Where the buffers of engines lie: host memory, or a GPU's behind one stream.
 
-The runtime works on a `Memory` alone and never asks which it is. On a GPU everything but `read` only enqueues: a picture
-costs one synchronisation with the host, at its end.
+The runtime works on a `Memory` alone and never asks which it is. On a GPU everything but `read` only enqueues: a
+picture costs one synchronisation with the host, at its end.
 """
 
 from __future__ import annotations

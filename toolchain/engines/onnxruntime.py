@@ -14,7 +14,7 @@ import hashlib
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from toolchain.engines.memory import HostMemory
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec, TensorSpec
 from toolchain.weights import MappedWeights, TensorRef
@@ -141,8 +142,16 @@ class OnnxRuntimeBackend:
             for mapped in files.values():
                 mapped.close()
 
+    def memory(self, folders: Sequence[Path], options: Mapping[str, Any]) -> HostMemory:
+        return HostMemory()
+
     def open(
-        self, folder: Path, weights: Mapping[str, Path], spec: GraphSpec, options: Mapping[str, Any]
+        self,
+        folder: Path,
+        weights: Mapping[str, Path],
+        spec: GraphSpec,
+        options: Mapping[str, Any],
+        memory: Any,
     ) -> OnnxRuntimeEngine:
         settings = _session_options(options)
         settings.graph_optimization_level = _ort().GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -165,7 +174,7 @@ class OnnxRuntimeEngine:
         self._folder = folder
         self._check_signature()
 
-    def bind(self, buffers: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
+    def bind(self, buffers: Mapping[str, Any]) -> Callable[[], None]:
         session = self._session
         binding = session.io_binding()
         for tensor in self.spec.inputs:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from toolchain.bundle import Bundle
 from toolchain.engines import Backend, Engine, backend_of
+from toolchain.engines.memory import Memory
 from toolchain.errors import BundleError
 from toolchain.recipe import Bucket
 
@@ -30,26 +32,33 @@ def usable_backend(bundle: Bundle) -> Backend:
     return backend
 
 
-def open_engine(bundle: Bundle, backend: Backend, component: str, bucket: Bucket) -> Engine:
+def open_memory(bundle: Bundle, backend: Backend) -> Memory:
+    """Where the buffers of a pipeline over this bundle will lie. Raises EngineError."""
+    folders = {bundle.path / entry.folder for by_bucket in bundle.engines.values() for entry in by_bucket.values()}
+    return backend.memory(sorted(folders), bundle.recipe.to_json()[backend.name])
+
+
+def open_engine(bundle: Bundle, backend: Backend, component: str, bucket: Bucket, memory: Memory) -> Engine:
+    """Raises BundleError and EngineError."""
     entry = bundle.engine(component, bucket)
     options = bundle.recipe.to_json()[backend.name]
     weights = {role: bundle.path / name for role, name in entry.weights.items()}
-    return backend.open(bundle.path / entry.folder, weights, entry.spec, options)
+    return backend.open(bundle.path / entry.folder, weights, entry.spec, options, memory)
 
 
 class BoundEngine:
     """An engine with buffers of its own for every input and output."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.inputs: dict[str, Array] = {t.name: np.zeros(t.shape, t.dtype) for t in engine.spec.inputs}
-        self.outputs: dict[str, Array] = {t.name: np.zeros(t.shape, t.dtype) for t in engine.spec.outputs}
+    def __init__(self, engine: Engine, memory: Memory) -> None:
+        self._engine, self._memory = engine, memory
+        self.inputs = {t.name: memory.zeros(t.shape, t.dtype) for t in engine.spec.inputs}
+        self.outputs = {t.name: memory.zeros(t.shape, t.dtype) for t in engine.spec.outputs}
         self._launch = engine.bind({**self.inputs, **self.outputs})
 
-    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def __call__(self, inputs: Mapping[str, ArrayLike]) -> dict[str, Any]:
         """Runs on copies of `inputs`; those that are not given keep what they held. The outputs are buffers."""
         for name, array in inputs.items():
-            self.inputs[name][...] = array
+            self._memory.write(self.inputs[name], array)
         self._launch()
         return self.outputs
 
@@ -63,15 +72,15 @@ class BucketEngines:
     The state has two buffers, which the step's two launches swap.
     """
 
-    def __init__(self, bucket: Bucket, step: Engine, decoder: Engine, encoder: Engine | None) -> None:
-        self.bucket = bucket
+    def __init__(self, memory: Memory, step: Engine, decoder: Engine, encoder: Engine | None) -> None:
+        self.memory = memory
         self._engines = [step, decoder]
-        buffers: dict[str, Array] = {t.name: np.zeros(t.shape, t.dtype) for t in step.spec.inputs}
-        self.states = (buffers.pop("state"), np.zeros(step.spec.input("state").shape, np.float32))
-        self.counters = (buffers.pop("step"), np.zeros(1, np.int64))
+        buffers = {t.name: memory.zeros(t.shape, t.dtype) for t in step.spec.inputs}
+        self.states = (buffers.pop("state"), memory.zeros(step.spec.input("state").shape, np.float32))
+        self.counters = (buffers.pop("step"), memory.zeros((1,), np.int64))
         self.inputs = buffers
-        self.pixels = np.zeros(decoder.spec.outputs[0].shape, np.uint8)
-        self.encoder = None if encoder is None else BoundEngine(encoder)
+        self.pixels = memory.zeros(decoder.spec.outputs[0].shape, np.uint8)
+        self.encoder = None if encoder is None else BoundEngine(encoder, memory)
 
         def bind_step(source: int, target: int) -> Callable[[], None]:
             ends = {"state": self.states[source], "next_state": self.states[target]}
@@ -84,7 +93,7 @@ class BucketEngines:
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """[B, C, h, w] of the latents."""
-        return self.states[0].shape[1:]
+        return tuple(self.states[0].shape[1:])
 
     def warm_up(self) -> None:
         """Runs everything once on zeros, so that the first request finds pages and threads in place."""
@@ -92,6 +101,7 @@ class BucketEngines:
         self.decoders[1]()
         if self.encoder:
             self.encoder({})
+        self.memory.read()
 
     def close(self) -> None:
         for engine in self._engines:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from toolchain.bundle import Bundle, read_bundle
+from toolchain.bundle import Bundle
 from toolchain.engines import Engine
+from toolchain.engines.memory import Memory
 from toolchain.errors import BundleError, RequestError
 from toolchain.recipe import Bucket
-from toolchain.runtime.engines import F32, BucketEngines, open_engine, usable_backend
+from toolchain.runtime.engines import F32, BucketEngines, open_engine, open_memory, usable_backend
 from toolchain.runtime.loop import denoise
 from toolchain.runtime.noise import Generator
 from toolchain.runtime.request import Options, Request, Size, Texts
@@ -27,18 +30,24 @@ from toolchain.runtime.start import draw, start_latents, upload
 from toolchain.runtime.text import Conditions, TextEncoders, place
 from toolchain.sampler.schedulers import parse
 from toolchain.sampler.table import SamplerTable, table_name
+from toolchain.signing import open_bundle
 
 CACHED_TABLES = 64
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback sees after each evaluation of the network. `latents` [B, C, h, w] is a view, to be copied."""
+    """What a callback sees after each evaluation of the network: on a GPU, after it was enqueued."""
 
     index: int
     total: int
     timestep: float
-    latents: F32
+    read_latents: Callable[[], F32] = field(repr=False)
+
+    @property
+    def latents(self) -> F32:
+        """A copy [B, C, h, w]. On a GPU asking for it waits for the evaluation."""
+        return self.read_latents()
 
 
 Callback = Callable[[Progress], bool | None]
@@ -46,11 +55,12 @@ Callback = Callable[[Progress], bool | None]
 
 @dataclass
 class Timings:
-    """Milliseconds per stage of one call, summed over its runs.
+    """Milliseconds per stage of one call, summed over its runs. On a GPU they are the stream's, not the host's.
 
     text_ms      prompts to conditions, of which tokenize_ms are the tokenizers'; next to nothing for known prompts
-    encode_ms    drawing the noise and, for image to image, encoding the picture
-    denoise_ms   the loop, of which launch_ms are inside the engine; steps_ms are its evaluations
+    encode_ms    drawing the noise and, for image to image, encoding the picture; uploading what the steps read
+    denoise_ms   the loop; steps_ms are its evaluations
+    launch_ms    what the host spent inside the launches of the loop; on a CPU that is the work itself
     launches     how often an engine was launched
     """
 
@@ -63,6 +73,15 @@ class Timings:
     total_ms: float = 0.0
     steps_ms: list[float] = field(default_factory=list)
     launches: int = 0
+
+    def add(self, memory: Memory, marks: Sequence[Any], evaluated: Sequence[Any]) -> None:
+        """Adds a run: marks at its start and after text, start, loop and decoder, and after each evaluation."""
+        stages = [memory.elapsed_ms(*pair) for pair in itertools.pairwise(marks)]
+        self.text_ms += stages[0]
+        self.encode_ms += stages[1]
+        self.denoise_ms += stages[2]
+        self.decode_ms += stages[3]
+        self.steps_ms += [memory.elapsed_ms(*pair) for pair in itertools.pairwise([marks[2], *evaluated])]
 
 
 @dataclass(frozen=True)
@@ -96,7 +115,8 @@ class Pipeline:
         """
         self.bundle = bundle
         self._backend = usable_backend(bundle)
-        self._texts = TextEncoders(bundle, self._backend)
+        self._memory = open_memory(bundle, self._backend)
+        self._texts = TextEncoders(bundle, self._backend, self._memory)
         self._buckets: dict[Bucket, BucketEngines] = {}
         self._tables: OrderedDict[str, SamplerTable] = OrderedDict()
         if warm_up:
@@ -148,6 +168,7 @@ class Pipeline:
         for engines in self._buckets.values():
             engines.close()
         self._buckets.clear()
+        self._memory.close()
 
     def table(self, scheduler: str, steps: int, size: Size, skip: int = 0) -> SamplerTable:
         """The sampler table of a scheduler, from the bundle or compiled now.
@@ -205,10 +226,10 @@ class Pipeline:
         if bucket not in self._buckets:
 
             def opened(name: str) -> Engine:
-                return open_engine(self.bundle, self._backend, name, bucket)
+                return open_engine(self.bundle, self._backend, name, bucket, self._memory)
 
             encoder = opened("vae_encoder") if "vae_encoder" in self.bundle.engines else None
-            self._buckets[bucket] = BucketEngines(bucket, opened("denoiser"), opened("vae_decoder"), encoder)
+            self._buckets[bucket] = BucketEngines(self._memory, opened("denoiser"), opened("vae_decoder"), encoder)
         return self._buckets[bucket]
 
     def _conditions(self, request: Request, chosen: list[int]) -> tuple[list[Conditions], list[Conditions]]:
@@ -231,32 +252,49 @@ class Pipeline:
         timings: Timings,
     ) -> tuple[NDArray[np.uint8], F32]:
         """One pass through a bucket for the pictures `chosen`: pixels [B, H, W, 3] and latents [B, C, h, w]."""
-        clock = _Clock()
+        memory = self._memory
         before = self._texts.tokenize_ms, self._texts.launches
-        place(engines.inputs, *self._conditions(request, chosen))
-        timings.text_ms += clock.lap_ms()
-        timings.tokenize_ms += self._texts.tokenize_ms - before[0]
-        timings.launches += self._texts.launches - before[1]
+        marks = [memory.mark()]
+        place(memory, engines.inputs, *self._conditions(request, chosen))
+        marks.append(memory.mark())
         generators = [Generator(request.seeds[i]) for i in chosen]
-        start = start_latents(engines, table, request, chosen, generators)
-        timings.encode_ms += clock.lap_ms()
-        upload(engines, table, request, start)
-        total = table.evaluations
-        done = 0
-        steps = (_timed(engines.steps[0], timings), _timed(engines.steps[1], timings))
-        for index in denoise(steps, table.noise_draws, lambda: draw(engines.inputs["noise"], generators)):
-            done = index + 1
-            timings.steps_ms.append(clock.split_ms())
-            if callback is not None:
-                progress = Progress(index, total, float(table.timesteps[index]), engines.states[done % 2][0])
-                if callback(progress) is False:
-                    break
-        timings.denoise_ms += clock.lap_ms()
+        upload(engines, table, request, start_latents(engines, table, request, chosen, generators))
+        marks.append(memory.mark())
+        evaluated = self._denoise(engines, table, generators, callback, timings)
+        marks.append(evaluated[-1] if evaluated else marks[-1])
+        done = len(evaluated)
+        latents = engines.states[done % 2][0]
         if decode:
             engines.decoders[done % 2]()
-        timings.decode_ms += clock.lap_ms()
-        timings.launches += done + decode + (request.images is not None)
-        return (engines.pixels.copy() if decode else engines.pixels[:0]), engines.states[done % 2][0].copy()
+        marks.append(memory.mark())
+        found = memory.read(latents, *([engines.pixels] if decode else []))
+        timings.tokenize_ms += self._texts.tokenize_ms - before[0]
+        timings.launches += self._texts.launches - before[1] + done + decode + (request.images is not None)
+        timings.add(memory, marks, evaluated)
+        return (found[1] if decode else np.empty((0, *engines.pixels.shape[1:]), np.uint8)), found[0]
+
+    def _denoise(
+        self,
+        engines: BucketEngines,
+        table: SamplerTable,
+        generators: list[Generator],
+        callback: Callback | None,
+        timings: Timings,
+    ) -> list[Any]:
+        """Runs the loop and returns a mark after each evaluation."""
+        memory, marks = self._memory, []
+        steps = (_timed(engines.steps[0], timings), _timed(engines.steps[1], timings))
+        for index in denoise(steps, table.noise_draws, lambda: draw(memory, engines.inputs["noise"], generators)):
+            marks.append(memory.mark())
+            if callback is not None:
+                read = partial(_first, memory, engines.states[(index + 1) % 2][0])
+                if callback(Progress(index, table.evaluations, float(table.timesteps[index]), read)) is False:
+                    break
+        return marks
+
+
+def _first(memory: Memory, buffer: Any) -> F32:
+    return memory.read(buffer)[0]
 
 
 def _timed(launch: Callable[[], None], timings: Timings) -> Callable[[], None]:
@@ -268,33 +306,17 @@ def _timed(launch: Callable[[], None], timings: Timings) -> Callable[[], None]:
     return run
 
 
-class _Clock:
-    def __init__(self) -> None:
-        self._lap = self._split = time.perf_counter()
-
-    def split_ms(self) -> float:
-        now = time.perf_counter()
-        elapsed, self._split = now - self._split, now
-        return elapsed * 1e3
-
-    def lap_ms(self) -> float:
-        now = time.perf_counter()
-        elapsed, self._lap, self._split = now - self._lap, now, now
-        return elapsed * 1e3
-
-
-def load(path: str | Path, *, verify: bool = True, warm_up: bool = True) -> Pipeline:
+def load(path: str | Path, *, verify: bool = True, trust: str | Path | None = None, warm_up: bool = True) -> Pipeline:
     """Opens a bundle.
 
     verify   compare every file with its sha256 first; leave it on unless the bundle was just verified
+    trust    a public key that must have signed the bundle; $DIFFBUILD_TRUST where it is not given
     warm_up  open every bucket and run each engine once, so that the first request is as fast as the others
 
-    Raises BundleError for a bundle that is damaged, of a newer format, or built for another device or version.
+    Raises BundleError for a bundle that is damaged, of a newer format, not signed by the trusted key, or built for
+    another device or version.
     """
-    bundle = read_bundle(Path(path))
-    if verify:
-        bundle.verify()
-    return Pipeline(bundle, warm_up=warm_up)
+    return Pipeline(open_bundle(Path(path), verify=verify, trust=trust), warm_up=warm_up)
 
 
 def _crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:

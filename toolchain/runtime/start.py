@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from toolchain.engines.memory import Memory
 from toolchain.errors import RequestError
 from toolchain.runtime.engines import F32, Array, BucketEngines
 from toolchain.runtime.noise import Generator
@@ -41,50 +43,53 @@ def _noised_image(engines: BucketEngines, table: SamplerTable, images: Array, ge
     assert engines.encoder is not None
     # The order of the draws is diffusers': the posterior's first, then the noise.
     encoder_noise = normal(engines.latent_shape, generators)
-    latents = engines.encoder({"pixels": images, "noise": encoder_noise})["latents"]
+    encoded = engines.encoder({"pixels": images, "noise": encoder_noise})["latents"]
+    (latents,) = engines.memory.read(encoded)
     signal, sigma = (np.float32(x) for x in table.noising)
     return signal * latents.astype(np.float32) + sigma * normal(engines.latent_shape, generators)
 
 
 def upload(engines: BucketEngines, table: SamplerTable, request: Request, start: F32) -> None:
     """Everything that the steps of one run read beside the conditions: after this the loop only launches."""
-    engines.states[0][...] = 0
-    engines.states[0][0] = start
-    engines.counters[0][...] = 0
-    engines.inputs["noise"][...] = 0
-    place_sampler(engines.inputs, table)
+    memory, inputs = engines.memory, engines.inputs
+    memory.write(engines.states[0][1:], 0)
+    memory.write(engines.states[0][0], start)
+    memory.write(engines.counters[0], 0)
+    memory.write(inputs["noise"], 0)
+    place_sampler(memory, inputs, table)
     scales = {
         "guidance": request.guidance,
         "guidance_rescale": request.guidance_rescale,
         "true_cfg": request.true_cfg,
     }
-    place_scales(engines.inputs, scales)
-    place_time_ids(engines.inputs, *request.time_ids)
+    place_scales(memory, inputs, scales)
+    place_time_ids(memory, inputs, *request.time_ids)
 
 
-def place_sampler(inputs: Mapping[str, Array], table: SamplerTable) -> None:
+def place_sampler(memory: Memory, inputs: Mapping[str, Any], table: SamplerTable) -> None:
     """Writes a table into the step's inputs."""
-    inputs["timesteps"][: table.evaluations] = table.timesteps
-    inputs["table"][: table.evaluations] = table.rows
+    memory.write(inputs["timesteps"][: table.evaluations], table.timesteps)
+    memory.write(inputs["table"][: table.evaluations], table.rows)
 
 
-def place_scales(inputs: Mapping[str, Array], scales: Mapping[str, float]) -> None:
+def place_scales(memory: Memory, inputs: Mapping[str, Any], scales: Mapping[str, float]) -> None:
     """Writes the scales of guidance, as far as the step has them."""
     for name in scales.keys() & inputs.keys():
-        inputs[name][...] = scales[name]
+        memory.write(inputs[name], scales[name])
 
 
-def place_time_ids(inputs: Mapping[str, Array], own: tuple[int, ...], negative: tuple[int, ...]) -> None:
+def place_time_ids(memory: Memory, inputs: Mapping[str, Any], own: tuple[int, ...], negative: tuple[int, ...]) -> None:
     """Writes SDXL's sizes, where the step has them; the first half of a guided batch is the negative prompts'."""
     if "time_ids" in inputs:
-        rows, batch = len(inputs["time_ids"]), inputs["noise"].shape[0]
-        inputs["time_ids"][: rows - batch] = negative
-        inputs["time_ids"][rows - batch :] = own
+        rows, batch = inputs["time_ids"].shape[0], inputs["noise"].shape[0]
+        if rows > batch:
+            memory.write(inputs["time_ids"][: rows - batch], negative)
+        memory.write(inputs["time_ids"][rows - batch :], own)
 
 
-def draw(noise: Array, generators: list[Generator]) -> None:
-    """Fills `noise` [B, ...], each row from its own generator."""
-    noise[...] = normal(noise.shape, generators)
+def draw(memory: Memory, noise: Any, generators: list[Generator]) -> None:
+    """Fills the buffer `noise` [B, ...], each row from its own generator."""
+    memory.write(noise, normal(noise.shape, generators))
 
 
 def normal(shape: tuple[int, ...], generators: list[Generator]) -> F32:

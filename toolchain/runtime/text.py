@@ -6,19 +6,22 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from toolchain.bundle import Bundle
 from toolchain.engines import Backend
-from toolchain.runtime.engines import F32, Array, BoundEngine, open_engine
+from toolchain.engines.memory import Memory
+from toolchain.runtime.engines import BoundEngine, open_engine
 from toolchain.runtime.prompt import PromptTokenizer
 
 log = logging.getLogger("toolchain")
 
 CACHED = 256
-Conditions = dict[str, F32]
-"""What one picture is conditioned on: input of the denoiser -> its row, without the batch axis."""
+CACHED_BYTES = 256 << 20
+Conditions = dict[str, Any]
+"""What one picture is conditioned on: input of the denoiser -> a buffer with its row, without the batch axis."""
 
 
 class TextEncoders:
@@ -27,60 +30,109 @@ class TextEncoders:
     tokenize_ms, launches  what tokenizing took and how often an engine ran, since this was opened
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self._tokenizers = {name: PromptTokenizer(bundle.path / place) for name, place in bundle.tokenizers.items()}
-        self._engines = {
-            name: BoundEngine(open_engine(bundle, backend, name, bundle.buckets[0])) for name in bundle.tokenizers
+    def __init__(self, bundle: Bundle, backend: Backend, memory: Memory) -> None:
+        self._memory = memory
+        # One batch's conditions must not push each other out before they are used.
+        least = 2 * max(bucket.batch for bucket in bundle.buckets) + 1
+        self._encoders = {
+            name: _Encoder(
+                name,
+                PromptTokenizer(bundle.path / place),
+                BoundEngine(open_engine(bundle, backend, name, bundle.buckets[0], memory), memory),
+                memory,
+                least,
+            )
+            for name, place in bundle.tokenizers.items()
         }
-        self._known: OrderedDict[tuple[str, str, int], Conditions] = OrderedDict()
-        self.tokenize_ms = 0.0
-        self.launches = 0
+        self._zeros: Conditions | None = None
+
+    @property
+    def tokenize_ms(self) -> float:
+        return sum(encoder.tokenize_ms for encoder in self._encoders.values())
+
+    @property
+    def launches(self) -> int:
+        return sum(encoder.launches for encoder in self._encoders.values())
 
     def __call__(self, texts: Mapping[str, str], clip_skip: int) -> Conditions:
-        """The conditions of one picture from the text of each encoder."""
+        """The conditions of one picture from the text of each encoder, good until the next batch asks for its own."""
         found: Conditions = {}
         for name, text in texts.items():
-            found.update(self._encode(name, text, clip_skip))
+            found.update(self._encoders[name](text, clip_skip))
         return found
 
     def zeros(self) -> Conditions:
         """In place of a negative prompt, for models that were trained so."""
-        return {k: np.zeros(v.shape[1:], np.float32) for e in self._engines.values() for k, v in e.outputs.items()}
+        if self._zeros is None:
+            self._zeros = {name: row for encoder in self._encoders.values() for name, row in encoder.rows().items()}
+        return self._zeros
 
-    def _encode(self, name: str, text: str, clip_skip: int) -> Conditions:
-        engine = self._engines[name]
-        skips = "clip_skip" in engine.inputs
-        key = (name, text, clip_skip if skips else 0)
+    def forget(self) -> None:
+        """Empties the cache."""
+        for encoder in self._encoders.values():
+            encoder.forget()
+
+    def close(self) -> None:
+        for encoder in self._encoders.values():
+            encoder.close()
+
+
+class _Encoder:
+    """One tokenizer and text encoder. What they made is kept; the longest unused makes room, its buffers used again."""
+
+    def __init__(self, name: str, tokenizer: PromptTokenizer, engine: BoundEngine, memory: Memory, least: int) -> None:
+        self._name, self._tokenizer, self._engine, self._memory = name, tokenizer, engine, memory
+        self._known: OrderedDict[tuple[str, int], Conditions] = OrderedDict()
+        self._free: list[Conditions] = []
+        row_bytes = sum(int(np.prod(o.shape)) * o.dtype.itemsize for o in engine.outputs.values())
+        self._capacity = max(least, min(CACHED, CACHED_BYTES // row_bytes))
+        self.tokenize_ms = 0.0
+        self.launches = 0
+
+    def rows(self) -> Conditions:
+        """New buffers for one text's conditions, of zeros."""
+        return {name: self._memory.zeros(o.shape[1:], o.dtype) for name, o in self._engine.outputs.items()}
+
+    def __call__(self, text: str, clip_skip: int) -> Conditions:
+        skips = "clip_skip" in self._engine.inputs
+        key = (text, clip_skip if skips else 0)
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
         started = time.perf_counter()
-        encoded = self._tokenizers[name].encode(text)
+        encoded = self._tokenizer.encode(text)
         self.tokenize_ms += (time.perf_counter() - started) * 1e3
         if encoded.cut:
-            log.warning(
-                "the prompt is longer than the %d tokens of %s; cut: %r", encoded.ids.shape[1], name, encoded.cut
-            )
-        inputs: dict[str, Array] = {"ids": encoded.ids}
+            length = encoded.ids.shape[1]
+            log.warning("the prompt is longer than the %d tokens of %s; cut: %r", length, self._name, encoded.cut)
+        inputs: dict[str, Any] = {"ids": encoded.ids}
         if skips:
-            inputs["clip_skip"] = np.array([clip_skip], np.int64)
-        outputs = engine(inputs)
+            inputs["clip_skip"] = clip_skip
+        outputs = self._engine(inputs)
         self.launches += 1
-        made = self._known[key] = {k: np.array(v[0], np.float32) for k, v in outputs.items()}
-        if len(self._known) > CACHED:
-            self._known.popitem(last=False)
+        made = self._room()
+        for name, row in made.items():
+            self._memory.copy(row, outputs[name][0])
+        self._known[key] = made
         return made
 
+    def _room(self) -> Conditions:
+        if len(self._known) >= self._capacity:
+            return self._known.popitem(last=False)[1]
+        return self._free.pop() if self._free else self.rows()
+
     def forget(self) -> None:
-        """Empties the cache."""
+        self._free += self._known.values()
         self._known.clear()
 
     def close(self) -> None:
-        for engine in self._engines.values():
-            engine.close()
+        self._engine.close()
 
 
-def place(inputs: Mapping[str, Array], negatives: Sequence[Conditions], positives: Sequence[Conditions]) -> None:
-    """Writes conditions into the denoiser's inputs [rows, ...]: the negatives' rows first, where there are any."""
+def place(
+    memory: Memory, inputs: Mapping[str, Any], negatives: Sequence[Conditions], positives: Sequence[Conditions]
+) -> None:
+    """Copies conditions into the denoiser's inputs [rows, ...]: the negatives' rows first, where there are any."""
     for name in positives[0]:
-        inputs[name][...] = np.stack([c[name] for c in (*negatives, *positives)])
+        for row, conditions in enumerate((*negatives, *positives)):
+            memory.copy(inputs[name][row], conditions[name])
