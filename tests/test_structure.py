@@ -14,15 +14,18 @@ ROOT = Path(__file__).parents[1] / "toolchain"
 LAYERS = (
     ("errors",),
     ("recipe", "settings", "signature", "files", "manifest", "artifacts", "weights"),
-    ("graph", "models", "sampler", "bundle"),
+    ("graph", "models", "sampler", "bundle", "signing"),
     ("export", "engines"),
     ("runtime",),
     ("plan", "assemble", "check"),
     ("api",),
-    ("report", "progress", "pictures", "doctor", "console", "bench"),
+    ("report", "progress", "pictures", "doctor", "console", "cli_cache", "bench"),
     ("cli", "__init__"),
 )
-RUNTIME_NEEDS = {"errors", "recipe", "settings", "signature", "weights", "sampler", "bundle", "engines", "runtime"}
+RUNTIME_NEEDS = {
+    *("errors", "recipe", "settings", "signature", "weights", "sampler"),
+    *("bundle", "signing", "engines", "runtime"),
+}
 OWNERS = {
     "polygraphy": {"check"},
     "skimage": {"check"},
@@ -30,7 +33,8 @@ OWNERS = {
     "transformers": {"models", "check"},
     "onnxscript": {"graph"},
     "huggingface_hub": {"models"},
-    "click": {"cli", "console", "report", "progress", "pictures"},
+    "click": {"cli", "cli_cache", "console", "report", "progress", "pictures"},
+    "cryptography": {"signing"},
     "rich": {"progress", "report"},
 }
 

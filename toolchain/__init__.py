@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from toolchain.errors import DiffbuildError
     from toolchain.recipe import Bucket, Recipe, load_recipe
     from toolchain.runtime.pipeline import Pipeline, Progress, Result, load
+    from toolchain.signing import sign_bundle, verify_bundle
 
 _HOME = {
     "build": "toolchain.api",
@@ -32,6 +33,8 @@ _HOME = {
     "Progress": "toolchain.runtime.pipeline",
     "Result": "toolchain.runtime.pipeline",
     "load": "toolchain.runtime.pipeline",
+    "sign_bundle": "toolchain.signing",
+    "verify_bundle": "toolchain.signing",
 }
 
 __all__ = [
@@ -49,6 +52,8 @@ __all__ = [
     "load_recipe",
     "plan_build",
     "read_bundle",
+    "sign_bundle",
+    "verify_bundle",
 ]
 
 

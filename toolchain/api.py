@@ -113,5 +113,8 @@ def check_bundle(
     """Compares a bundle with the model that it was built from. See `toolchain.check`."""
     from toolchain.bundle import read_bundle
     from toolchain.check import compare
+    from toolchain.signing import require_trusted
 
-    return compare(read_bundle(Path(bundle)), resolve_model(model, revision), progress=progress)
+    found = read_bundle(Path(bundle))
+    require_trusted(found)
+    return compare(found, resolve_model(model, revision), progress=progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -12,21 +13,22 @@ from importlib.metadata import version
 from pathlib import Path
 
 from toolchain.artifacts import Artifact, Store, publish_folder
-from toolchain.bundle import ANY, MANIFEST, Bundle, EngineEntry, FileEntry, read_bundle
+from toolchain.bundle import ANY, MANIFEST, SIGNATURE, Bundle, EngineEntry, FileEntry, read_bundle
 from toolchain.errors import BundleError, StoreError, UsageError
 from toolchain.files import foreign_files, some
 from toolchain.plan import EXPORT_TOOLS, Plan, Step, execute, tool_versions
 from toolchain.signature import GraphSpec
 
 FOLDERS = ("engines/", "samplers/", "tokenizers/")
+_LOG = logging.getLogger("toolchain")
 FICLONE = 0x40049409  # ioctl of Linux: both files share their blocks until one is written
 
 
 def assemble(plan: Plan, output: Path, progress: Callable[[Step, str], None] = lambda step, what: None) -> Bundle:
     """Builds what the store does not hold yet and writes the bundle, replacing an older one only when all went well.
 
-    A bundle that was put together from the same artifacts, all still in the store, is left as it is. Raises the errors
-    of every stage.
+    A bundle that was put together from the same artifacts, all still in the store, is left as it is, with its
+    signature; a new bundle has none. Raises the errors of every stage.
     """
     refs = [f"{step.stage}/{step.key}" for step in plan.steps]
     existing = _existing(output) if plan.misses == 0 else None
@@ -36,8 +38,11 @@ def assemble(plan: Plan, output: Path, progress: Callable[[Step, str], None] = l
             progress(step, "hit")
         return existing
     built = execute(plan, progress)
+    signed = (output / SIGNATURE).exists()
     publish_folder(output, _Writer(plan, built).fill, owns=_owns(output))
     plan.store.register_bundle(output, refs)
+    if signed:
+        _LOG.warning("%s is a new bundle, and no longer signed: diffbuild sign %s --key private.pem", output, output)
     return read_bundle(output)
 
 
@@ -79,7 +84,7 @@ def _owns(output: Path) -> Callable[[str], bool]:
 
     def owns(name: str) -> bool:
         names = listed()
-        return name == MANIFEST or (name.startswith(FOLDERS) if names is None else name in names)
+        return name in (MANIFEST, SIGNATURE) or (name.startswith(FOLDERS) if names is None else name in names)
 
     return owns
 

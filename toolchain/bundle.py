@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -22,6 +22,8 @@ from toolchain.signature import GraphSpec
 
 FORMAT = 2
 MANIFEST = "bundle.json"
+SIGNATURE = "bundle.sig"
+"""Of the manifest, where somebody has signed it: see `toolchain.signing`."""
 AGAIN = "build the bundle again, or copy it again from where it was built"
 ANY = "any"
 """Stands for the bucket of a component that is the same for all of them."""
@@ -106,11 +108,16 @@ class Bundle:
 
     def verify(self) -> None:
         """Compares every listed file with its size and sha256. Raises BundleError naming one that differs."""
+        for problem in self.problems():
+            raise problem
+
+    def problems(self) -> Iterator[BundleError]:
+        """Everything that `verify` objects to, the largest file first."""
         jobs = sorted(self.files.items(), key=lambda item: -item[1].size)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
             for problem in pool.map(lambda job: self._problem(*job), jobs):
                 if problem:
-                    raise problem
+                    yield problem
 
     def _problem(self, name: str, entry: FileEntry) -> BundleError | None:
         path = self.path / name

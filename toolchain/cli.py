@@ -7,14 +7,25 @@ answer at once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from toolchain import pictures, progress, report
-from toolchain.console import GATE_FAILED, CommandLine, aspect, examples, place, size, verbosity
+from toolchain.cli_cache import cache
+from toolchain.console import (
+    GATE_FAILED,
+    CommandLine,
+    answer,
+    aspect,
+    examples,
+    json_option,
+    place,
+    size,
+    store_option,
+    verbosity,
+)
 from toolchain.errors import UsageError
 
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
@@ -23,15 +34,13 @@ model_option = click.option(
     "--model", required=True, metavar="DIR_OR_HUB_ID", help="A diffusers folder, or a hub id such as owner/name."
 )
 revision_option = click.option("--revision", metavar="REVISION", help="Branch, tag or commit of a hub id.")
-store_option = click.option(
-    "--store",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Where artifacts are kept and found.  [default: $DIFFBUILD_STORE, or ./artifacts]",
+trust_option = click.option(
+    "--trust",
+    type=click.Path(path_type=Path),
+    metavar="PUBLIC.pem",
+    help="Refuse a bundle that this key did not sign.  [default: $DIFFBUILD_TRUST, or any bundle]",
 )
 new_file = click.Path(dir_okay=False, path_type=Path)
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on stdout."
-)
 
 
 @click.group(
@@ -55,6 +64,9 @@ def cli() -> None:
     """
 
 
+cli.add_command(cache)
+
+
 @cli.command(epilog=examples("diffbuild plan recipes/sd15-fp32.toml --model owner/name"))
 @recipe_argument
 @model_option
@@ -70,7 +82,7 @@ def plan(recipe: Path, model: str, revision: str | None, store: Path | None, as_
     from toolchain.api import plan_build
 
     planned = plan_build(recipe, model, revision=revision, store=store)
-    _answer(as_json, lambda: report.plan_json(planned), lambda: report.plan_lines(planned))
+    answer(as_json, lambda: report.plan_json(planned), lambda: report.plan_lines(planned))
 
 
 @cli.command(
@@ -103,7 +115,7 @@ def build(recipe: Path, model: str, output: Path, revision: str | None, store: P
     with progress.steps(len(planned.steps), planned.recipe.name) as shown:
         bundle = assemble(planned, output, shown)
     result = (bundle, shown.finished, time.perf_counter() - started)
-    _answer(as_json, lambda: report.build_json(*result), lambda: report.build_lines(*result))
+    answer(as_json, lambda: report.build_json(*result), lambda: report.build_lines(*result))
 
 
 @cli.command(epilog=examples("diffbuild export recipes/sd15-fp32.toml --model ./model --output graphs"))
@@ -128,7 +140,7 @@ def export(recipe: Path, model: str, output: Path, revision: str | None, store: 
     with progress.steps(len(planned.steps), loaded.name) as shown:
         graphs = export_graphs(loaded, model, output, revision=revision, store=store, progress=shown)
     names = [str(graph) for graph in graphs]
-    _answer(as_json, lambda: {"output": str(output), "graphs": names}, lambda: names)
+    answer(as_json, lambda: {"output": str(output), "graphs": names}, lambda: names)
 
 
 @cli.command(
@@ -169,9 +181,12 @@ def export(recipe: Path, model: str, output: Path, revision: str | None, store: 
     help="Several pictures become FILE-1.png and so on.  [default: diffbuild-SEED.png]",
 )
 @click.option("--no-verify", is_flag=True, help="Trust the bundle's files without comparing their sha256.")
+@trust_option
 @json_option
 @verbosity
-def generate(bundle: Path, output: Path | None, no_verify: bool, as_json: bool, **request: Any) -> None:
+def generate(
+    bundle: Path, output: Path | None, no_verify: bool, trust: Path | None, as_json: bool, **request: Any
+) -> None:
     """Draw a picture for each PROMPT with a bundle.
 
     The same seed gives the same picture. Prompt, seed and settings are written into the PNG as text.
@@ -180,13 +195,13 @@ def generate(bundle: Path, output: Path | None, no_verify: bool, as_json: bool, 
 
     pictures.check_picture_output(output)
     started = time.perf_counter()
-    pipe = load(bundle, verify=not no_verify, warm_up=False)
+    pipe = load(bundle, verify=not no_verify, trust=trust, warm_up=False)
     load_ms = (time.perf_counter() - started) * 1e3
     with progress.evaluations() as shown:
         drawn = pictures.draw(pipe, request, shown)
     images = pictures.save(drawn, output)
     document = {"images": images, "load_ms": load_ms, "timings": vars(drawn.result.timings)}
-    _answer(as_json, lambda: document, lambda: report.generate_lines(images, drawn.result.timings, load_ms))
+    answer(as_json, lambda: document, lambda: report.generate_lines(images, drawn.result.timings, load_ms))
 
 
 @cli.command(
@@ -223,7 +238,7 @@ def check(
         compared.save(target)
     if page is not None:
         save_page(page, compared, read_bundle(bundle))
-    _answer(as_json, compared.to_json, compared.lines)
+    answer(as_json, compared.to_json, compared.lines)
     raise click.exceptions.Exit(0 if compared.passed else GATE_FAILED)
 
 
@@ -259,7 +274,7 @@ def bench(bundle: Path, target: Path | None, as_json: bool, **wanted: Any) -> No
         measured = measure(bundle, say, **wanted)
     if target is not None:
         pictures.write_text(target, page(measured))
-    _answer(as_json, measured.to_json, measured.lines)
+    answer(as_json, measured.to_json, measured.lines)
 
 
 @cli.command(epilog=examples("diffbuild inspect bundle --verify", "diffbuild inspect bundle --json"))
@@ -278,11 +293,56 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
             found.verify()
     backend = backend_of(found.backend)
     refused = backend.available() or backend.refuse(found.device)
-    _answer(
+    answer(
         as_json,
         lambda: report.bundle_json(found, refused, verify),
         lambda: report.bundle_lines(found, refused, verify),
     )
+
+
+@cli.command(epilog=examples("diffbuild sign bundle --key private.pem"))
+@bundle_argument
+@click.option(
+    "--key", required=True, type=click.Path(path_type=Path), metavar="PRIVATE.pem", help="An Ed25519 private key."
+)
+@json_option
+@verbosity
+def sign(bundle: Path, key: Path, as_json: bool) -> None:
+    """Sign a bundle, so that others can tell who built it.
+
+    Compares every file with its sha256 first. The signature lies in the bundle, as bundle.sig; a build that changes the
+    bundle drops it. The password of an encrypted key is $DIFFBUILD_KEY_PASSWORD.
+    """
+    from toolchain.signing import sign_bundle
+
+    with progress.working("comparing digests"):
+        signature = sign_bundle(bundle, key)
+    answer(
+        as_json, lambda: report.sign_json(bundle, signature), lambda: [f"{bundle}: signed by the key {signature.key}"]
+    )
+
+
+@cli.command(epilog=examples("diffbuild verify bundle", "diffbuild verify bundle --key public.pem"))
+@bundle_argument
+@click.option(
+    "--key",
+    type=click.Path(path_type=Path),
+    metavar="PUBLIC.pem",
+    help="Whose signature it must be.  [default: $DIFFBUILD_TRUST, or nobody's]",
+)
+@json_option
+@verbosity
+def verify(bundle: Path, key: Path | None, as_json: bool) -> None:
+    """Compare every file of a bundle with its sha256, and with --key the signature.
+
+    Exit code 3 when something is not as it was built, or not as that key signed it.
+    """
+    from toolchain.signing import verify_bundle
+
+    with progress.working("comparing digests"):
+        verdict = verify_bundle(bundle, key)
+    answer(as_json, lambda: report.verdict_json(verdict), lambda: report.verdict_lines(verdict))
+    raise click.exceptions.Exit(GATE_FAILED if verdict.problems else 0)
 
 
 @cli.command(epilog=examples("diffbuild doctor", "diffbuild doctor --json"))
@@ -300,80 +360,8 @@ def doctor(ctx: click.Context, store: Path | None, as_json: bool) -> None:
     from toolchain.doctor import doctor_lines, examine
 
     facts = examine(store or default_store())
-    _answer(as_json, lambda: facts, lambda: doctor_lines(facts))
+    answer(as_json, lambda: facts, lambda: doctor_lines(facts))
     ctx.exit(0 if facts["works"] else 1)
-
-
-@cli.group(epilog=examples("diffbuild cache ls", "diffbuild cache gc --dry-run"))
-def cache() -> None:
-    """Look at the artifact store, check it, and clean it up."""
-
-
-@cache.command("ls", epilog=examples("diffbuild cache ls --store /data/store"))
-@store_option
-@json_option
-@verbosity
-def cache_ls(store: Path | None, as_json: bool) -> None:
-    """List every artifact with its size and its last use."""
-    from toolchain.api import default_store
-    from toolchain.artifacts import Store
-
-    opened = Store(store or default_store())
-    found = list(opened.artifacts())
-    _answer(as_json, lambda: report.cache_json(opened.root, found), lambda: report.cache_lines(opened.root, found))
-
-
-@cache.command("verify", epilog=examples("diffbuild cache verify", "diffbuild cache verify --quarantine"))
-@store_option
-@click.option(
-    "--quarantine", is_flag=True, help="Move damaged artifacts aside, so that the next build makes them anew."
-)
-@json_option
-@verbosity
-def cache_verify(store: Path | None, quarantine: bool, as_json: bool) -> None:
-    """Read every byte of the store; exit code 3 when an artifact is damaged."""
-    from toolchain.api import default_store
-    from toolchain.artifacts import Store
-
-    opened = Store(store or default_store())
-    with progress.working(f"reading {opened.root}"):
-        problems = report.damage(opened, quarantine)
-        whole = sum(1 for _ in opened.artifacts())
-    document = {"store": str(opened.root), "problems": problems}
-    _answer(as_json, lambda: document, lambda: report.damage_lines(opened.root, problems, whole))
-    raise click.exceptions.Exit(GATE_FAILED if problems else 0)
-
-
-@cache.command("gc", epilog=examples("diffbuild cache gc --dry-run", "diffbuild cache gc --min-age 24"))
-@store_option
-@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
-@click.option(
-    "--min-age",
-    "hours",
-    type=click.FloatRange(0),
-    default=1.0,
-    show_default=True,
-    metavar="HOURS",
-    help="Keep what was built or reused within this time.",
-)
-@json_option
-@verbosity
-def cache_gc(store: Path | None, dry_run: bool, hours: float, as_json: bool) -> None:
-    """Remove the artifacts that no bundle was built from, and what killed builds left.
-
-    Bundles are complete copies: they keep working. Artifacts of a bundle that is still at the place where it was built
-    are kept, so that building it again stays fast.
-    """
-    from toolchain.api import default_store
-    from toolchain.artifacts import Store
-
-    opened = Store(store or default_store())
-    done = opened.gc(dry_run=dry_run, min_age_s=hours * 3600)
-    _answer(
-        as_json,
-        lambda: report.gc_json(opened.root, done, dry_run),
-        lambda: report.gc_lines(opened.root, done, dry_run),
-    )
 
 
 @cli.command(
@@ -391,14 +379,6 @@ def completion(shell: str) -> None:
     script = get_completion_class(shell)
     assert script is not None
     click.echo(script(cli, {}, "diffbuild", "_DIFFBUILD_COMPLETE").source())
-
-
-def _answer(as_json: bool, document: Callable[[], Any], text: Callable[[], Any]) -> None:
-    """Prints a command's result in the form that was asked for."""
-    if as_json:
-        report.document(document())
-    else:
-        report.lines(text())
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -148,3 +149,21 @@ def verbosity(command: Command) -> Command:
 def examples(*commands: str) -> str:
     """An epilog that keeps its lines."""
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+store_option = click.option(
+    "--store",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where artifacts are kept and found.  [default: $DIFFBUILD_STORE, or ./artifacts]",
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on stdout."
+)
+
+
+def answer(as_json: bool, document: Callable[[], Any], text: Callable[[], Any]) -> None:
+    """Prints a command's result in the form that was asked for."""
+    if as_json:
+        report.document(document())
+    else:
+        report.lines(text())

@@ -73,3 +73,7 @@ class StoreError(DiffbuildError):
 
 class BundleError(DiffbuildError):
     """A bundle is incomplete, changed since it was built, or made for another device or version."""
+
+
+class SignatureError(BundleError):
+    """A bundle is not signed by the key that is trusted: do not run it before you know who built it."""

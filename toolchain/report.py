@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from toolchain.plan import Plan, Step
     from toolchain.progress import Finished
     from toolchain.runtime.pipeline import Timings
+    from toolchain.signing import Signature, Verdict
 
 SCHEMA = 1
 """Of every JSON document. Raised when a field goes or changes its meaning, not when one is added."""
@@ -49,8 +50,12 @@ def failure(error: DiffbuildError, as_json: bool) -> None:
     """An error on stderr, and as a document on stdout where a program reads it."""
     click.echo(f"error: {error}", err=True)
     if as_json:
-        parts = {name: getattr(error, name) for name in ("what", "where", "expected", "got", "hint")}
-        document({"error": {k: v if v is None else str(v) for k, v in parts.items()}})
+        document({"error": _parts(error)})
+
+
+def _parts(error: DiffbuildError) -> dict[str, str | None]:
+    parts = {name: getattr(error, name) for name in ("what", "where", "expected", "got", "hint")}
+    return {k: v if v is None else str(v) for k, v in parts.items()}
 
 
 def megabytes(size: int) -> str:
@@ -186,6 +191,33 @@ def bundle_lines(bundle: Bundle, refused: str | None, verified: bool) -> Iterato
     total = megabytes(sum(entry.size for entry in bundle.files.values()))
     checked = "every sha256 is right" if verified else "sha256 not compared (--verify does)"
     yield from table([*rows, ["files", f"{len(bundle.files)}, {total}; {checked}"]], indent="")
+
+
+def sign_json(bundle: Path, signature: Signature) -> dict[str, Any]:
+    return {"bundle": str(bundle), "key": signature.key}
+
+
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "bundle": str(verdict.bundle),
+        "files": verdict.files,
+        "signed_by": None if verdict.signature is None else verdict.signature.key,
+        "compared_with": verdict.compared,
+        "problems": [_parts(problem) for problem in verdict.problems],
+    }
+
+
+def verdict_lines(verdict: Verdict) -> Iterator[str]:
+    yield from (str(problem) for problem in verdict.problems)
+    if verdict.problems:
+        return
+    yield f"{verdict.bundle}: all {verdict.files} files are as they were built"
+    if verdict.signature is None:
+        yield "unsigned: nothing tells who built it (diffbuild sign does)"
+    elif verdict.compared is None:
+        yield f"says to be signed by the key {verdict.signature.key}, which was not compared (--key does)"
+    else:
+        yield f"signed by the key {verdict.compared}"
 
 
 def generate_lines(images: Sequence[Mapping[str, Any]], timings: Timings, load_ms: float) -> Iterator[str]:

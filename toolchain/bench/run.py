@@ -23,6 +23,7 @@ from toolchain.bundle import Bundle, read_bundle
 from toolchain.errors import UsageError
 from toolchain.models import resolve_model
 from toolchain.runtime.engines import usable_backend
+from toolchain.signing import require_trusted
 
 OURS = "diffbuild"
 AGAINST = {"diffusers": ("torch", "diffusers"), "compile": ("torch", "diffusers")}
@@ -82,6 +83,7 @@ def measure(
 ) -> BenchReport:
     """`diffbuild bench`, by the names of its options. Raises what `bench` and `resolve_model` raise."""
     bundle = read_bundle(path)
+    require_trusted(bundle)
     work = workload(bundle, prompt, batch, size, steps)
     source = resolve_model(model, revision).path if model is not None and against else None
     return bench(bundle, work, against=against, model=source, repeats=repeats, sweeps=sweep, progress=progress)
