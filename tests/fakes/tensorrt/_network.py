@@ -1,0 +1,380 @@
+"""Networks and the ONNX parser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tensorrt._enums import (
+    DataType,
+    ErrorCode,
+    LayerType,
+    NetworkDefinitionCreationFlag,
+    OnnxParserFlag,
+    Severity,
+    TensorLocation,
+)
+from tensorrt._graph import (
+    DTYPES,
+    UNSUPPORTED,
+    Initializers,
+    embed,
+    external_bytes,
+    is_external,
+    load_proto,
+    nbytes_of,
+    opset,
+    tensor_types,
+)
+from tensorrt._interfaces import Buffer, Dims, ILogger, Reporter
+from tensorrt._rules import Made, Native, at_least, failing, violate
+
+KINDS = {
+    "Conv": "CONVOLUTION", "ConvTranspose": "DECONVOLUTION", "Cast": "CAST", "Softmax": "SOFTMAX",
+    "Concat": "CONCATENATION",
+    "Reshape": "SHUFFLE", "Transpose": "SHUFFLE", "Slice": "SLICE", "Shape": "SHAPE", "Resize": "RESIZE",
+    "Gather": "GATHER", "MatMul": "MATRIX_MULTIPLY", "Gemm": "MATRIX_MULTIPLY", "Constant": "CONSTANT",
+    "Identity": "IDENTITY", "Where": "SELECT", "Einsum": "EINSUM", "Pad": "PADDING", "TopK": "TOPK",
+    "ReduceMean": "REDUCE", "ReduceSum": "REDUCE", "LayerNormalization": "NORMALIZATION",
+    "InstanceNormalization": "NORMALIZATION", "GroupNormalization": "NORMALIZATION", "Sigmoid": "ACTIVATION",
+    "Relu": "ACTIVATION", "Tanh": "ACTIVATION", "Squeeze": "SQUEEZE", "Unsqueeze": "UNSQUEEZE",
+    "QuantizeLinear": "QUANTIZE", "DequantizeLinear": "DEQUANTIZE", "Sqrt": "UNARY", "Exp": "UNARY", "Sin": "UNARY",
+    "Cos": "UNARY", "Neg": "UNARY", "Erf": "UNARY",
+}  # fmt: skip
+
+
+class ITensor(Made):
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def dtype(self) -> DataType:
+        return self._dtype
+
+    @property
+    def shape(self) -> Dims:
+        return Dims(self._shape)
+
+    @property
+    def is_network_input(self) -> bool:
+        return self._is_input
+
+    @property
+    def location(self) -> TensorLocation:
+        return TensorLocation.DEVICE
+
+
+class ILayer(Made):
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def type(self) -> LayerType:
+        return self._type
+
+    @property
+    def metadata(self) -> str:
+        return f"[ONNX Layer: {self._name}]"
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self._inputs)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self._outputs)
+
+    def get_input(self, index: int) -> ITensor:
+        return self._inputs[index]
+
+    def get_output(self, index: int) -> ITensor:
+        return self._outputs[index]
+
+    def get_output_type(self, index: int) -> DataType:
+        return self._outputs[index].dtype
+
+
+class IAttention(Made):
+    """One attention of the network; seen through its boundary layers."""
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def decomposable(self) -> bool:
+        return self._decomposable
+
+    @decomposable.setter
+    def decomposable(self, value: bool) -> None:
+        self._decomposable = value
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self._inputs)
+
+    def get_input(self, index: int) -> ITensor:
+        return self._inputs[index]
+
+    def _fuses(self) -> bool:
+        """The limits of the fused kernels (transformers-fused-attention.html)."""
+        width = self._inputs[0].shape[-1]
+        half = self._inputs[0].dtype in (DataType.HALF, DataType.BF16)
+        return half and 16 <= width <= 256 and width % 8 == 0
+
+
+class IAttentionBoundaryLayer(ILayer):
+    @property
+    def attention(self) -> IAttention:
+        return self._attention
+
+
+class IAttentionInputLayer(IAttentionBoundaryLayer):
+    pass
+
+
+class IAttentionOutputLayer(IAttentionBoundaryLayer):
+    pass
+
+
+class INetworkDefinition(Made):
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @name.setter
+    def name(self, value: str) -> None:
+        self._name = value
+
+    @property
+    def flags(self) -> int:
+        return self._flags
+
+    def get_flag(self, flag: NetworkDefinitionCreationFlag) -> bool:
+        return bool(self._flags >> int(flag) & 1)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self._inputs)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self._outputs)
+
+    def get_layer(self, index: int) -> ILayer:
+        return self._layers[index]
+
+    def get_input(self, index: int) -> ITensor:
+        return self._inputs[index]
+
+    def get_output(self, index: int) -> ITensor:
+        return self._outputs[index]
+
+    def _strongly_typed(self) -> bool:
+        return at_least(11) or self.get_flag(NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+    def _fill(self, model: Any, initializers: Initializers) -> None:
+        self._model, self._initializers = model, initializers
+        self._types = tensor_types(model)
+        constants = {t.name for t in model.graph.initializer}
+        self._inputs = [self._tensor(v.name, True) for v in model.graph.input if v.name not in constants]
+        self._outputs = [self._tensor(v.name) for v in model.graph.output]
+        for node in model.graph.node:
+            self._layers += self._layers_of(node)
+
+    def _tensor(self, name: str, is_input: bool = False) -> ITensor:
+        kind, shape = self._types.get(name, (0, ()))
+        return ITensor._make(name=name, dtype=DTYPES.get(kind, DataType.FLOAT), shape=shape, is_input=is_input)
+
+    def _layers_of(self, node: Any) -> list[ILayer]:
+        state = {
+            "name": node.name or node.op_type,
+            "node": node,
+            "inputs": [self._tensor(n) for n in node.input if n],
+            "outputs": [self._tensor(n) for n in node.output if n],
+        }
+        if node.op_type != "Attention":
+            return [ILayer._make(type=LayerType[KINDS.get(node.op_type, "ELEMENTWISE")], **state)]
+        attention = IAttention._make(decomposable=False, **state)
+        self._attentions.append(attention)
+        return [
+            ILayer._make(type=LayerType[kind], attention=attention, **state)
+            for kind in ("ATTENTION_INPUT", "ATTENTION_OUTPUT")
+        ]
+
+    def _read_weights(self) -> Any:
+        """The model with the bytes of every initializer in it: addresses are read now."""
+        import onnx
+
+        model = onnx.ModelProto()
+        model.CopyFrom(self._model)
+        for tensor in model.graph.initializer:
+            if tensor.name in self._initializers.held:
+                embed(tensor, self._initializers.read(tensor.name))
+        return model
+
+
+class ParserError(Made):
+    def code(self) -> ErrorCode:
+        return self._code
+
+    def desc(self) -> str:
+        return self._desc
+
+    def file(self) -> str:
+        return "ModelImporter.cpp"
+
+    def func(self) -> str:
+        return "parseNode"
+
+    def line(self) -> int:
+        return 0
+
+    def node(self) -> int:
+        return self._index
+
+    def node_name(self) -> str:
+        return self._node.name if self._node is not None else ""
+
+    def node_operator(self) -> str:
+        return self._node.op_type if self._node is not None else ""
+
+    def local_function_stack(self) -> list[str]:
+        return []
+
+    def local_function_stack_size(self) -> int:
+        return 0
+
+
+class Loader:
+    """What the parser and its refitter share: a model, its initializers, errors."""
+
+    def __init__(self, logger: ILogger) -> None:
+        self.report = Reporter(logger)
+        self.errors: list[ParserError] = []
+        self.model: Any = None
+        self.initializers = Initializers()
+
+    def fail(self, text: str, code: str = "UNSUPPORTED_NODE", index: int = -1, node: Any = None) -> bool:
+        self.errors.append(ParserError._make(desc=text, code=ErrorCode[code], index=index, node=node))
+        where = f"While parsing node number {index} [{node.op_type}]: " if node is not None else ""
+        self.report.error(f"{where}{text}")
+        return False
+
+    def load(self, data: Buffer, folder: Path | None) -> bool:
+        self.model = load_proto(bytes(memoryview(data)))
+        if self.model is None:
+            return self.fail("Failed to parse ONNX model: the data is no ModelProto", "MODEL_DESERIALIZE_FAILED")
+        self.folder = folder
+        return True
+
+    def load_file(self, model: str) -> bool:
+        try:
+            data = Path(model).read_bytes()
+        except OSError:
+            return self.fail(f"Failed to open file: {model}", "MODEL_DESERIALIZE_FAILED")
+        return self.load(data, Path(model).parent)
+
+    def attach(self, name: str, address: int, nbytes: int) -> bool:
+        if self.model is None:
+            violate("load_initializer before load_model_proto")
+        tensor = next((t for t in self.model.graph.initializer if t.name == name), None)
+        if tensor is None:
+            return self.fail(f"loadInitializer: the model has no initializer named {name}", "INVALID_VALUE")
+        if nbytes != nbytes_of(tensor):
+            wanted = nbytes_of(tensor)
+            return self.fail(f"loadInitializer: {name} has {nbytes} bytes, expected {wanted}", "INVALID_VALUE")
+        self.initializers.load(name, address, nbytes)
+        return True
+
+    def resolve(self) -> bool:
+        """Embeds external data that lies in files; False where an initializer has no bytes at all."""
+        if self.model is None:
+            violate("parse_model_proto before load_model_proto")
+        for tensor in self.model.graph.initializer:
+            if is_external(tensor) and tensor.name not in self.initializers.held:
+                content = external_bytes(tensor, self.folder)
+                if content is None or len(content) != nbytes_of(tensor):
+                    return self.fail(f"Failed to read the external weights of {tensor.name}", "INVALID_GRAPH")
+                embed(tensor, content)
+        return True
+
+
+class OnnxParser(Native):
+    def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
+        self._network = network
+        self._loader = Loader(logger)
+        self._flags = 1 << int(OnnxParserFlag.NATIVE_INSTANCENORM)
+
+    def parse(self, model: Buffer, path: str | None = None) -> bool:
+        return self._loader.load(model, Path(path).parent if path else None) and self.parse_model_proto()
+
+    def parse_from_file(self, model: str) -> bool:
+        return self._loader.load_file(model) and self.parse_model_proto()
+
+    def load_model_proto(self, model: Buffer, path: str | None = None) -> bool:
+        return self._loader.load(model, Path(path).parent if path else None)
+
+    def load_initializer(self, name: str, data: int, size: int) -> bool:
+        return self._loader.attach(name, int(data), int(size))
+
+    def parse_model_proto(self) -> bool:
+        loader = self._loader
+        if not loader.resolve():
+            return False
+        version = opset(loader.model)
+        if version > 24:
+            loader.report(Severity.WARNING, f"The model's opset {version} is newer than the parser's 24")
+        for index, node in enumerate(loader.model.graph.node):
+            why = self._refuses(node, version, index)
+            if why:
+                return loader.fail(why, "UNSUPPORTED_NODE", index, node)
+        self._network._fill(loader.model, loader.initializers)
+        return True
+
+    def _refuses(self, node: Any, version: int, index: int) -> str | None:
+        if failing("parse_error") and index == 0:
+            return "Assertion failed: injected failure"
+        if node.op_type in UNSUPPORTED:
+            return f"No importer registered for op: {node.op_type}"
+        if node.op_type == "Attention" and not at_least(10, 14):
+            return "No importer registered for op: Attention"
+        if node.op_type == "GroupNormalization" and version >= 21 and not at_least(10, 15):
+            return "Assertion failed: GroupNormalization of opset 21 is not supported"
+        return None
+
+    @property
+    def num_errors(self) -> int:
+        return len(self._loader.errors)
+
+    def get_error(self, index: int) -> ParserError:
+        return self._loader.errors[index]
+
+    def clear_errors(self) -> None:
+        self._loader.errors.clear()
+
+    @property
+    def flags(self) -> int:
+        return self._flags
+
+    @flags.setter
+    def flags(self, value: int) -> None:
+        self._flags = int(value)
+
+    def set_flag(self, flag: OnnxParserFlag) -> None:
+        self._flags |= 1 << int(flag)
+
+    def clear_flag(self, flag: OnnxParserFlag) -> None:
+        self._flags &= ~(1 << int(flag))
+
+    def get_flag(self, flag: OnnxParserFlag) -> bool:
+        return bool(self._flags >> int(flag) & 1)
+
+    def supports_operator(self, op_name: str) -> bool:
+        return op_name not in UNSUPPORTED
