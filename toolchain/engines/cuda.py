@@ -74,11 +74,14 @@ def available() -> str | None:
 
 
 def device_facts() -> dict[str, Any]:
-    """The GPU and the software below it. EngineError without one.
+    """The GPU and the software below it. EngineError, with what `available` says, without one.
 
     compute_capability  such as "9.0"
     driver, cuda        the newest CUDA that the driver knows, and the CUDA runtime's version, such as "13.0"
     """
+    reason = available()
+    if reason:
+        raise EngineError("no GPU can be used", got=reason, hint="diffbuild doctor")
     found = call("cudaGetDeviceProperties", 0)
     return {
         "name": found.name.rstrip(b"\0").decode(),
@@ -343,12 +346,15 @@ class DeviceMemory:
             log.warning(message)
         self._warned = True
 
-    def release(self, launch: Callable[[], None]) -> None:
-        """Destroys the graph behind a launch of `capture`, if there is one, once the GPU is done with it."""
-        executable = self._graphs.pop(launch, None)
-        if executable is not None:
-            self.synchronize()
-            call("cudaGraphExecDestroy", executable)
+    def release(self, *launches: Callable[[], None]) -> None:
+        """Waits for the GPU, so that what the launches use may go, and destroys the graphs behind them."""
+        if self._stream is None:
+            return
+        _cudart().cudaStreamSynchronize(self._stream)  # errors are the reader's business
+        for launch in launches:
+            executable = self._graphs.pop(launch, None)
+            if executable is not None:
+                call("cudaGraphExecDestroy", executable)
 
     def close(self) -> None:
         """Waits for the GPU and frees everything. Engines must be closed before it."""
