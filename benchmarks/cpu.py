@@ -11,22 +11,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from toolchain.doctor import installed, machine
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "shapes" / "model"
 RECIPE = ROOT / "recipes" / "shapes-fp32.toml"
 PROMPT = "a red circle left of a blue square on a white background"
 STEPS = 20
+PACKAGES = ("torch", "diffusers", "transformers", "onnxscript", "numpy", "onnxruntime-gpu", "onnxruntime")
 
 
 def timed(command: list[str], cwd: Path) -> float:
@@ -118,36 +119,11 @@ def parity(bundle: Path) -> dict[str, Any]:
     return result
 
 
-def machine() -> dict[str, Any]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor()
-    packages = ("torch", "diffusers", "transformers", "onnxscript", "numpy")
-    runtime = next(p for p in ("onnxruntime-gpu", "onnxruntime") if _installed(p))
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {p: version(p) for p in (*packages, runtime)},
-    }
-
-
-def _installed(package: str) -> bool:
-    try:
-        version(package)
-    except Exception:
-        return False
-    return True
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    result: dict[str, Any] = {"machine": machine()}
+    result: dict[str, Any] = {"machine": {**machine(), "versions": installed(PACKAGES)}}
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         bundle, result["build"] = build_times(scratch)

@@ -15,18 +15,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from toolchain.doctor import installed, machine
+
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir")
 Config = dict[str, Any]
 
 
@@ -354,21 +355,8 @@ def measure(model: str, component: str) -> dict[str, Any]:
     return {**result, "process_seconds": round(seconds, 1), "load": load}
 
 
-def machine() -> dict[str, Any]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor()
-    packages = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir")
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {p: version(p) for p in packages},
-    }
+def measured_on() -> dict[str, Any]:
+    return {**machine(), "threads": os.environ.get("OMP_NUM_THREADS", "default"), "versions": installed(PACKAGES)}
 
 
 def main() -> None:
@@ -391,7 +379,7 @@ def main() -> None:
                 continue
             print(f"{model} {component} ...", file=sys.stderr, flush=True)
             known.setdefault(model, {})[component] = measure(model, component)
-            text = json.dumps({"machine": machine(), "models": known}, indent=1)
+            text = json.dumps({"machine": measured_on(), "models": known}, indent=1)
             arguments.output.write_text(text + "\n")
             print(json.dumps(known[model][component]), file=sys.stderr, flush=True)
 

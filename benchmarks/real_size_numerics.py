@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from export_scale import PUBLISHED, ROOT, machine
+from export_scale import PUBLISHED, ROOT, measured_on
 
 from toolchain.recipe import Bucket, Check, ComponentRecipe, Recipe, Sampling
 
@@ -207,7 +207,7 @@ def main() -> None:
         for part in PARTS:
             found[part] = run(part, arguments.model, Path(scratch) / "model")
             print(part, found[part], flush=True)
-    result = {"machine": machine(), "models": {**known, arguments.model: found}}
+    result = {"machine": measured_on(), "models": {**known, arguments.model: found}}
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from toolchain.bench.page import page
 from toolchain.bench.report import BenchReport, Result, Spread, spread, summarize
 from toolchain.bench.run import bench, measure, workload
+from toolchain.bench.worker import CONTENDERS, Parts
 from toolchain.bundle import read_bundle
 from toolchain.cli import cli
 from toolchain.errors import BundleError, DiffbuildError, UsageError
@@ -121,3 +122,13 @@ def test_a_contender_that_fails_says_why(tiny_bundle: Path, tmp_path: Path) -> N
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(DiffbuildError, match="diffusers failed while it was measured"):
         measure(tiny_bundle, model=str(tmp_path), against=("diffusers",), repeats=1)
+
+
+def test_diffusers_loads_what_a_build_loads(tiny_bundle: Path, tiny_copy: Path) -> None:
+    """Weights that exist in one variant alone: diffusers' own loader does not find them unless it is told."""
+    name = "diffusion_pytorch_model"
+    (tiny_copy / "unet" / f"{name}.safetensors").rename(tiny_copy / "unet" / f"{name}.fp16.safetensors")
+    draw = CONTENDERS["diffusers"](str(tiny_bundle), str(tiny_copy), Parts())
+    stages, picture = draw(vars(workload(read_bundle(tiny_bundle), None, 1, None, 1)))
+    assert picture.size == (64, 64)
+    assert 0 < stages["denoise_ms"] < stages["total_ms"]

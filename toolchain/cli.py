@@ -268,12 +268,13 @@ def bench(bundle: Path, target: Path | None, as_json: bool, **wanted: Any) -> No
     """
     from toolchain.bench.page import page
     from toolchain.bench.run import measure
+    from toolchain.files import write_atomic
 
     pictures.check_output(target)
     with progress.working(f"measuring {bundle}") as say:
         measured = measure(bundle, say, **wanted)
     if target is not None:
-        pictures.write_text(target, page(measured))
+        write_atomic(target, page(measured).encode())
     answer(as_json, measured.to_json, measured.lines)
 
 

@@ -6,7 +6,8 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def examine(store: Path) -> dict[str, Any]:
         "versions": {"diffbuild": _version("diffbuild"), "python": platform.python_version()},
         "libraries": libraries,
         "missing": {use: _missing(found) for use, found in libraries.items()},
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": _system(),
         "cpu": {"features": cpu_features(), "physical_cores": physical_cores()},
         "gpus": found,
         "no_gpu": no_gpu,
@@ -59,7 +60,32 @@ def _missing(found: Mapping[str, str | None]) -> list[str]:
     return [name for name in lacking if not (have_one and name in ALTERNATIVES)]
 
 
-def cpu_name() -> str:
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those of `packages` that are installed."""
+    return {name: found for name in packages if (found := _version(name)) is not None}
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement was made on: numbers mean nothing without it."""
+    from toolchain.engines.onnxruntime import cpu_features, physical_cores
+
+    return {
+        "system": _system(),
+        "cpu": _cpu_name(),
+        "cpu_features": cpu_features(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "physical_cores": physical_cores(),
+        "gpus": gpus()[0],
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _system() -> str:
+    return f"{platform.system()} {platform.release()} {platform.machine()}"
+
+
+def _cpu_name() -> str:
     """What the processor calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -108,18 +108,11 @@ def _free_name(stem: str) -> Path:
     return path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all. StoreError when the disk refuses."""
-    from toolchain.artifacts import write_atomic
-
-    write_atomic(path, text.encode())
-
-
 def write_png(image: Image.Image, path: Path, texts: Mapping[str, object]) -> None:
     """Writes a picture with its texts, whole or not at all. StoreError when the disk refuses."""
     from PIL.PngImagePlugin import PngInfo
 
-    from toolchain.artifacts import write_atomic
+    from toolchain.files import write_atomic
 
     info = PngInfo()
     for key, text in texts.items():

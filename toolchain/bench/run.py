@@ -7,12 +7,9 @@ among the rounds.
 
 from __future__ import annotations
 
-import platform
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,8 @@ from typing import Any
 from toolchain.bench.contender import Contender
 from toolchain.bench.report import BenchReport, summarize
 from toolchain.bundle import Bundle, read_bundle
+from toolchain.check.report import Pair
+from toolchain.doctor import installed, machine
 from toolchain.errors import UsageError
 from toolchain.models import resolve_model
 from toolchain.runtime.engines import usable_backend
@@ -128,8 +127,8 @@ def bench(
         recipe=bundle.recipe.name,
         workload=vars(work) | {"size": f"{work.size[0]}x{work.size[1]}"},
         repeats=repeats,
-        machine=_machine(),
-        versions=_versions(),
+        machine=machine(),
+        versions=installed(VERSIONS),
         contenders={c.name: summarize(c.start, [r[c.name] for r in rounds], ends[c.name]) for c in contenders},
         ratios={n: [r[n]["total_ms"] / r[OURS]["total_ms"] for r in rounds] for n in against},
         likeness_db=likeness,
@@ -182,33 +181,5 @@ def _psnr_db(ours: Path, theirs: Path) -> float | None:
     import numpy as np
     from PIL import Image
 
-    a, b = (np.asarray(Image.open(path), np.float64) for path in (ours, theirs))
-    if a.shape != b.shape:
-        return None
-    error = float(np.square(a - b).mean())
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
-
-
-def _machine() -> dict[str, Any]:
-    from toolchain.doctor import cpu_name, gpus
-    from toolchain.engines.onnxruntime import cpu_features, physical_cores
-
-    return {
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": cpu_name(),
-        "cpu_features": cpu_features(),
-        "physical_cores": physical_cores(),
-        "gpus": gpus()[0],
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in VERSIONS:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    a, b = (np.asarray(Image.open(path)) for path in (theirs, ours))
+    return Pair(a, b).psnr_db if a.shape == b.shape else None

@@ -74,22 +74,25 @@ def diffbuild(bundle: str, _: str, parts: Parts) -> Draw:
     return draw
 
 
-def diffusers(_: str, model: str, parts: Parts, compiled: bool = False) -> Draw:
+def diffusers(bundle: str, model: str, parts: Parts, compiled: bool = False) -> Draw:
+    # diffusers imports a part when it is named: without this one its imports would count as loading.
+    import diffusers.pipelines.pipeline_utils  # noqa: F401
     import torch
-    from diffusers import DiffusionPipeline
 
-    from toolchain.sampler.schedulers import create, parse, reference_kwargs
+    from toolchain.bundle import read_bundle
+    from toolchain.check.reference import reference_pipeline, text_length
+    from toolchain.models import family_of, resolve_model
+    from toolchain.sampler.schedulers import create, parse, quiet, reference_kwargs
 
     parts.done("imports_ms")
-    pipeline = DiffusionPipeline.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
-    pipeline.set_progress_bar_config(disable=True)
-    if getattr(pipeline, "safety_checker", None) is not None:
-        pipeline.safety_checker = None
+    recipe, source = read_bundle(Path(bundle)).recipe, resolve_model(model)
+    family = family_of(source, recipe)
+    pipeline = reference_pipeline(source, family, recipe)
     network = "unet" if hasattr(pipeline, "unet") else "transformer"
     if compiled:
         setattr(pipeline, network, torch.compile(getattr(pipeline, network)))
         pipeline.vae.decode = torch.compile(pipeline.vae.decode)
-    config = json.loads((Path(model) / "scheduler" / "scheduler_config.json").read_text())
+    config, length = source.config("scheduler"), text_length(source, family, recipe)
     parts.done("load_ms")
 
     def draw(work: dict[str, Any]) -> tuple[Stages, Any]:
@@ -97,7 +100,8 @@ def diffusers(_: str, model: str, parts: Parts, compiled: bool = False) -> Draw:
         pipeline.scheduler = create(spec, config)
         own: Stages = {}
         started = time.perf_counter()
-        with _timed(pipeline, "encode_prompt", own, "text_ms"), _timed(pipeline.vae, "decode", own, "decode_ms"):
+        text = _timed(pipeline, "encode_prompt", own, "text_ms")
+        with quiet(), text, _timed(pipeline.vae, "decode", own, "decode_ms"):
             result = pipeline(
                 [work["prompt"]] * work["batch"],
                 num_inference_steps=work["steps"],
@@ -106,6 +110,7 @@ def diffusers(_: str, model: str, parts: Parts, compiled: bool = False) -> Draw:
                 width=work["size"][1],
                 generator=[torch.Generator().manual_seed(work["seed"] + i) for i in range(work["batch"])],
                 **reference_kwargs(spec),
+                **length,
             )
         total = (time.perf_counter() - started) * 1e3
         own["denoise_ms"] = total - sum(own.values())

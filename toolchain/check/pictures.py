@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage.metrics import structural_similarity
 
-from toolchain.check.reference import reference_pipeline
+from toolchain.check.reference import reference_pipeline, text_length
 from toolchain.check.report import Pair, Picture
 from toolchain.models import Family, ModelSource
 from toolchain.recipe import Check, Recipe
@@ -60,15 +60,15 @@ def compare_pictures(
     for number, one in enumerate(drawn):
         progress(f"pictures: {number + 1} of {len(drawn)} from the reference")
         pipeline.scheduler = copy.deepcopy(scheduler)  # a trajectory uses a scheduler up
-        reference = _reference(pipeline, one, recipe, reference_kwargs(spec) | _text_length(source, family, recipe))
+        reference = _reference(pipeline, one, recipe, reference_kwargs(spec) | text_length(source, family, recipe))
         pictures.append(judge(one, reference, recipe.check))
     return pictures
 
 
 def judge(drawn: Drawn, reference: Pixels, check: Check) -> Picture:
     """One picture against the reference's of the same size, both 8-bit [H, W, 3]."""
-    identical = np.array_equal(reference, drawn.pixels)
-    psnr = np.inf if identical else float(peak_signal_noise_ratio(reference, drawn.pixels, data_range=255))
+    pair = Pair(reference, drawn.pixels)
+    psnr = pair.psnr_db
     ssim = float(structural_similarity(reference, drawn.pixels, channel_axis=-1, data_range=255))
     verdicts = {
         "psnr_db": psnr >= check.psnr_db,
@@ -78,7 +78,7 @@ def judge(drawn: Drawn, reference: Pixels, check: Check) -> Picture:
     }
     size = f"{reference.shape[0]}x{reference.shape[1]}"
     failed = tuple(name for name, passed in verdicts.items() if not passed)
-    return Picture(drawn.prompt, drawn.seed, size, psnr, ssim, failed, Pair(reference, drawn.pixels))
+    return Picture(drawn.prompt, drawn.seed, size, psnr, ssim, failed, pair)
 
 
 def is_blank(pixels: Pixels) -> bool:
@@ -101,15 +101,6 @@ def _reference(pipeline: Any, drawn: Drawn, recipe: Recipe, kwargs: dict[str, An
             **kwargs,
         )
     return np.asarray(result.images[0])
-
-
-def _text_length(source: ModelSource, family: Family, recipe: Recipe) -> dict[str, int]:
-    """How long a prompt T5 takes, where the recipe has a T5: pipelines have a default of their own."""
-    for component in family.parts(recipe):
-        if component.tokenizer and source.class_of(component.tokenizer).startswith("T5"):
-            ids = component.spec(source, recipe.buckets[0], recipe).input("ids")
-            return {"max_sequence_length": ids.shape[1]}
-    return {}
 
 
 def _guidance(recipe: Recipe) -> float:

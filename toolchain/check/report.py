@@ -94,6 +94,14 @@ class Pair:
     reference: Pixels
     compiled: Pixels
 
+    @property
+    def psnr_db(self) -> float:
+        """Peak signal-to-noise ratio; infinite where they are equal."""
+        import numpy as np
+
+        error = float(np.square(self.reference.astype(np.float64) - self.compiled).mean())
+        return 10 * math.log10(255**2 / error) if error else math.inf
+
 
 @dataclass(frozen=True)
 class Picture:
