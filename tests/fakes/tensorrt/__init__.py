@@ -2,7 +2,7 @@
 """A stand-in for NVIDIA's `tensorrt` in tests: its names and rules, on host memory, with ONNX Runtime as the engine.
 
 `tests/fakes` goes onto `sys.path` and, for child processes, into PYTHONPATH. The surface is that of 11.4; with
-FAKE_TENSORRT_VERSION=10.13.3.9 it is that of 10.13. tests/tensorrt/test_names.py compares it with NVIDIA's bindings.
+FAKE_TENSORRT_VERSION=10.13.3.9 it is that of 10.13. tests/trt/test_names.py compares it with NVIDIA's bindings.
 
 A broken rule of TensorRT raises AssertionError and is recorded in `violations`. See `_rules` for the variables that
 inject failures, `_context` for what an enqueue does.

@@ -14,7 +14,7 @@ from tensorrt import _plan
 from tensorrt._config import IBuilderConfig, IOptimizationProfile
 from tensorrt._enums import BuilderFlag, DataType, ErrorCodeTRT, MemoryPoolType, Severity
 from tensorrt._graph import Executable
-from tensorrt._interfaces import IErrorRecorder, IHostMemory, ILogger, IProgressMonitor, Reporter
+from tensorrt._interfaces import IErrorRecorder, IHostMemory, ILogger, IProgressMonitor, Reporter, without_device
 from tensorrt._network import INetworkDefinition
 from tensorrt._rules import Native, at_least, failing, violate
 
@@ -70,9 +70,8 @@ class _Progress:
 
 class Builder(Native):
     def __init__(self, logger: ILogger) -> None:
-        if failing("no_device"):
-            raise TypeError("pybind11::init(): factory function returned nullptr")
         self._report = Reporter(logger)
+        without_device(self._report)
         self._max_threads = 1
 
     @property
@@ -132,6 +131,7 @@ class Builder(Native):
                 progress.phase("Tactic selection", "Building engine", max(1, len(layers)), tactics)
 
         def tactics(step: int) -> None:
+            time.sleep(0.2 if failing("slow") else 0)
             if step == len(layers) // 2:
                 self._fail_in_the_middle()
 
@@ -170,6 +170,7 @@ class Builder(Native):
         return f"API Usage Error (flags {asked} cannot be combined)" if len(asked) > 1 else None
 
     def _fail_in_the_middle(self) -> None:
+        """A crash, or a build that never ends: blocked signals reach other threads, as those of native code would."""
         if failing("kill_child"):
             os.kill(os.getpid(), signal.SIGKILL)
         if failing("hang"):
@@ -197,6 +198,8 @@ class Builder(Native):
             "aux_streams": max(0, config.max_aux_streams),
             "stripped": total if stripped else -1,
             "weights": weights,
+            "version_compatible": config.get_flag(BuilderFlag.VERSION_COMPATIBLE),
+            "lean_runtime": not config.get_flag(BuilderFlag.EXCLUDE_LEAN_RUNTIME),
             "refit": "REFIT_IDENTICAL" if stripped and not refit else "".join(refit),
             "workspace": config.get_memory_pool_limit(MemoryPoolType.WORKSPACE),
         }

@@ -21,7 +21,7 @@ from tensorrt._enums import (
     TensorLocation,
 )
 from tensorrt._graph import Executable, load_proto
-from tensorrt._interfaces import Buffer, Dims, IErrorRecorder, IHostMemory, ILogger, Reporter
+from tensorrt._interfaces import Buffer, Dims, IErrorRecorder, IHostMemory, ILogger, Reporter, without_device
 from tensorrt._rules import Made, Native, at_least, failing, violate
 
 NAMES = {
@@ -32,9 +32,8 @@ NAMES = {
 
 class Runtime(Native):
     def __init__(self, logger: ILogger) -> None:
-        if failing("no_device"):
-            raise TypeError("pybind11::init(): factory function returned nullptr")
         self._report = Reporter(logger)
+        without_device(self._report)
         self._host_code = False
 
     @property
@@ -62,7 +61,7 @@ class Runtime(Native):
         if failing("deserialize_none"):
             return self._report.error("IRuntime::deserializeCudaEngine: Error Code 1: Internal Error (injected)")
         data = bytes(memoryview(serialized_engine))
-        found = _plan.read(data)
+        found = _plan.read(data, self._host_code)
         if isinstance(found, str):
             return self._report.error(found)
         header, body = found

@@ -11,7 +11,7 @@ import traceback
 from typing import Any
 
 from tensorrt._enums import DataType, ErrorCodeTRT, Severity
-from tensorrt._rules import Native, Overridable, initialised
+from tensorrt._rules import Native, Overridable, failing, initialised
 
 Buffer = Any
 
@@ -175,6 +175,13 @@ def nptype(trt_type: DataType) -> Any:
     if trt_type.name not in names:
         raise TypeError("Could not resolve TensorRT datatype to an equivalent numpy datatype.")
     return np.dtype(names[trt_type.name]).type
+
+
+def without_device(report: Reporter) -> None:
+    """The injected failure no_device: a line in the log and pybind11's TypeError, as without a driver."""
+    if failing("no_device"):
+        report.error("createInferRuntime: Error Code 6: API Usage Error (CUDA initialization failure with error: 35.)")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
 
 
 class Reporter:

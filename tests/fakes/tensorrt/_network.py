@@ -15,6 +15,7 @@ from tensorrt._enums import (
     TensorLocation,
 )
 from tensorrt._graph import (
+    BFLOAT16,
     DTYPES,
     UNSUPPORTED,
     Initializers,
@@ -329,6 +330,7 @@ class OnnxParser(Native):
         if not loader.resolve():
             return False
         version = opset(loader.model)
+        loader.types = tensor_types(loader.model)
         if version > 24:
             loader.report(Severity.WARNING, f"The model's opset {version} is newer than the parser's 24")
         for index, node in enumerate(loader.model.graph.node):
@@ -347,6 +349,9 @@ class OnnxParser(Native):
             return "No importer registered for op: Attention"
         if node.op_type == "GroupNormalization" and version >= 21 and not at_least(10, 15):
             return "Assertion failed: GroupNormalization of opset 21 is not supported"
+        kinds = {self._loader.types.get(n, (0,))[0] for n in node.input}
+        if node.op_type in ("Conv", "ConvTranspose") and BFLOAT16 in kinds and version < 22:
+            return f"Unsupported type BFLOAT16 of {node.op_type} in opset {version}"
         return None
 
     @property

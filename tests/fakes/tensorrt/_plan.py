@@ -34,7 +34,7 @@ def write(header: dict[str, Any], model: Any) -> bytes:
     return MAGIC + struct.pack("<Q", len(text)) + text + body
 
 
-def read(data: bytes) -> tuple[dict[str, Any], bytes] | str:
+def read(data: bytes, host_code: bool) -> tuple[dict[str, Any], bytes] | str:
     """Header and model, or why the runtime cannot take the plan, in its own words."""
     if data[: len(MAGIC)] != MAGIC or len(data) < 16:
         return "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (Serialization assertion magicTagRead == kMAGIC_TAG failed. Magic tag does not match)"  # noqa: E501
@@ -43,7 +43,12 @@ def read(data: bytes) -> tuple[dict[str, Any], bytes] | str:
         header: dict[str, Any] = json.loads(data[16 : 16 + length])
     except ValueError:
         return "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (the engine plan file is corrupt)"
-    if header["version"] != VERSION:
+    if header["version_compatible"] and header["lean_runtime"] and not host_code:
+        return (
+            "IRuntime::deserializeCudaEngine: Error Code 3: API Usage Error (The engine holds a lean runtime; "
+            "engine_host_code_allowed must be true to run it.)"
+        )
+    if not _fits_version(header):
         return (
             "IRuntime::deserializeCudaEngine: Error Code 6: API Usage Error (The engine plan file is not compatible "
             f"with this version of TensorRT, expecting library version {VERSION} got {header['version']}, "
@@ -58,6 +63,11 @@ def read(data: bytes) -> tuple[dict[str, Any], bytes] | str:
     if hashlib.sha256(body).hexdigest() != header["sha256"]:
         return "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (the engine plan file is corrupt)"
     return header, body
+
+
+def _fits_version(header: dict[str, Any]) -> bool:
+    theirs, ours = ([int(n) for n in v.split(".")] for v in (header["version"], VERSION))
+    return theirs == ours or (header["version_compatible"] and theirs <= ours)
 
 
 def _runs_here(header: dict[str, Any]) -> bool:
