@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from toolchain.engines.memory import Buffer, Memory
 from toolchain.engines.onnxruntime import OnnxRuntimeBackend
+from toolchain.engines.tensorrt import TensorRtBackend
 from toolchain.errors import UsageError
 from toolchain.signature import GraphSpec
 
@@ -40,19 +41,29 @@ class Engine(Protocol):
 
 
 class Backend(Protocol):
-    """`dtypes` are those that the backend can run a whole component in."""
+    """A backend. What it calls `options` is its table of the recipe.
+
+    dtypes       those that it can run a whole component in
+    run_options  options that change how an engine runs and not what is built: no part of its key
+    """
 
     name: str
     dtypes: tuple[str, ...]
+    run_options: tuple[str, ...]
 
     def available(self) -> str | None:
         """Why the backend cannot run here, or None."""
 
     def device(self) -> dict[str, Any]:
-        """What engines built here are tied to; part of every engine's key and of the bundle."""
+        """What engines built here are tied to; part of every engine's key and of the bundle. Raises EngineError where
+        nothing can be built."""
 
-    def refuse(self, built_on: Mapping[str, Any]) -> str | None:
-        """Why engines built on the described device cannot run here, or None."""
+    def refuse(self, built_on: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
+        """Why engines built on the described device with these options cannot run here, or None. Only asked where the
+        backend is available."""
+
+    def problems(self, options: Mapping[str, Any]) -> list[str]:
+        """What cannot be built here under these options, each "option: reason". Raises EngineError like `device`."""
 
     def prepare(self, graph: ir.Model) -> ir.Model:
         """The graph in the form that this backend wants its weights in."""
@@ -63,10 +74,18 @@ class Backend(Protocol):
     def pack(self, graph: Path, weights: Mapping[str, Path], out: Path, options: Mapping[str, Any]) -> None:
         """Writes `packed.safetensors` into `out`: weights in the backend's own layout, shared by all buckets."""
 
-    def build(self, graph: Path, weights: Mapping[str, Path], out: Path, options: Mapping[str, Any]) -> None:
+    def build(
+        self,
+        graph: Path,
+        weights: Mapping[str, Path],
+        out: Path,
+        options: Mapping[str, Any],
+        progress: Callable[[str, float], None] = lambda phase, share: None,
+    ) -> None:
         """Writes the engine's files into the folder `out`.
 
-        `weights` is role -> file: "weights" is the component's weight file, "packed" the backend's. Raises EngineError.
+        `weights` is role -> file: "weights" is the component's weight file, "packed" the backend's. `progress` gets the
+        name of a phase and how much of it is done, 0 to 1; what it raises cancels the build. Raises EngineError.
         """
 
     def memory(self, folders: Sequence[Path], options: Mapping[str, Any]) -> Memory:
@@ -84,7 +103,7 @@ class Backend(Protocol):
         this backend's own. Raises EngineError."""
 
 
-BACKENDS: dict[str, Backend] = {"onnxruntime": OnnxRuntimeBackend()}
+BACKENDS: dict[str, Backend] = {"onnxruntime": OnnxRuntimeBackend(), "tensorrt": TensorRtBackend()}
 
 
 def backend_of(name: str) -> Backend:

@@ -10,7 +10,7 @@ import ctypes
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -31,7 +31,6 @@ STAGED_BYTES = 256 << 20
 CUDA_GRAPHS = ("step", "loop", "off")
 
 
-@cache
 def _cudart() -> Any:
     from cuda.bindings import runtime
 
@@ -319,13 +318,21 @@ class DeviceMemory:
         self._recording = True
         try:
             enqueue()
-        finally:
-            self._recording = False
-            code, graph = _cudart().cudaStreamEndCapture(self._stream)  # in any case: the stream is of no use before
-            _cudart().cudaGetLastError()
+        except BaseException:
+            code, graph = self._end_capture()
+            if not code:
+                call("cudaGraphDestroy", graph)
+            raise
+        code, graph = self._end_capture()
         if code:
             raise EngineError("a capture failed", where="cudaStreamEndCapture", got=_describe(code))
         return graph
+
+    def _end_capture(self) -> Any:
+        self._recording = False
+        code, graph = _cudart().cudaStreamEndCapture(self._stream)
+        _cudart().cudaGetLastError()
+        return code, graph
 
     def _instantiate(self, graph: Any) -> Any:
         try:

@@ -68,6 +68,7 @@ def physical_cores() -> int:
 class OnnxRuntimeBackend:
     name = "onnxruntime"
     dtypes: tuple[str, ...] = ("float32", "float16")  # its CPU kernels have no bfloat16 convolution
+    run_options: tuple[str, ...] = ("threads",)
 
     def available(self) -> str | None:
         try:
@@ -88,7 +89,7 @@ class OnnxRuntimeBackend:
                 continue
         return {"kind": "cpu", "cpu": cpu_features(), "onnxruntime": "missing"}
 
-    def refuse(self, built_on: Mapping[str, Any]) -> str | None:
+    def refuse(self, built_on: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
         here = self.device()
         for what in ("kind", "cpu"):
             if built_on.get(what) != here[what]:
@@ -98,6 +99,9 @@ class OnnxRuntimeBackend:
         if built.split(".")[:2] != ours.split(".")[:2]:
             return f"built with onnxruntime {built}, this machine has {ours}"
         return None
+
+    def problems(self, options: Mapping[str, Any]) -> list[str]:
+        return []
 
     def prepare(self, graph: ir.Model) -> ir.Model:
         from toolchain.graph.transpose import transpose_weights
@@ -121,7 +125,14 @@ class OnnxRuntimeBackend:
             names = sorted(made)
             write_safetensors(out / PACKED, [(n, *made[n][:2]) for n in names], lambda n: made[n][2].numpy())
 
-    def build(self, graph: Path, weights: Mapping[str, Path], out: Path, options: Mapping[str, Any]) -> None:
+    def build(
+        self,
+        graph: Path,
+        weights: Mapping[str, Path],
+        out: Path,
+        options: Mapping[str, Any],
+        progress: Callable[[str, float], None] = lambda phase, share: None,
+    ) -> None:
         import onnx_ir as ir
 
         from toolchain.graph.placeholder import static_shape

@@ -11,7 +11,6 @@ import logging
 import mmap
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ class TensorRtEngine:
         self._launches: list[Callable[[], None]] = []
         self._unread: dict[str, DeviceBuffer] = {}
         facts = read_facts(folder)
-        self._log = _logger_class()()
+        self._log = _logger()
         self._runtime: Any = None
         self._engine: Any = None
         try:
@@ -240,8 +239,7 @@ def _trt() -> Any:
     return tensorrt
 
 
-@cache
-def _logger_class() -> Any:
+def _logger() -> Any:
     """A logger that keeps the last lines for errors and passes warnings on. Called from several threads."""
     trt = _trt()
 
@@ -256,4 +254,4 @@ def _logger_class() -> Any:
             if severity == trt.ILogger.Severity.WARNING:
                 log.warning("TensorRT: %s", msg.strip())
 
-    return Logger
+    return Logger()

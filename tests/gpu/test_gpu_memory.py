@@ -1,0 +1,66 @@
+"""`DeviceMemory` on a real GPU: the same promises as on the pretended one. Needs cuda-python and a driver."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.device_contract import DeviceContract, Make, swap
+from toolchain.engines import cuda
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _a_gpu() -> None:
+    reason = cuda.available()
+    if reason:
+        pytest.skip(f"needs a GPU: {reason}")
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    made = []
+
+    def make_memory(cuda_graph: str = "step") -> cuda.DeviceMemory:
+        made.append(cuda.DeviceMemory(cuda_graph))
+        return made[-1]
+
+    yield make_memory
+    for memory in made:
+        memory.close()
+
+
+class TestRealGpu(DeviceContract):
+    pass
+
+
+def test_facts_of_the_gpu() -> None:
+    facts = cuda.device_facts()
+    assert all(re.fullmatch(r"\d+\.\d+", facts[name]) for name in ("compute_capability", "driver", "cuda"))
+    assert facts["name"].isprintable()
+    assert facts["sm_count"] > 0
+    assert 0 < cuda.free_memory_bytes() <= facts["memory_bytes"]
+
+
+def test_memory_is_given_back(make: Make) -> None:
+    memory = make()
+    before = cuda.free_memory_bytes()
+    memory.zeros((64 << 20,), "uint8")
+    assert before - cuda.free_memory_bytes() >= 64 << 20
+    memory.close()
+    assert cuda.free_memory_bytes() >= before
+
+
+def test_free_memory_is_constant_over_a_thousand_rounds(make: Make) -> None:
+    memory = make()
+    ends, enqueues = swap(memory)
+    launches = [memory.capture(enqueue) for enqueue in enqueues]
+    free = []
+    for index in range(1000):
+        memory.write(ends[0], index)
+        for launch in launches:
+            launch()
+        assert memory.read(ends[1])[0].max() == index
+        free.append(cuda.free_memory_bytes())
+    assert free[-1] >= free[10]
