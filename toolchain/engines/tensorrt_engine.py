@@ -93,7 +93,6 @@ class TensorRtEngine:
         except BaseException:
             self.close()
             raise
-        memory.reserve(self._engine.device_memory_size_v2)
 
     def bind(self, buffers: Mapping[str, DeviceBuffer]) -> Callable[[], None]:
         addresses = {}
@@ -149,11 +148,12 @@ class TensorRtEngine:
         except TypeError as error:
             raise self._failure("TensorRT cannot fill the engine with its weights", hint=REBUILD) from error
         parser = trt.OnnxParserRefitter(refitter, self._log)
+        graph = _read(self._folder / recipe["graph"])
         with MappedWeights(file) as weights:
             # The parser keeps bare addresses: the arrays live until the weights are in the engine.
             arrays = {name: np.require(weights.array(name), requirements=["C", "A"]) for name in recipe["weights"]}
             filled = (
-                parser.load_model_proto((self._folder / recipe["graph"]).read_bytes())
+                parser.load_model_proto(graph)
                 and all(parser.load_initializer(name, a.ctypes.data, a.nbytes) for name, a in arrays.items())
                 and parser.refit_model_proto()
             )
@@ -162,7 +162,6 @@ class TensorRtEngine:
                 errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
                 lacking = [f"no weights for {', '.join(missing[:3])} and {len(missing)} in all"] if missing else []
                 raise self._failure("TensorRT cannot fill the engine with its weights", [*errors, *lacking], REBUILD)
-            del arrays
 
     def _check_signature(self) -> None:
         trt, engine = _trt(), self._engine
@@ -231,6 +230,13 @@ def _address(tensor: TensorSpec, buffer: DeviceBuffer | None, where: Path) -> in
         got = f"{buffer.dtype} {list(buffer.shape)} at {buffer.address:#x}"
         raise EngineError("a buffer does not fit", where=where, expected=expected, got=got)
     return buffer.address
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise EngineError("a file of an engine cannot be read", where=path, got=error, hint=REBUILD) from error
 
 
 def _trt() -> Any:
