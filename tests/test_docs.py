@@ -12,7 +12,7 @@ import click
 import pytest
 
 from toolchain.cli import cli
-from toolchain.recipe import Check, ComponentRecipe, OnnxRuntimeOptions, Recipe, Sampling, Tolerance
+from toolchain.recipe import Check, ComponentRecipe, OnnxRuntimeOptions, Recipe, Sampling, TensorRtOptions, Tolerance
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -43,7 +43,10 @@ def test_every_command_is_in_the_readme() -> None:
     assert set(cli.commands) <= shown | {"completion"}
 
 
-@pytest.mark.parametrize("kind", [Recipe, ComponentRecipe, Sampling, OnnxRuntimeOptions, Check, Tolerance])
+KINDS = [Recipe, ComponentRecipe, Sampling, OnnxRuntimeOptions, TensorRtOptions, Check, Tolerance]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_recipe_key_is_in_the_reference(kind: type) -> None:
     reference = README.split("## Recipes")[1].split("\n## ")[0]
     words = set(re.findall(r"[a-z_0-9]+", "".join(re.findall(r"`[^`]+`", reference))))

@@ -17,6 +17,7 @@ from toolchain.recipe import (
     OnnxRuntimeOptions,
     Recipe,
     Sampling,
+    TensorRtOptions,
     Tolerance,
     load_recipe,
     parse_recipe,
@@ -59,6 +60,7 @@ def test_defaults() -> None:
         components={},
         sampling=Sampling("model", 20, 5.0, ("model",), (20,)),
         onnxruntime=OnnxRuntimeOptions("all", 0),
+        tensorrt=TensorRtOptions(3, 0, "none", "none", False, False, -1, "", True, "step"),
         check=Check(("a circle",), (0,), 40.0, 0.98, {}),
     )
     assert parse(SMALLEST).component("denoiser") == ComponentRecipe("float32", ())
@@ -83,6 +85,17 @@ step_counts = [8, 20]
 [onnxruntime]
 optimization = "basic"
 threads = 2
+[tensorrt]
+builder_optimization_level = 5
+workspace_mb = 4096
+tiling_optimization_level = "fast"
+hardware_compatibility_level = "same_compute_capability"
+version_compatible = true
+strip_plan = true
+max_aux_streams = 0
+build_route = "-a=1 -b=2"
+tf32 = false
+cuda_graph = "loop"
 [check]
 prompts = ["a", "b"]
 seeds = [0, 18446744073709551615]
@@ -106,6 +119,9 @@ def test_every_key() -> None:
     assert type(recipe.sampling.guidance) is float
     assert recipe.sampling.tables == (("euler", 8), ("ddim", 8), ("ddim", 20), ("euler", 20))
     assert recipe.onnxruntime == OnnxRuntimeOptions("basic", 2)
+    assert recipe.tensorrt == TensorRtOptions(
+        5, 4096, "fast", "same_compute_capability", True, True, 0, "-a=1 -b=2", False, "loop"
+    )
     assert recipe.check.seeds == (0, 2**64 - 1)
     assert recipe.check.tolerance("denoiser") == Tolerance(0.99, 40.0, 0.5)
     assert recipe.check.tolerance("vae_decoder") == Tolerance(snr_db=30.5)
@@ -159,6 +175,10 @@ step_counts = [20, 30.0, true, "50", 0]
 [onnxruntime]
 optimization = "layout"
 threads = -1
+[tensorrt]
+builder_optimization_level = 6
+max_aux_streams = -2
+fp16 = true
 [check]
 prompts = []
 seeds = [-1, 1.0, 18446744073709551616, 7, 7]
@@ -171,7 +191,8 @@ max_error = true
 [check.components]
 vae_decoder.cosin = 1
 """
-KEYS = "family, backend, buckets, classifier_free_guidance, without, components, sampling, onnxruntime, check"
+KEYS = "family, backend, buckets, classifier_free_guidance, without, components, sampling, onnxruntime, "
+KEYS += "tensorrt, check"
 SEED = "an integer from 0 to 2**64 - 1"
 MANY_LINES = [
     f"famly: unknown key, did you mean 'family'? (expected one of {KEYS}, got 'famly')",
@@ -205,6 +226,11 @@ MANY_LINES = [
     f"sampling.step_counts[4]: out of range (expected {COUNT}, got 0)",
     "onnxruntime.optimization: unknown value (expected one of 'basic', 'extended', 'all', got 'layout')",
     "onnxruntime.threads: out of range (expected an integer of 0 or more, got -1)",
+    "tensorrt.fp16: unknown key (expected one of builder_optimization_level, workspace_mb, tiling_optimization_level, "
+    "hardware_compatibility_level, version_compatible, strip_plan, max_aux_streams, build_route, tf32, cuda_graph, got "
+    "'fp16')",
+    "tensorrt.builder_optimization_level: out of range (expected an integer from 0 to 5, got 6)",
+    "tensorrt.max_aux_streams: out of range (expected an integer of -1 or more, got -2)",
     f"check.prompts: empty (expected {ENTRIES}, got [])",
     f"check.seeds[0]: out of range (expected {SEED}, got -1)",
     f"check.seeds[1]: wrong type (expected {SEED}, got 1.0)",

@@ -24,7 +24,12 @@ _LOG = logging.getLogger("toolchain")
 FICLONE = 0x40049409  # ioctl of Linux: both files share their blocks until one is written
 
 
-def assemble(plan: Plan, output: Path, progress: Callable[[Step, str], None] = lambda step, what: None) -> Bundle:
+def assemble(
+    plan: Plan,
+    output: Path,
+    progress: Callable[[Step, str], None] = lambda step, what: None,
+    within: Callable[[Step, str, float], None] = lambda step, phase, share: None,
+) -> Bundle:
     """Builds what the store does not hold yet and writes the bundle, replacing an older one only when all went well.
 
     A bundle that was put together from the same artifacts, all still in the store, is left as it is, with its
@@ -37,7 +42,7 @@ def assemble(plan: Plan, output: Path, progress: Callable[[Step, str], None] = l
         for step in plan.steps:
             progress(step, "hit")
         return existing
-    built = execute(plan, progress)
+    built = execute(plan, progress, within)
     signed = (output / SIGNATURE).exists()
     publish_folder(output, _Writer(plan, built).fill, owns=_owns(output))
     plan.store.register_bundle(output, refs)

@@ -113,7 +113,7 @@ def build(recipe: Path, model: str, output: Path, revision: str | None, store: P
     started = time.perf_counter()
     planned = plan_build(recipe, model, revision=revision, store=store)
     with progress.steps(len(planned.steps), planned.recipe.name) as shown:
-        bundle = assemble(planned, output, shown)
+        bundle = assemble(planned, output, shown, shown.within)
     result = (bundle, shown.finished, time.perf_counter() - started)
     answer(as_json, lambda: report.build_json(*result), lambda: report.build_lines(*result))
 
@@ -293,7 +293,7 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
         with progress.working("comparing digests"):
             found.verify()
     backend = backend_of(found.backend)
-    refused = backend.available() or backend.refuse(found.device)
+    refused = backend.available() or backend.refuse(found.device, found.recipe.to_json()[found.backend])
     answer(
         as_json,
         lambda: report.bundle_json(found, refused, verify),

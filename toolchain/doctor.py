@@ -29,6 +29,7 @@ def examine(store: Path) -> dict[str, Any]:
     """Everything that `doctor` tells. `works` is whether one backend at least can run here."""
     from toolchain.engines import BACKENDS
     from toolchain.engines.onnxruntime import cpu_features, physical_cores
+    from toolchain.engines.tensorrt import advisory
 
     backends = {name: backend.available() for name, backend in BACKENDS.items()}
     libraries = {use: {name: _version(name) for name in names} for use, names in LIBRARIES.items()}
@@ -41,6 +42,7 @@ def examine(store: Path) -> dict[str, Any]:
         "missing": {use: _missing(found) for use, found in libraries.items()},
         "system": _system(),
         "cpu": {"features": cpu_features(), "physical_cores": physical_cores()},
+        "advisories": [line for line in [advisory(libraries["tensorrt"]["tensorrt"])] if line],
         "gpus": found,
         "no_gpu": no_gpu,
         "store": _store(store),
@@ -140,6 +142,8 @@ def doctor_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     state += "" if store["writable"] else ", not writable"
     rows.append(["store", f"{store['path']}{state}, {megabytes(store['free_bytes'])} free"])
     yield from table(rows, indent="")
+    for line in facts["advisories"]:
+        yield f"warning: {line}"
     if facts["missing"]["build"]:
         yield "hint: pip install 'diffbuild[build]' installs what a build needs"
     if not facts["works"]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from toolchain.artifacts import Artifact, Json, Store, content_key
 from toolchain.bundle import ANY
 from toolchain.engines import Backend, backend_of
-from toolchain.errors import RecipeError, RequestError
+from toolchain.errors import EngineError, RecipeError, RequestError
 from toolchain.export.safetensors import find_weights, read_folder
 from toolchain.models import Component, Family, ModelSource, family_of
 from toolchain.recipe import Bucket, Recipe
@@ -40,11 +41,14 @@ CODE = {  # which packages of ours decide a stage's outcome
 }
 
 Built = Mapping[str, Artifact]
+Within = Callable[[str, float], None]
+"""How far one step is: the name of its phase and how much of that is done, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One artifact to have. `name` is "stage subject"; `run` gets the artifacts built before it and a folder to fill.
+    """One artifact to have. `name` is "stage subject"; `run` gets the artifacts built before it, a folder to fill and
+    whom to tell how far it is.
 
     changed: for a miss, the fields that differ from the last artifact of the same name; empty when there was none.
     needs: names of the steps whose artifacts `run` reads.
@@ -56,7 +60,7 @@ class Step:
     inputs: Mapping[str, Json]
     hit: bool
     changed: tuple[str, ...]
-    run: Callable[[Built, Path], None]
+    run: Callable[[Built, Path, Within], None]
     needs: tuple[str, ...] = ()
 
     @property
@@ -134,6 +138,8 @@ def check_recipe(
         if component.dtype not in backend.dtypes and not graphs_only:
             can = " or ".join(backend.dtypes)
             problems.append(f"components.{name}.dtype: {backend.name} cannot run {component.dtype} (expected {can})")
+    if not graphs_only:
+        problems += [f"{backend.name}.{problem}" for problem in backend.problems(recipe.to_json()[backend.name])]
     optional = [c.name for c in family.components if c.optional]
     for name in recipe.without:
         if name not in optional:
@@ -170,7 +176,7 @@ class _Planner:
         stage: str,
         subject: str,
         inputs: dict[str, Json],
-        run: Callable[[Built, Path], None],
+        run: Callable[[Built, Path, Within], None],
         needs: Sequence[str] = (),
     ) -> str:
         inputs = {"code": code_digest(stage), **inputs}
@@ -208,7 +214,9 @@ class _Planner:
                 "tools": tool_versions(EXPORT_TOOLS),
             }
 
-            def run(_: Built, folder: Path, component: Component = component, bucket: Bucket = bucket) -> None:
+            def run(
+                _: Built, folder: Path, within: Within, component: Component = component, bucket: Bucket = bucket
+            ) -> None:
                 _export(self, component, bucket, folder)
 
             self.add("graph", f"{component.name} {label}", inputs, run)
@@ -228,7 +236,7 @@ class _Planner:
         }
         shared: dict[str, Json] = {
             "weights": self.add(
-                "weights", component.name, inputs, lambda built, out: _weights(folder, built[first], out), [first]
+                "weights", component.name, inputs, lambda built, out, _: _weights(folder, built[first], out), [first]
             )
         }
         if not self.steps[-1].hit:
@@ -241,23 +249,26 @@ class _Planner:
 
     def tied(self, stage: str, component: Component, label: str, shared: dict[str, Json]) -> str:
         """A step of the backend: from the graph of one bucket and the weight files `shared`, role -> key."""
-        make = self.backend.pack if stage == "packed" else self.backend.build
         graph = self.name("graph", f"{component.name} {label}")
         roles = {role: self.name(role, component.name) for role in shared}
         inputs: dict[str, Json] = {
             "backend": self.backend.name,
             "device": self.backend.device(),
-            # What is saved does not depend on how many threads will run it.
-            "options": {k: v for k, v in self.options.items() if k != "threads"},
+            "options": {k: v for k, v in self.options.items() if k not in self.backend.run_options},
             **shared,
             "graph": self.key("graph", f"{component.name} {label}"),
         }
 
-        def run(built: Built, out: Path) -> None:
-            files = {role: _only_file(built[name]) for role, name in roles.items()}
-            make(built[graph].file("graph.onnx"), files, out, self.options)
-
         subject = component.name if stage == "packed" else f"{component.name} {label}"
+
+        def run(built: Built, out: Path, within: Within) -> None:
+            files = {role: _only_file(built[name]) for role, name in roles.items()}
+            with _named(f"{stage} {subject}"):
+                if stage == "packed":
+                    self.backend.pack(built[graph].file("graph.onnx"), files, out, self.options)
+                else:
+                    self.backend.build(built[graph].file("graph.onnx"), files, out, self.options, within)
+
         return self.add(stage, subject, inputs, run, [graph, *roles.values()])
 
     def tokenizers(self) -> None:
@@ -276,7 +287,9 @@ class _Planner:
                 "tools": tool_versions(("transformers", "tokenizers")),
             }
 
-            def run(_: Built, out: Path, folder: Path = folder, cls: str = cls, length: int = ids.shape[1]) -> None:
+            def run(
+                _: Built, out: Path, within: Within, folder: Path = folder, cls: str = cls, length: int = ids.shape[1]
+            ) -> None:
                 write_tokenizer(folder, cls, length, out)
 
             self.add("tokenizer", component.tokenizer, inputs, run)
@@ -301,7 +314,7 @@ class _Planner:
             "tools": tool_versions(("diffusers", "torch")),
         }
 
-        def run(_: Built, out: Path) -> None:
+        def run(_: Built, out: Path, within: Within) -> None:
             from toolchain.sampler.compile import compile_table
 
             linear = settings.linear_sigmas
@@ -320,6 +333,16 @@ def _config_digest(config: Mapping[str, Any]) -> str:
     """Names and library versions in a config change nothing that is compiled."""
     kept = {k: v for k, v in config.items() if k not in ("_name_or_path", "_diffusers_version", "transformers_version")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _named(step: str) -> Iterator[None]:
+    """An engine's error tells which of the recipe's it was: a backend knows files alone."""
+    try:
+        yield
+    except EngineError as error:
+        what = f"{step}: {error.what}"
+        raise EngineError(what, where=error.where, expected=error.expected, got=error.got, hint=error.hint) from error
 
 
 def _only_file(artifact: Artifact) -> Path:
@@ -345,12 +368,17 @@ def _weights(checkpoint: Path, graph: Artifact, out: Path) -> None:
     write_weights(uses, find_tensors(uses, read_folder(checkpoint), checkpoint), out / "weights.safetensors")
 
 
-def execute(plan: Plan, progress: Callable[[Step, str], None]) -> dict[str, Artifact]:
+def execute(
+    plan: Plan,
+    progress: Callable[[Step, str], None],
+    within: Callable[[Step, str, float], None] = lambda step, phase, share: None,
+) -> dict[str, Artifact]:
     """Builds what is missing and returns every artifact by its step's name.
 
-    `progress` is called with (step, "start" | "built" | "hit"). What was built before an error or an interruption stays
-    in the store, and the next build goes on from there. What a step reads is verified before it runs, since damage in
-    it would go on under a key that says otherwise; a build with nothing to do reads no artifact. StoreError.
+    `progress` is called with (step, "start" | "built" | "hit"), `within` with how far a long step is. What was built
+    before an error or an interruption stays in the store, and the next build goes on from there. What a step reads is
+    verified before it runs, since damage in it would go on under a key that says otherwise; a build with nothing to do
+    reads no artifact. StoreError.
     """
     built: dict[str, Artifact] = {}
     sound: set[str] = set()
@@ -362,7 +390,7 @@ def execute(plan: Plan, progress: Callable[[Step, str], None]) -> dict[str, Arti
                 if name not in sound:
                     built[name].verify()
                     sound.add(name)
-            step.run(built, folder)
+            step.run(built, folder, partial(within, step))
 
         artifact, was_built = plan.store.get_or_build(step.stage, step.subject, step.inputs, fill)
         built[step.name] = artifact

@@ -22,6 +22,8 @@ log = logging.getLogger("toolchain")
 
 PLAIN_EVERY_S = 5.0
 """Between two lines of one picture: a log file wants to see life, not every step."""
+BUILD_EVERY_S = 60.0
+"""Between two lines of one step of a build: an engine may take an hour."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,21 @@ class Steps:
         self.finished: list[Finished] = []
         self._total, self._recipe, self._bar = total, recipe, bar
         self._task = bar.add_task("", total=total) if bar else None
-        self._started = time.perf_counter()
+        self._started = self._told = time.perf_counter()
+
+    def within(self, step: Step, phase: str, share: float) -> None:
+        """Shows how far a long step is."""
+        line = f"{subject(step, self._recipe)}: {phase} {share:.0%}"
+        if self._bar:
+            self._bar.update(self._task, description=line)
+        elif _shown() and time.perf_counter() - self._told >= BUILD_EVERY_S:
+            self._told = time.perf_counter()
+            click.echo(line, err=True)
 
     def __call__(self, step: Step, what: str) -> None:
         name = subject(step, self._recipe)
         if what == "start":
-            self._started = time.perf_counter()
+            self._started = self._told = time.perf_counter()
             if self._bar:
                 self._bar.update(self._task, description=name)
             return

@@ -30,6 +30,8 @@ Text = Annotated[str, Rule("a non-empty string", lambda text: text.strip() != ""
 # module globals.
 Count = Annotated[int, Rule("an integer of 1 or more", lambda n: n >= 1)]
 Whole = Annotated[int, Rule("an integer of 0 or more", lambda n: n >= 0)]
+Level = Annotated[int, Rule("an integer from 0 to 5", lambda n: 0 <= n <= 5)]
+Streams = Annotated[int, Rule("an integer of -1 or more", lambda n: n >= -1)]
 Seed = Annotated[int, Rule("an integer from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64)]
 Guidance = Annotated[float, Rule("a number of 0 or more", lambda x: 0 <= x < math.inf)]
 Decibels = Annotated[float, Rule("a number above 0", lambda x: 0 < x < math.inf)]
@@ -148,6 +150,30 @@ class OnnxRuntimeOptions:
     threads: Whole = 0
 
 
+@dataclass(frozen=True)
+class TensorRtOptions:
+    """Options of the tensorrt backend, under TensorRT's own names where it has them.
+
+    workspace_mb     most scratch memory of one kernel, in MiB; 0 leaves TensorRT's default, all of the GPU's memory
+    max_aux_streams  -1 leaves the choice to TensorRT
+    build_route      knobs of TensorRT 11.1's performance tuner, "-name=value -name=value"
+    strip_plan       leave the weights out of the engines; they are filled in from the bundle's when these are opened
+    tf32             whether float32 products may be rounded; off for a reference
+    cuda_graph       how the runtime launches, no part of what is built: one graph per step, one per run, or none
+    """
+
+    builder_optimization_level: Level = 3
+    workspace_mb: Whole = 0
+    tiling_optimization_level: Literal["none", "fast", "moderate", "full"] = "none"
+    hardware_compatibility_level: Literal["none", "same_compute_capability", "ampere_plus"] = "none"
+    version_compatible: bool = False
+    strip_plan: bool = False
+    max_aux_streams: Streams = -1
+    build_route: str = ""
+    tf32: bool = True
+    cuda_graph: Literal["step", "loop", "off"] = "step"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What to build. `name` is the file's stem; family, backend and component names are checked by their owners.
@@ -164,6 +190,7 @@ class Recipe:
     components: Mapping[str, ComponentRecipe] = field(default_factory=dict, hash=False)
     sampling: Sampling = Sampling()
     onnxruntime: OnnxRuntimeOptions = OnnxRuntimeOptions()
+    tensorrt: TensorRtOptions = TensorRtOptions()
     check: Check
 
     def component(self, name: str) -> ComponentRecipe:

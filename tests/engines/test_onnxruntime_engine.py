@@ -128,17 +128,17 @@ def test_a_graph_that_cannot_be_read(prepared: Any, tmp_path: Path) -> None:
 def test_devices() -> None:
     here = BACKEND.device()
     assert BACKEND.available() is None
-    assert BACKEND.refuse(here) is None
-    assert BACKEND.refuse({**here, "onnxruntime": here["onnxruntime"].rsplit(".", 1)[0] + ".99"}) is None
-    assert "0.9.0" in str(BACKEND.refuse({**here, "onnxruntime": "0.9.0"}))
-    reason = str(BACKEND.refuse({**here, "cpu": "aarch64"}))
+    assert BACKEND.refuse(here, {}) is None
+    assert BACKEND.refuse({**here, "onnxruntime": here["onnxruntime"].rsplit(".", 1)[0] + ".99"}, {}) is None
+    assert "0.9.0" in str(BACKEND.refuse({**here, "onnxruntime": "0.9.0"}, {}))
+    reason = str(BACKEND.refuse({**here, "cpu": "aarch64"}, {}))
     assert "aarch64" in reason
     assert cpu_features() in reason
     assert physical_cores() >= 1
 
 
 def test_an_unknown_backend() -> None:
-    assert list(BACKENDS) == ["onnxruntime"]
+    assert list(BACKENDS) == ["onnxruntime", "tensorrt"]
     with pytest.raises(UsageError, match="unknown backend"):
         backend_of("tensorrtt")
 

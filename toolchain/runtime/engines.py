@@ -21,7 +21,7 @@ Array = NDArray[np.generic]
 def usable_backend(bundle: Bundle) -> Backend:
     """The bundle's backend. BundleError when its engines were built for another device or version."""
     backend = backend_of(bundle.backend)
-    reason = backend.available() or backend.refuse(bundle.device)
+    reason = backend.available() or backend.refuse(bundle.device, bundle.recipe.to_json()[backend.name])
     if reason:
         raise BundleError(
             "the bundle cannot run here",

@@ -1,0 +1,184 @@
+"""TensorRT's builder from outside: its process is started, listened to, cancelled, and its end explained.
+
+The builder runs in a process of its own because it can take its process with it (a crash in a kernel compiler, the
+kernel's OOM killer), because several builders in one process crash (KataGo pull request 1225), and because the GPU
+memory that it touched comes back only with the process.
+
+The child writes one JSON document per line on stdout: {"phase", "share"}, {"warning"}, and at its end {"done"} or
+{"error"}. What TensorRT says goes to stderr, which is kept to explain a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from toolchain.errors import EngineError
+
+log = logging.getLogger("toolchain")
+
+Progress = Callable[[str, float], None]
+"""Called with the name of a phase and how much of it is done, 0 to 1."""
+
+GRACE_S = 10.0
+"""From a cancellation to the kill: TensorRT asks its monitor between tactics, which take seconds at most."""
+LOG_LINES = 12
+LOG_BYTES = 1 << 20
+
+LESS_MEMORY = (
+    "give the builder less to try: lower tensorrt.builder_optimization_level (now {builder_optimization_level}) or set "
+    "tensorrt.workspace_mb (now {workspace_mb}; 0 is all of the GPU's memory), and end what else uses the GPU"
+)
+OTHER_KERNELS = (
+    "set tensorrt.builder_optimization_level to another value (now {builder_optimization_level}), or use another "
+    "version of TensorRT"
+)
+CRASHED = f"build again: a crash may depend on timing. If it crashes again, {OTHER_KERNELS}"
+DRIVER = "install a newer NVIDIA driver; nvidia-smi shows the newest CUDA version that the present one can run"
+CUDA_ERRORS = {
+    "2": ("out of GPU memory", LESS_MEMORY),
+    "35": ("the NVIDIA driver is too old for this TensorRT's CUDA", DRIVER),
+    "100": ("there is no CUDA device", "diffbuild doctor"),
+    "222": ("the NVIDIA driver is too old for this TensorRT's CUDA", DRIVER),
+    "803": ("the NVIDIA driver and its libraries are of two versions", "restart the machine after the driver's update"),
+}
+"""By the number in TensorRT's "CUDA initialization failure with error: N"."""
+CUDA_FAILURE = re.compile(r"CUDA initialization failure with error:? (\d+)")
+OUT_OF_MEMORY = re.compile(r"out ?of ?memory|insufficient memory|MEM_ALLOC_FAILED|could not be allocated", re.I)
+NO_KERNEL = re.compile(r"could not find any implementation for node (\{.+?\}|[^\s,)]+?)\.?(?:[\s,)]|$)", re.I | re.M)
+
+
+def run_builder(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Runs toolchain.engines.tensorrt_build on `job` and returns its report.
+
+    EngineError for whatever happens to the child; nothing of it stays behind. KeyboardInterrupt, or what `progress`
+    raises, cancels it.
+    """
+    kills_before = _oom_kills()
+    with tempfile.TemporaryDirectory(prefix="diffbuild-") as folder, tempfile.TemporaryFile() as words:
+        place = Path(folder) / "job.json"
+        place.write_text(json.dumps({**job, "parent": os.getpid()}))
+        child = _start(place, words)
+        ending: dict[str, Any] = {}
+        try:
+            for event in _events(child):
+                if "phase" in event:
+                    progress(event["phase"], event["share"])
+                elif "warning" in event:
+                    log.warning("%s", event["warning"])
+                else:
+                    ending = event
+            child.wait()
+        except BaseException:
+            _stop(child)
+            raise
+        if child.returncode == 0 and "done" in ending:
+            return dict(ending["done"])
+        said = _tail(words)
+    raise _explained(job, ending.get("error"), child.returncode, said, _oom_kills() - kills_before)
+
+
+def _start(job: Path, words: IO[bytes]) -> subprocess.Popen[str]:
+    # The child finds the modules that this process found, and none that happens to lie in the working directory.
+    search = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "toolchain.engines.tensorrt_build", str(job)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=words,
+        env={**os.environ, "PYTHONPATH": search, "PYTHONUNBUFFERED": "1"},
+        text=True,
+        # A terminal's Ctrl-C reaches this process alone, which passes it on and waits.
+        start_new_session=True,
+    )
+
+
+def _events(child: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+    assert child.stdout is not None
+    with child.stdout:
+        for line in child.stdout:
+            with contextlib.suppress(ValueError):  # a child that is killed may leave half a line
+                yield json.loads(line)
+
+
+def _stop(child: subprocess.Popen[str]) -> None:
+    """Asks the child to cancel, and kills its process group when it does not. A second Ctrl-C kills at once."""
+    try:
+        child.send_signal(signal.SIGINT)
+        child.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        log.warning("the builder does not stop; it is killed")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def _tail(words: IO[bytes]) -> str:
+    words.seek(max(0, words.seek(0, os.SEEK_END) - LOG_BYTES))
+    return words.read().decode(errors="replace")
+
+
+def _oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory since it started; 0 where it does not say."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    except (OSError, StopIteration, ValueError):
+        return 0
+
+
+def _explained(
+    job: Mapping[str, Any], error: Mapping[str, Any] | None, code: int, said: str, oom_kills: int
+) -> EngineError:
+    """The error of a builder that failed: what it reported, or else what its end and its last words tell."""
+    options = job["options"]
+    if error is None:
+        what, cause, hint = _ending(code, oom_kills, options)
+    else:
+        what, cause, hint = error["what"], error.get("got"), error.get("hint")
+    if hint is None:
+        known, hint = _named_cause(said, options)
+        cause = cause or known
+    lines = [line for line in said.splitlines() if line.strip()][-LOG_LINES:]
+    got = "\n    ".join([cause or "TensorRT does not say why", *lines])
+    where, expected = ((error or {}).get(name) for name in ("where", "expected"))
+    return EngineError(what, where=where or job["graph"], expected=expected, got=got, hint=hint)
+
+
+def _ending(code: int, oom_kills: int, options: Mapping[str, Any]) -> tuple[str, str | None, str | None]:
+    """What an exit status means: what happened, why, and what to do."""
+    if code >= 0:
+        return f"TensorRT's builder ended with exit code {code}", None, None
+    name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
+    if name == "SIGKILL" and oom_kills > 0:
+        hint = "free host memory or give the machine or container more; the builder needs about twice the weights"
+        return "TensorRT's builder was killed", "the kernel ran out of host memory (its OOM killer)", hint
+    if name in ("SIGKILL", "SIGTERM"):
+        hint = "where nobody killed it, the system did: dmesg tells of the OOM killer, a batch system of its limits"
+        return "TensorRT's builder was killed", name, hint
+    return "TensorRT's builder crashed", name, CRASHED.format_map(options)
+
+
+def _named_cause(said: str, options: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """A failure that TensorRT names in its log, and what helps."""
+    if found := CUDA_FAILURE.search(said):
+        cause, hint = CUDA_ERRORS.get(found[1], (f"CUDA does not start (error {found[1]})", "diffbuild doctor"))
+        return cause, hint.format_map(options)
+    kernel = NO_KERNEL.search(said)
+    if OUT_OF_MEMORY.search(said):
+        # TensorRT goes on without the tactics that do not fit, and names a node only when none is left for it.
+        return "out of GPU memory" + (f" at node {kernel[1]}" if kernel else ""), LESS_MEMORY.format_map(options)
+    if kernel:
+        return f"TensorRT has no kernel for node {kernel[1]}", OTHER_KERNELS.format_map(options)
+    return None, None

@@ -1,0 +1,39 @@
+"""Whether engines will fit into a GPU's memory, said before it runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+MB = 1 << 20
+
+
+def build_warning(weights_bytes: int, options: Mapping[str, Any], free_bytes: int) -> str | None:
+    """Why a build may run out of GPU memory, and what would make it fit; None where nothing says so.
+
+    A lower bound: the builder holds the weights as they are and as its kernels want them, and a kernel under test may
+    take the whole workspace. What activations take is not known before.
+    """
+    least = 2 * weights_bytes
+    workspace = options["workspace_mb"] * MB
+    if least + workspace <= free_bytes:
+        return None
+    need = f"the build needs {(least + workspace) // MB} MB of GPU memory at least; {free_bytes // MB} MB are free"
+    if least <= free_bytes:
+        return f"{need}. Set tensorrt.workspace_mb to {(free_bytes - least) // MB} or less"
+    return f"{need}. End what else uses the GPU, or keep the component's weights in a smaller dtype"
+
+
+def load_warning(weights_bytes: int, activation_bytes: int, free_bytes: int) -> str | None:
+    """Why engines may not fit; None where nothing says so.
+
+    weights_bytes     of all plans that are open at once; of a stripped plan, its weight file's
+    activation_bytes  of the engine that takes the most: they share one block
+    """
+    need = weights_bytes + activation_bytes
+    if need <= free_bytes:
+        return None
+    return (
+        f"the engines need {need // MB} MB of GPU memory; {free_bytes // MB} MB are free. Build fewer buckets into the "
+        "bundle, or end what else uses the GPU"
+    )

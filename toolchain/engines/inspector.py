@@ -1,0 +1,146 @@
+"""What a TensorRT engine computes in, as its inspector tells, beside what the graph asked for.
+
+TensorRT builds an engine of another precision without a word: a stray float32 scale or an option that a version no
+longer has is enough, and the engine is right and slow. Under strong typing every layer keeps the types of its nodes, so
+that a node whose weight is float16 and whose layer knows nothing but float32 is a fault.
+
+The inspector's JSON has two layouts: of a layer's tensors, TensorRT 10 writes "Format/Datatype", 11 writes "Format" and
+"Datatype" apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from toolchain.errors import EngineError
+from toolchain.files import some
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+SHORT = frozenset({"float16", "bfloat16"})
+# In this order: "bfloat16" and "fp16" both contain what stands further down.
+SPELLINGS = (
+    ("bfloat16", r"bfloat16|bf16"),
+    ("float8", r"fp8|float8|e4m3"),
+    ("float16", r"half|fp16|float16"),
+    ("float32", r"float|fp32"),
+    ("int8", r"\bint8"),
+)
+NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of an engine: the types of its tensors and weights, and the graph's nodes that it was made of."""
+
+    name: str
+    dtypes: frozenset[str]
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What was asked for and what came out, by dtype.
+
+    asked   weighted nodes of the graph
+    layers  layers of the engine that touch the dtype; empty when the inspector tells no types
+    wide    the nodes that asked for the dtype and run in layers that know nothing but float32
+    """
+
+    asked: Mapping[str, int]
+    layers: Mapping[str, int]
+    wide: Mapping[str, tuple[str, ...]]
+
+    def to_json(self) -> dict[str, Any]:
+        wide = {dtype: list(names) for dtype, names in self.wide.items()}
+        return {"asked": dict(self.asked), "layers": dict(self.layers), "wide": wide}
+
+
+def asked_dtypes(model: ir.Model) -> dict[str, str]:
+    """Node -> dtype of its weight, for every convolution and product of a graph that reads a weight."""
+    found = {}
+    for node in model.graph:
+        if node.op_type in WEIGHTED and node.name:
+            for value in node.inputs[:2]:
+                dtype = _weight_dtype(value)
+                if dtype is not None:
+                    found[node.name] = dtype
+    return found
+
+
+def _weight_dtype(value: ir.Value | None) -> str | None:
+    """The dtype of the weight behind a value, through what only moves it; None for an activation."""
+    from toolchain.graph.placeholder import is_weight
+
+    while value is not None and not is_weight(value):
+        node = value.producer()
+        if node is None or node.op_type not in ("Transpose", "Reshape", "Identity", "Unsqueeze", "Squeeze"):
+            return None
+        value = node.inputs[0]
+    return None if value is None or value.dtype is None else _dtype(value.dtype.name)
+
+
+def _dtype(text: str) -> str | None:
+    return next((name for name, spelling in SPELLINGS if re.search(spelling, text, re.IGNORECASE)), None)
+
+
+def read_layers(information: Mapping[str, Any]) -> list[Layer]:
+    """The layers of an inspector's document; one without detail is a bare name."""
+    layers = []
+    for entry in information.get("Layers", []):
+        if isinstance(entry, Mapping):
+            tensors = [t for side in ("Inputs", "Outputs") for t in entry.get(side) or [] if isinstance(t, Mapping)]
+            words = [str(t[k]) for t in tensors for k in ("Format/Datatype", "Datatype", "DataType") if k in t]
+            weights = entry.get("Weights")
+            words += [str(weights.get("Type"))] if isinstance(weights, Mapping) else []
+            dtypes = frozenset(d for d in map(_dtype, words) if d)
+            layers.append(Layer(str(entry.get("Name")), dtypes, _nodes(entry)))
+        else:
+            layers.append(Layer(str(entry), frozenset(), ()))
+    return layers
+
+
+def _nodes(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """A layer's nodes: from its metadata, or else from its name, which joins theirs with " + "."""
+    named = NODE.findall(str(entry.get("Metadata") or ""))
+    return tuple(named or str(entry.get("Name")).split(" + "))
+
+
+def compare_precision(asked: Mapping[str, str], layers: list[Layer]) -> Precision:
+    """What became of the dtypes of `asked`, node -> dtype."""
+    of_node: dict[str, set[str]] = {}
+    for layer in layers:
+        for node in layer.nodes:
+            of_node.setdefault(node, set()).update(layer.dtypes)
+    wide: dict[str, tuple[str, ...]] = {}
+    for node, dtype in asked.items():
+        found = of_node.get(node, set())
+        if dtype in SHORT and dtype not in found and "float32" in found:
+            wide[dtype] = (*wide.get(dtype, ()), node)
+    counted = Counter(dtype for layer in layers for dtype in layer.dtypes)
+    return Precision(Counter(asked.values()), counted, wide)
+
+
+def require_precision(precision: Precision, where: object) -> None:
+    """EngineError when the engine as a whole is not what the graph asked for.
+
+    Single layers are not held against it: one that is fused with the casts at the border of a graph shows float32 on
+    both sides. It is an error when more than half of the nodes lost their dtype, or no layer at all touches it.
+    """
+    for dtype in sorted(SHORT & precision.asked.keys()):
+        asked, wide = precision.asked[dtype], precision.wide.get(dtype, ())
+        if precision.layers and (dtype not in precision.layers or 2 * len(wide) > asked):
+            counts = ", ".join(f"{count} in {name}" for name, count in sorted(precision.layers.items()))
+            raise EngineError(
+                f"TensorRT built the engine in another precision than the graph's {dtype}",
+                where=where,
+                expected=f"{asked} convolutions and products in {dtype}",
+                got=f"layers: {counts}" + (f"; in float32 alone: {some(wide)}" if wide else ""),
+                hint="do not use this version of TensorRT for the recipe, or set the component's dtype to float32",
+            )

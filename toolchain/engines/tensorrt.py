@@ -1,0 +1,172 @@
+"""TensorRT on one NVIDIA GPU, versions 10.13 to 11.x.
+
+An engine is a plan: kernels chosen and timed for one graph with static shapes, on one model of GPU. Building runs in a
+process of its own (`builder_process`, `tensorrt_build`). A plan holds the weights that it was built with; a stripped
+one is filled from the bundle's weight file when it is opened. This module imports TensorRT only to ask its version.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain.engines.builder_process import Progress, run_builder
+from toolchain.engines.timing_cache import cache_folder, timing_cache_path
+from toolchain.errors import EngineError
+from toolchain.files import locked
+from toolchain.signature import GraphSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+OLDEST, NEWEST = (10, 13), (12,)
+SAFE = (11,)
+ROUTES = (11, 1)
+INSTALL = "pip install 'diffbuild[tensorrt]'"
+AMPERE = (8, 0)
+
+
+class TensorRtBackend:
+    name = "tensorrt"
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
+    run_options: tuple[str, ...] = ("cuda_graph",)
+
+    def available(self) -> str | None:
+        try:
+            self.device()
+        except EngineError as error:
+            return f"{error.what}: {error.got}" if error.got else error.what
+        return None
+
+    def device(self) -> dict[str, Any]:
+        """EngineError without TensorRT, cuda-python, a driver that is new enough, and a GPU."""
+        version = tensorrt_version()
+        if not OLDEST <= numbers(version) < NEWEST:
+            expected = f"{'.'.join(map(str, OLDEST))} or newer, below {NEWEST[0]}"
+            raise EngineError(f"TensorRT {expected} is needed", got=f"TensorRT {version}", hint=INSTALL)
+        from toolchain.engines.cuda import available, device_facts
+
+        reason = available()
+        if reason:
+            raise EngineError(reason, hint="diffbuild doctor")
+        return {"kind": "cuda", **device_facts(), "tensorrt": version}
+
+    def refuse(self, built_on: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
+        here = self.device()
+        if built_on.get("kind") != here["kind"]:
+            return f"built on {built_on.get('kind')}, this machine is {here['kind']}"
+        built, ours = str(built_on.get("tensorrt")), here["tensorrt"]
+        newer = options["version_compatible"] and numbers(built) <= numbers(ours)
+        if built != ours and not newer:
+            wants = f"{built} or newer" if options["version_compatible"] else "that version"
+            return f"built with TensorRT {built}, this machine has {ours}, and the engines need {wants}"
+        return _refuse_gpu(built_on, here, options["hardware_compatibility_level"])
+
+    def problems(self, options: Mapping[str, Any]) -> list[str]:
+        found, version = [], tensorrt_version()
+        if options["build_route"] and numbers(version) < ROUTES:
+            found.append(f"build_route: TensorRT {version} has no build routes (expected 11.1 or newer)")
+        if options["version_compatible"] and options["strip_plan"]:
+            found.append("strip_plan: a version-compatible engine is run by a runtime that cannot fill in weights")
+        return found
+
+    def prepare(self, graph: ir.Model) -> ir.Model:
+        from toolchain.graph.opset import allow_bfloat16
+
+        return allow_bfloat16(graph)
+
+    def packs(self, options: Mapping[str, Any]) -> bool:
+        return False
+
+    def pack(self, graph: Path, weights: Mapping[str, Path], out: Path, options: Mapping[str, Any]) -> None:
+        raise AssertionError("TensorRT packs nothing")
+
+    def build(
+        self,
+        graph: Path,
+        weights: Mapping[str, Path],
+        out: Path,
+        options: Mapping[str, Any],
+        progress: Progress = lambda phase, share: None,
+    ) -> None:
+        device = self.device()
+        level = options["builder_optimization_level"]
+        cache = timing_cache_path(device["tensorrt"], device["name"], level) if level else None  # 0 times nothing
+        job = {
+            "graph": str(graph),
+            "weights": str(weights["weights"]),
+            "out": str(out),
+            "options": {name: value for name, value in options.items() if name not in self.run_options},
+            "device": device,
+            "timing_cache": None if cache is None else str(cache),
+        }
+        # Kernels are chosen by how long they take: two builders on one GPU would measure each other.
+        lock = cache_folder() / "locks" / f"gpu-{_uuid()}"
+        with locked(lock, wait=True, purpose=f"it builds an engine on the {device['name']}"):
+            run_builder(job, progress)
+
+    def memory(self, folders: Sequence[Path], options: Mapping[str, Any]) -> Any:
+        from toolchain.engines.tensorrt_engine import open_memory
+
+        return open_memory(folders, options)
+
+    def open(
+        self,
+        folder: Path,
+        weights: Mapping[str, Path],
+        spec: GraphSpec,
+        options: Mapping[str, Any],
+        memory: Any,
+    ) -> Any:
+        from toolchain.engines.tensorrt_engine import TensorRtEngine
+
+        return TensorRtEngine(folder, weights, spec, options, memory)
+
+
+def tensorrt_version() -> str:
+    """EngineError when TensorRT cannot be imported."""
+    try:
+        import tensorrt
+    except (ImportError, OSError) as error:  # the binding without its libraries, too
+        raise EngineError("TensorRT cannot be imported", got=error, hint=INSTALL) from error
+    return str(tensorrt.__version__)
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def advisory(version: str | None) -> str | None:
+    """What a user of this version should know about its safety, or None; None too where there is no TensorRT."""
+    if version is None or numbers(version) >= SAFE:
+        return None
+    return (
+        f"TensorRT {version} has known code-execution flaws (CVE-2026-24268, CVE-2026-24238, CVE-2026-24272), fixed in "
+        f"11.0: {INSTALL} --upgrade"
+    )
+
+
+def _uuid() -> str:
+    """Which of several equal GPUs this is, whatever its number in this process."""
+    from toolchain.engines.cuda import call
+
+    return bytes(call("cudaGetDeviceProperties", 0).uuid.bytes).hex()
+
+
+def _refuse_gpu(built_on: Mapping[str, Any], here: Mapping[str, Any], level: str) -> str | None:
+    """Why kernels of one GPU cannot run on another, given the level of compatibility they were built with."""
+    theirs, ours = str(built_on.get("compute_capability")), str(here["compute_capability"])
+    if level == "ampere_plus":
+        fits, needs = numbers(theirs) >= AMPERE <= numbers(ours), "compute capability 8.0 or newer"
+    elif level == "same_compute_capability":
+        fits, needs = theirs == ours, f"compute capability {theirs}"
+    else:
+        names = ("name", "compute_capability", "sm_count")
+        fits, needs = all(built_on.get(n) == here.get(n) for n in names), "that very GPU"
+    if fits:
+        return None
+    facts = ((d.get("name"), d.get("compute_capability"), d.get("sm_count")) for d in (built_on, here))
+    first, second = (f"{name} (compute capability {cc}, {count} multiprocessors)" for name, cc, count in facts)
+    return f"built on {first}, this machine has {second}, and the engines need {needs}"

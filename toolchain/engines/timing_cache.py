@@ -1,0 +1,58 @@
+"""TensorRT's timing caches: what kernels were measured to take, kept between builds and shared by processes.
+
+One file per TensorRT version, GPU and optimization level, in TensorRT's own format. Two builds that end at the same
+time lose nothing: each joins its measurements with what is there by then. A cache decides how long a build takes and
+which of two equal kernels it picks, never what an engine computes; it is no part of an engine's key.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from toolchain.errors import StoreError
+from toolchain.files import locked, store_errors, write_atomic
+
+Combine = Callable[[bytes, bytes], bytes | None]
+"""Two caches -> one that holds both, or None where they do not belong together."""
+
+
+def cache_folder() -> Path:
+    """$DIFFBUILD_CACHE, or `diffbuild` in the user's cache folder: what all builds of a user share."""
+    chosen = os.environ.get("DIFFBUILD_CACHE")
+    if chosen:
+        return Path(chosen).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "diffbuild"
+
+
+def timing_cache_path(tensorrt: str, gpu: str, level: int) -> Path:
+    """Where measurements of one TensorRT version, GPU and builder_optimization_level lie."""
+    name = re.sub(r"[^\w.-]+", "-", f"tensorrt-{tensorrt}-{gpu}-level-{level}")
+    return cache_folder() / "timing" / f"{name}.cache"
+
+
+def read_cache(path: Path) -> bytes:
+    """The cache, empty where there is none yet. StoreError."""
+    try:
+        with store_errors("cannot read the timing cache", path):
+            return path.read_bytes()
+    except StoreError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return b""
+        raise
+
+
+def merge_cache(path: Path, mine: bytes, combine: Combine) -> None:
+    """Publishes `mine` joined with what lies there now, which another build may have written meanwhile.
+
+    One that cannot be joined, of another CUDA version say, is replaced. The lock file stays. StoreError.
+    """
+    with locked(path.with_suffix(".lock"), wait=True, purpose="it writes TensorRT's timing cache"):
+        there = read_cache(path)
+        joined = combine(there, mine) if there else mine
+        if joined is None:
+            joined = mine
+        if joined != there:
+            write_atomic(path, joined)
