@@ -122,7 +122,12 @@ HardwareCompatibilityLevel = _enumeration(
     "HardwareCompatibilityLevel", NONE=0, AMPERE_PLUS=1, SAME_COMPUTE_CAPABILITY=2
 )
 TilingOptimizationLevel = _enumeration("TilingOptimizationLevel", NONE=0, FAST=1, MODERATE=2, FULL=3)
-PreviewFeature = _enumeration("PreviewFeature", ALIASED_PLUGIN_IO_10_03=0, RUNTIME_ACTIVATION_RESIZE_10_10=1)
+PreviewFeature = _enumeration(
+    "PreviewFeature",
+    **({} if at_least(11) else {"PROFILE_SHARING_0806": 0}),
+    ALIASED_PLUGIN_IO_10_03=0 if at_least(11) else 1,
+    RUNTIME_ACTIVATION_RESIZE_10_10=1 if at_least(11) else 2,
+)
 RuntimePlatform = _enumeration("RuntimePlatform", SAME_AS_BUILD=0, WINDOWS_AMD64=1)
 EngineCapability = _enumeration("EngineCapability", STANDARD=0, SAFETY=1, DLA_STANDALONE=2)
 TensorIOMode = _enumeration("TensorIOMode", NONE=0, INPUT=1, OUTPUT=2)

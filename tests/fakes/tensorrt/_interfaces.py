@@ -88,13 +88,6 @@ class IProgressMonitor(Overridable):
     def phase_finish(self, phase_name: str) -> None: ...
 
 
-class IStreamWriter(Overridable):
-    def __init__(self) -> None:
-        super().__init__()
-
-    def write(self, data: Any) -> Any: ...
-
-
 class Dims(Native, collections.abc.Sequence):  # type: ignore[type-arg]
     MAX_DIMS = 8
 
