@@ -100,12 +100,18 @@ class cudaGraphConditionalHandle(_Handle):
 
 
 @dataclass
+class cudaUUID_t:
+    bytes: bytes = b"\x5a" * 16
+
+
+@dataclass
 class cudaDeviceProp:
     name: bytes = b""
     major: int = 0
     minor: int = 0
     multiProcessorCount: int = 0
     totalGlobalMem: int = 0
+    uuid: cudaUUID_t = field(default_factory=cudaUUID_t)
 
 
 @dataclass
