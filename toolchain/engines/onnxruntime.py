@@ -65,8 +65,12 @@ def physical_cores() -> int:
     return max(1, len(siblings))
 
 
+Provider = str | tuple[str, dict[str, str]]
+
+
 class OnnxRuntimeBackend:
     name = "onnxruntime"
+    providers: tuple[Provider, ...] = ("CPUExecutionProvider",)
     dtypes: tuple[str, ...] = ("float32", "float16")  # its CPU kernels have no bfloat16 convolution
     run_options: tuple[str, ...] = ("threads",)
 
@@ -116,7 +120,7 @@ class OnnxRuntimeBackend:
         from toolchain.export.weights import DTYPES
         from toolchain.graph.placeholder import static_shape
 
-        with _optimized(graph, weights["weights"], out, options) as model, MappedWeights(weights["weights"]) as base:
+        with _optimized(graph, weights["weights"], out, options, self.providers) as model, MappedWeights(weights["weights"]) as base:
             known = _index({"weights": base})
             made = {}
             for name, tensor in _initializers(model):
@@ -137,7 +141,7 @@ class OnnxRuntimeBackend:
 
         from toolchain.graph.placeholder import static_shape
 
-        with _optimized(graph, weights["weights"], out, options) as model:
+        with _optimized(graph, weights["weights"], out, options, self.providers) as model:
             files = {role: MappedWeights(path) for role, path in weights.items()}
             known = _index(files)
             for name, tensor in _initializers(model):
@@ -164,6 +168,11 @@ class OnnxRuntimeBackend:
         options: Mapping[str, Any],
         memory: Any,
     ) -> OnnxRuntimeEngine:
+        return OnnxRuntimeEngine(self._session(folder, weights, options, self.providers), spec, folder)
+
+    def _session(
+        self, folder: Path, weights: Mapping[str, Path], options: Mapping[str, Any], providers: Sequence[Provider]
+    ) -> Any:
         settings = _session_options(options)
         settings.graph_optimization_level = _ort().GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
@@ -173,7 +182,7 @@ class OnnxRuntimeBackend:
         # The graph comes as bytes so that its weights may lie in a folder of their own, which no path may leave.
         place = weights["weights"].parent
         settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(place))
-        return OnnxRuntimeEngine(_open_session(graph, settings, folder / GRAPH), spec, folder)
+        return _open_session(graph, settings, folder / GRAPH, providers)
 
 
 class OnnxRuntimeEngine:
@@ -236,20 +245,28 @@ def _session_options(options: Mapping[str, Any]) -> Any:
     return settings
 
 
-def _open_session(graph: str | bytes, settings: Any, where: Path) -> Any:
+def _open_session(graph: str | bytes, settings: Any, where: Path, providers: Sequence[Provider]) -> Any:
     try:
-        return _ort().InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+        session = _ort().InferenceSession(graph, settings, providers=list(providers))
     except Exception as error:  # onnxruntime raises a dozen classes of its own, all derived straight from Exception
         got = str(error).strip().splitlines()[0]
         raise EngineError("ONNX Runtime cannot open the graph", where=where, got=got) from error
+    wanted = [p if isinstance(p, str) else p[0] for p in providers]
+    if session.get_providers()[0] != wanted[0]:  # it only warns of one whose libraries cannot be loaded
+        got = ", ".join(session.get_providers())
+        raise EngineError("ONNX Runtime cannot use an execution provider", where=where, expected=wanted[0], got=got)
+    return session
 
 
 @contextlib.contextmanager
-def _optimized(graph: Path, weights: Path, out: Path, options: Mapping[str, Any]) -> Iterator[ir.Model]:
+def _optimized(
+    graph: Path, weights: Path, out: Path, options: Mapping[str, Any], providers: Sequence[Provider]
+) -> Iterator[ir.Model]:
     """ONNX Runtime's optimised form of a graph, its initializers in a scratch file below `out` while in use."""
     import onnx_ir as ir
 
     from toolchain.export.weights import DTYPES
+    from toolchain.graph.attention import fuse_attention
     from toolchain.graph.placeholder import is_weight
 
     element_types = {name: int(dtype) for dtype, name in DTYPES.items()}
@@ -260,12 +277,15 @@ def _optimized(graph: Path, weights: Path, out: Path, options: Mapping[str, Any]
         settings.optimized_model_filepath = str(saved)
         settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.bin")
         settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "0")
-        names = [str(name) for name, value in ir.load(graph).graph.initializers.items() if is_weight(value)]
+        model = ir.load(graph)
+        names = [str(name) for name, value in model.graph.initializers.items() if is_weight(value)]
         kinds = [element_types[mapped.refs[name].dtype] for name in names]
         make = _ort().OrtValue.ortvalue_from_numpy_with_onnx_type
         values = [make(mapped.array(name), kind) for name, kind in zip(names, kinds, strict=True)]
         settings.add_external_initializers(names, values)
-        _open_session(str(graph), settings, graph)
+        if options["optimization"] != "basic":
+            model = fuse_attention(model)
+        _open_session(ir.to_proto(model).SerializeToString(), settings, graph, providers)
         yield ir.load(saved)
 
 
