@@ -12,7 +12,16 @@ import click
 import pytest
 
 from toolchain.cli import cli
-from toolchain.recipe import Check, ComponentRecipe, OnnxRuntimeOptions, Recipe, Sampling, TensorRtOptions, Tolerance
+from toolchain.recipe import (
+    Check,
+    ComponentRecipe,
+    OnnxRuntimeCudaOptions,
+    OnnxRuntimeOptions,
+    Recipe,
+    Sampling,
+    TensorRtOptions,
+    Tolerance,
+)
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -43,7 +52,16 @@ def test_every_command_is_in_the_readme() -> None:
     assert set(cli.commands) <= shown | {"completion"}
 
 
-KINDS = [Recipe, ComponentRecipe, Sampling, OnnxRuntimeOptions, TensorRtOptions, Check, Tolerance]
+KINDS = [
+    Recipe,
+    ComponentRecipe,
+    Sampling,
+    OnnxRuntimeOptions,
+    OnnxRuntimeCudaOptions,
+    TensorRtOptions,
+    Check,
+    Tolerance,
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)

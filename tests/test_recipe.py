@@ -14,6 +14,7 @@ from toolchain.recipe import (
     Bucket,
     Check,
     ComponentRecipe,
+    OnnxRuntimeCudaOptions,
     OnnxRuntimeOptions,
     Recipe,
     Sampling,
@@ -60,6 +61,7 @@ def test_defaults() -> None:
         components={},
         sampling=Sampling("model", 20, 5.0, ("model",), (20,)),
         onnxruntime=OnnxRuntimeOptions("all", 0),
+        onnxruntime_cuda=OnnxRuntimeCudaOptions("all", True, False, True),
         tensorrt=TensorRtOptions(3, 0, "none", "none", False, False, -1, "", True, "step"),
         check=Check(("a circle",), (0,), 40.0, 0.98, {}),
     )
@@ -85,6 +87,11 @@ step_counts = [8, 20]
 [onnxruntime]
 optimization = "basic"
 threads = 2
+[onnxruntime_cuda]
+optimization = "extended"
+cuda_graph = false
+prefer_nhwc = true
+tf32 = false
 [tensorrt]
 builder_optimization_level = 5
 workspace_mb = 4096
@@ -119,6 +126,7 @@ def test_every_key() -> None:
     assert type(recipe.sampling.guidance) is float
     assert recipe.sampling.tables == (("euler", 8), ("ddim", 8), ("ddim", 20), ("euler", 20))
     assert recipe.onnxruntime == OnnxRuntimeOptions("basic", 2)
+    assert recipe.onnxruntime_cuda == OnnxRuntimeCudaOptions("extended", False, True, False)
     assert recipe.tensorrt == TensorRtOptions(
         5, 4096, "fast", "same_compute_capability", True, True, 0, "-a=1 -b=2", False, "loop"
     )
@@ -192,7 +200,7 @@ max_error = true
 vae_decoder.cosin = 1
 """
 KEYS = "family, backend, buckets, classifier_free_guidance, without, components, sampling, onnxruntime, "
-KEYS += "tensorrt, check"
+KEYS += "onnxruntime_cuda, tensorrt, check"
 SEED = "an integer from 0 to 2**64 - 1"
 MANY_LINES = [
     f"famly: unknown key, did you mean 'family'? (expected one of {KEYS}, got 'famly')",

@@ -65,17 +65,10 @@ class Bucket:
 BUCKET_SETS = {
     # The sizes near a megapixel that SDXL was trained with, squarest first.
     "sdxl-aspect-ratios": (
-        "1x1024x1024",
-        "1x896x1152",
-        "1x1152x896",
-        "1x832x1216",
-        "1x1216x832",
-        "1x768x1344",
-        "1x1344x768",
-        "1x640x1536",
-        "1x1536x640",
+        "1x1024x1024", "1x896x1152", "1x1152x896", "1x832x1216", "1x1216x832", "1x768x1344", "1x1344x768",
+        "1x640x1536", "1x1536x640",
     ),
-}
+}  # fmt: skip
 """Lists of buckets with a name: what `buckets` may be in place of a list."""
 
 
@@ -151,6 +144,21 @@ class OnnxRuntimeOptions:
 
 
 @dataclass(frozen=True)
+class OnnxRuntimeCudaOptions:
+    """Options of the onnxruntime_cuda backend; all but the first change how a bundle is run, not what is built.
+
+    cuda_graph   capture each binding; every operator must then have a CUDA kernel
+    prefer_nhwc  convolutions with channels last
+    tf32         whether float32 products may be rounded; off for a reference
+    """
+
+    optimization: Literal["basic", "extended", "all"] = "all"
+    cuda_graph: bool = True
+    prefer_nhwc: bool = False
+    tf32: bool = True
+
+
+@dataclass(frozen=True)
 class TensorRtOptions:
     """Options of the tensorrt backend, under TensorRT's own names where it has them.
 
@@ -190,6 +198,7 @@ class Recipe:
     components: Mapping[str, ComponentRecipe] = field(default_factory=dict, hash=False)
     sampling: Sampling = Sampling()
     onnxruntime: OnnxRuntimeOptions = OnnxRuntimeOptions()
+    onnxruntime_cuda: OnnxRuntimeCudaOptions = OnnxRuntimeCudaOptions()
     tensorrt: TensorRtOptions = TensorRtOptions()
     check: Check
 

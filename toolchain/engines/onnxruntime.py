@@ -94,8 +94,11 @@ class OnnxRuntimeBackend:
         return {"kind": "cpu", "cpu": cpu_features(), "onnxruntime": "missing"}
 
     def refuse(self, built_on: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
+        return self._refuse(built_on, ("kind", "cpu"))
+
+    def _refuse(self, built_on: Mapping[str, Any], alike: tuple[str, ...]) -> str | None:
         here = self.device()
-        for what in ("kind", "cpu"):
+        for what in alike:
             if built_on.get(what) != here[what]:
                 return f"built on {built_on.get(what)}, this machine is {here[what]}"
         # Optimised graphs use ONNX Runtime's internal operators, which have no compatibility promise between minors.
@@ -120,7 +123,10 @@ class OnnxRuntimeBackend:
         from toolchain.export.weights import DTYPES
         from toolchain.graph.placeholder import static_shape
 
-        with _optimized(graph, weights["weights"], out, options, self.providers) as model, MappedWeights(weights["weights"]) as base:
+        with (
+            _optimized(graph, weights["weights"], out, options, self.providers) as model,
+            MappedWeights(weights["weights"]) as base,
+        ):
             known = _index({"weights": base})
             made = {}
             for name, tensor in _initializers(model):

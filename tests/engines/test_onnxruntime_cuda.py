@@ -1,0 +1,241 @@
+"""ONNX Runtime on a GPU, as far as it goes without one: what the session is told, on the pretended GPU's memory."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from tests.pretend import pretended
+from toolchain.engines import onnxruntime as ort_engine
+from toolchain.engines import onnxruntime_cuda
+from toolchain.engines.onnxruntime_cuda import OnnxRuntimeCudaBackend
+from toolchain.errors import EngineError
+from toolchain.signature import GraphSpec, TensorSpec
+
+BACKEND = OnnxRuntimeCudaBackend()
+OPTIONS = {"optimization": "extended", "cuda_graph": True, "prefer_nhwc": False, "tf32": True}
+SPEC = GraphSpec(
+    (TensorSpec("state", "float32", (2, 3)),),
+    (TensorSpec("next_state", "float32", (2, 3)), TensorSpec("preview", "float32", (2, 3))),
+)
+
+
+class Binding:
+    def __init__(self) -> None:
+        self.inputs: dict[str, tuple[Any, ...]] = {}
+        self.outputs: dict[str, tuple[Any, ...]] = {}
+
+    def bind_input(self, name: str, *place: Any) -> None:
+        self.inputs[name] = place
+
+    def bind_output(self, name: str, *place: Any) -> None:
+        self.outputs[name] = place
+
+
+class RunOptions:
+    def __init__(self) -> None:
+        self.entries: dict[str, str] = {}
+
+    def add_run_config_entry(self, key: str, value: str) -> None:
+        self.entries[key] = value
+
+
+class Session:
+    """next_state = preview = state + 1, on the stream that it was given."""
+
+    made: Session
+    provides = ("CUDAExecutionProvider", "CPUExecutionProvider")
+
+    def __init__(self, graph: bytes, settings: Any, providers: list[Any]) -> None:
+        Session.made = self
+        self.graph, self.settings, self.providers = graph, settings, providers
+        self.fallback = True
+        self.runs: list[dict[str, str]] = []
+        self.error: Exception | None = None
+
+    def get_providers(self) -> list[str]:
+        return list(self.provides)
+
+    def get_inputs(self) -> list[Any]:
+        return [SimpleNamespace(name=t.name, shape=list(t.shape)) for t in SPEC.inputs]
+
+    def get_outputs(self) -> list[Any]:
+        return [SimpleNamespace(name=t.name, shape=list(t.shape)) for t in SPEC.outputs]
+
+    def disable_fallback(self) -> None:
+        self.fallback = False
+
+    def io_binding(self) -> Binding:
+        return Binding()
+
+    def run_with_iobinding(self, binding: Binding, options: RunOptions) -> None:
+        from cuda.bindings import runtime
+
+        if self.error:
+            raise self.error
+        self.runs.append(dict(options.entries))
+        stream = int(self.providers[0][1]["user_compute_stream"])
+
+        def array(place: tuple[Any, ...]) -> Any:
+            device, number, dtype, shape, address = place
+            assert (device, number) == ("cuda", 0)
+            return runtime._view(address, math.prod(shape) * dtype.itemsize, "ort").view(dtype).reshape(shape)
+
+        def compute() -> None:
+            for place in binding.outputs.values():
+                array(place)[...] = array(binding.inputs["state"]) + 1
+
+        runtime._enqueue(stream, compute, "ort")
+
+
+@pytest.fixture
+def gpu() -> Iterator[Any]:
+    with pretended():
+        from cuda.bindings import runtime
+
+        yield runtime
+        assert runtime._live() == []
+        assert runtime._VIOLATIONS == []
+
+
+@pytest.fixture
+def ort(monkeypatch: pytest.MonkeyPatch) -> Any:
+    names = ("SessionOptions", "GraphOptimizationLevel", "get_available_providers")
+    stub = SimpleNamespace(
+        **{name: getattr(onnxruntime, name) for name in names},
+        InferenceSession=Session,
+        RunOptions=RunOptions,
+        preload_dlls=lambda: print("a library is missing"),
+    )
+    for module in (ort_engine, onnxruntime_cuda):
+        monkeypatch.setattr(module, "_ort", lambda: stub)
+    return stub
+
+
+@pytest.fixture
+def memory(gpu: Any) -> Iterator[Any]:
+    made = BACKEND.memory([], OPTIONS)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "graph.onnx").write_bytes(b"the graph")
+    return tmp_path
+
+
+def opened(folder: Path, memory: Any, **options: bool) -> Any:
+    return BACKEND.open(folder, {"weights": folder / "weights.safetensors"}, SPEC, {**OPTIONS, **options}, memory)
+
+
+def test_the_session_works_on_the_memorys_stream(
+    ort: Any, memory: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = opened(folder, memory, prefer_nhwc=True, tf32=False)
+    session = Session.made
+    assert session.graph == b"the graph"
+    assert session.fallback is False
+    assert session.providers == [
+        (
+            "CUDAExecutionProvider",
+            {
+                "device_id": "0",
+                "user_compute_stream": str(memory.stream),
+                "enable_cuda_graph": "1",
+                "prefer_nhwc": "1",
+                "use_tf32": "0",
+            },
+        ),
+        "CPUExecutionProvider",
+    ]
+    level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # the graph was optimised when it was built
+    assert session.settings.graph_optimization_level == level
+    assert capsys.readouterr().out == ""
+    engine.close()
+
+
+def test_bindings_are_at_device_addresses_and_have_graphs_of_their_own(ort: Any, memory: Any, folder: Path) -> None:
+    engine = opened(folder, memory)
+    states = [memory.zeros((2, 3), np.float32) for _ in range(2)]
+    launches = [engine.bind({"state": states[a], "next_state": states[b]}) for a, b in ((0, 1), (1, 0))]
+    assert [run["gpu_graph_id"] for run in Session.made.runs] == ["1", "2"]
+    assert {run["disable_synchronize_execution_providers"] for run in Session.made.runs} == {"1"}
+    synchronised = memory.counters.synchronisations
+    memory.write(states[0], 5)
+    launches[0]()
+    launches[1]()
+    launches[0]()
+    assert memory.counters.synchronisations == synchronised
+    assert memory.read(*states)[1].tolist() == [[8, 8, 8]] * 2
+    assert [run["gpu_graph_id"] for run in Session.made.runs[2:]] == ["1", "2", "1"]
+    engine.close()
+
+
+def test_buffers_must_fit(ort: Any, memory: Any, folder: Path) -> None:
+    engine = opened(folder, memory)
+    with pytest.raises(EngineError, match="a buffer is missing"):
+        engine.bind({})
+    for wrong in (memory.zeros((2, 3), np.float16), memory.zeros((3, 2), np.float32)):
+        with pytest.raises(EngineError, match="a buffer does not fit"):
+            engine.bind({"state": wrong})
+    engine.close()
+
+
+def test_an_error_of_a_run_is_told_with_its_engine(ort: Any, memory: Any, folder: Path) -> None:
+    engine = opened(folder, memory)
+    launch = engine.bind({"state": memory.zeros((2, 3), np.float32)})
+    Session.made.error = RuntimeError("CUDA failure 700\nat somewhere")
+    with pytest.raises(EngineError, match=r"CUDA failure 700$"):
+        launch()
+    engine.close()
+
+
+def test_closing_lets_go_of_the_session(ort: Any, memory: Any, folder: Path) -> None:
+    engine = opened(folder, memory)
+    launch = engine.bind({"state": memory.zeros((2, 3), np.float32)})
+    launch()
+    session = weakref.ref(Session.made)
+    del Session.made
+    engine.close()
+    engine.close()
+    gc.collect()
+    assert session() is None
+    with pytest.raises(AssertionError, match="closed"):
+        launch()
+
+
+def test_an_engine_on_the_cpu_after_all_is_an_error(folder: Path, memory: Any) -> None:
+    """The real ONNX Runtime without CUDA's libraries goes on with the CPU and only warns."""
+    tensors = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 3]) for n in ("state", "next_state")]
+    graph = helper.make_graph([helper.make_node("Neg", ["state"], ["next_state"])], "g", tensors[:1], tensors[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    (folder / "graph.onnx").write_bytes(model.SerializeToString())
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has no CUDA execution provider")
+    with pytest.raises(EngineError, match=r"cannot use an execution provider(.|\n)*expected: CUDAExecutionProvider"):
+        opened(folder, memory, cuda_graph=False)
+
+
+def test_reasons_and_facts(ort: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert "no CUDA execution provider" in str(BACKEND.available())
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    assert BACKEND.available() is None
+    device = BACKEND.device()
+    assert device == {"kind": "cuda", "name": "NVIDIA H200", "onnxruntime": device["onnxruntime"]}
+    assert BACKEND.refuse({**device, "name": "NVIDIA L4"}, OPTIONS) is None
+    assert BACKEND.refuse({**device, "kind": "cpu"}, OPTIONS) == "built on cpu, this machine is cuda"
+    assert "this machine has" in str(BACKEND.refuse({**device, "onnxruntime": "1.2.0"}, OPTIONS))
+    monkeypatch.setenv("FAKE_CUDA_FAIL", "no_driver")
+    assert BACKEND.available() == "no NVIDIA driver"
