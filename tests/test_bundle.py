@@ -98,6 +98,15 @@ def test_a_missing_component(bundle_copy: Path) -> None:
         read_bundle(bundle_copy).engine("text_encoder", Bucket.parse(BUCKET))
 
 
+@pytest.mark.parametrize(
+    ("guided", "embedded", "expected"), [(True, False, 5.0), (False, True, 5.0), (True, True, 5.0), (False, False, 1.0)]
+)
+def test_default_guidance(bundle_copy: Path, guided: bool, embedded: bool, expected: float) -> None:
+    edit(bundle_copy, lambda d: d["recipe"].update(classifier_free_guidance=guided))
+    edit(bundle_copy, lambda d: d["settings"].update(embedded_guidance=embedded))
+    assert read_bundle(bundle_copy).default_guidance == expected
+
+
 def test_buckets_come_in_the_order_of_the_recipe(bundle_copy: Path) -> None:
     edit(bundle_copy, lambda d: d["recipe"]["buckets"].reverse())
     assert [str(b) for b in read_bundle(bundle_copy).buckets] == ["2x64x96", BUCKET]

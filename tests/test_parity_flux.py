@@ -15,7 +15,9 @@ from PIL import Image
 import toolchain
 from tests.test_parity import LEAST_PSNR_DB, psnr_db
 from tests.tiny_flux import T5_TOKENS, make_flux, recipe_text
+from toolchain.check.pictures import compare_pictures, draw
 from toolchain.errors import RequestError
+from toolchain.models import family_of, resolve_model
 from toolchain.sampler.schedulers import create, parse
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
@@ -136,6 +138,19 @@ def test_dev_without_true_guidance(plain: toolchain.Pipeline, dev: Path, steps: 
         dev, PROMPTS, SEEDS, "model", num_inference_steps=steps, guidance_scale=guidance, height=64, width=64
     )
     assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
+
+
+def test_a_check_draws_at_the_guidance_of_the_recipe(plain: toolchain.Pipeline, dev: Path) -> None:
+    """On both sides: guidance is an input of the network, also without a second pass."""
+    source, recipe = resolve_model(str(dev)), plain.bundle.recipe
+    assert recipe.sampling.guidance == 3.5
+    drawn = draw(plain, lambda text: None)
+    ours = [plain(d.prompt, seed=d.seed, guidance=3.5).images[0] for d in drawn]
+    assert all(np.array_equal(d.pixels, np.asarray(o)) for d, o in zip(drawn, ours, strict=True))
+    compared = compare_pictures(plain.bundle, source, family_of(source, recipe), drawn, lambda text: None)
+    assert [p.failed for p in compared] == [()] * 4
+    others = [np.asarray(plain(d.prompt, seed=d.seed, guidance=1.0).images[0]) for d in drawn]
+    assert least_psnr_db(ours, np.stack(others)) < recipe.check.psnr_db
 
 
 @pytest.mark.parametrize("steps", [1, 4])

@@ -75,6 +75,12 @@ class Bundle:
         """Those that were built, in the order of the recipe: the first is the default."""
         return [b for b in self.recipe.buckets if str(b) in self.engines["denoiser"]]
 
+    @property
+    def default_guidance(self) -> float:
+        """The recipe's, where the bundle has a use for it: a second pass, or an input of its network; else 1."""
+        used = self.recipe.classifier_free_guidance or self.settings.embedded_guidance
+        return self.recipe.sampling.guidance if used else 1.0
+
     def engine(self, component: str, bucket: Bucket) -> EngineEntry:
         """Raises BundleError when there is none."""
         entries = self.engines.get(component, {})

@@ -177,7 +177,7 @@ def bundle_lines(bundle: Bundle, refused: str | None, verified: bool) -> Iterato
         ["bundle", str(bundle.path)],
         ["model", f"{model.get('name')}{at} ({model.get('pipeline')}, family {bundle.family})"],
         ["recipe", bundle.recipe.name],
-        ["defaults", f"{sampling.scheduler}, {sampling.steps} steps, guidance {sampling.guidance:g}"],
+        ["defaults", f"{sampling.scheduler}, {sampling.steps} steps, guidance {bundle.default_guidance:g}"],
         ["device", f"{bundle.backend}: " + ", ".join(f"{k} {v}" for k, v in bundle.device.items())],
         ["runs here", "yes" if refused is None else f"no: {refused}"],
         ["buckets", ", ".join(_buckets(bundle)) + " (batch x height x width)"],

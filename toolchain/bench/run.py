@@ -60,9 +60,7 @@ def workload(
         size=chosen,
         steps=steps or sampling.steps,
         scheduler=sampling.scheduler,
-        guidance=sampling.guidance
-        if bundle.recipe.classifier_free_guidance or bundle.settings.embedded_guidance
-        else 1.0,
+        guidance=bundle.default_guidance,
     )
 
 

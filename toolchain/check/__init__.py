@@ -56,7 +56,7 @@ def compare(bundle: Bundle, source: ModelSource, *, progress: Callable[[str], No
         drawn = draw(pipeline, progress)
     finally:
         pipeline.close()
-    pictures = compare_pictures(bundle.recipe, source, family, drawn, progress)
+    pictures = compare_pictures(bundle, source, family, drawn, progress)
     return CheckReport(
         bundle=str(bundle.path),
         recipe=bundle.recipe.name,

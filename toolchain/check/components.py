@@ -154,10 +154,8 @@ class _Comparison:
         """Inputs of the first evaluation but for state and noise, as the runtime fills its buffers."""
         inputs: Arrays = {t.name: np.zeros(t.shape, t.dtype) for t in spec.inputs}
         place_sampler(HOST, inputs, table)
-        embedded = self.bundle.settings.embedded_guidance
-        guidance = self.bundle.recipe.sampling.guidance if self.guided or embedded else 1.0
         # Scales that the recipe has no default for are off by default: the check turns them on to see them work.
-        place_scales(HOST, inputs, {"guidance": guidance, "guidance_rescale": 0.5, "true_cfg": 2.0})
+        place_scales(HOST, inputs, {"guidance": self.bundle.default_guidance, "guidance_rescale": 0.5, "true_cfg": 2.0})
         sizes = (bucket.height, bucket.width, 0, 0, bucket.height, bucket.width)
         place_time_ids(HOST, inputs, sizes, sizes)
         place(HOST, inputs, [empty] * len(conditions) if self.guided else [], conditions)

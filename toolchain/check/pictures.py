@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
 
+from toolchain.bundle import Bundle
 from toolchain.check.reference import reference_pipeline, text_length
 from toolchain.check.report import Pair, Picture
 from toolchain.models import Family, ModelSource
-from toolchain.recipe import Check, Recipe
+from toolchain.recipe import Check
 from toolchain.runtime.pipeline import Pipeline
 from toolchain.sampler.schedulers import create, parse, quiet, reference_kwargs
 
@@ -40,27 +41,27 @@ def draw(pipeline: Pipeline, progress: Callable[[str], None]) -> list[Drawn]:
     drawn = []
     for size in dict.fromkeys((b.height, b.width) for b in pipeline.bundle.buckets):
         progress(f"pictures {size[0]}x{size[1]}: {len(pairs)} from the bundle")
-        result = pipeline(
-            [p for p, _ in pairs], seed=[s for _, s in pairs], guidance=_guidance(recipe), size=size, decode=True
-        )
+        result = pipeline([p for p, _ in pairs], seed=[s for _, s in pairs], size=size)
         for (prompt, seed), image, latents in zip(pairs, result.images, result.latents, strict=True):
             drawn.append(Drawn(prompt, seed, np.asarray(image), bool(np.isfinite(latents).all())))
     return drawn
 
 
 def compare_pictures(
-    recipe: Recipe, source: ModelSource, family: Family, drawn: list[Drawn], progress: Callable[[str], None]
+    bundle: Bundle, source: ModelSource, family: Family, drawn: list[Drawn], progress: Callable[[str], None]
 ) -> list[Picture]:
     """Each picture against the reference's, which are drawn one at a time. ModelError when it cannot be loaded."""
     progress("pictures: loading the reference pipeline")
+    recipe = bundle.recipe
     pipeline = reference_pipeline(source, family, recipe)
     spec = parse(recipe.sampling.scheduler)
     scheduler = create(spec, source.config("scheduler"))
+    kwargs = reference_kwargs(spec) | text_length(source, family, recipe)
     pictures = []
     for number, one in enumerate(drawn):
         progress(f"pictures: {number + 1} of {len(drawn)} from the reference")
         pipeline.scheduler = copy.deepcopy(scheduler)  # a trajectory uses a scheduler up
-        reference = _reference(pipeline, one, recipe, reference_kwargs(spec) | text_length(source, family, recipe))
+        reference = _reference(pipeline, one, bundle, kwargs)
         pictures.append(judge(one, reference, recipe.check))
     return pictures
 
@@ -86,7 +87,7 @@ def is_blank(pixels: Pixels) -> bool:
     return int(np.ptp(pixels, axis=(0, 1)).max()) <= BLANK_LEVELS
 
 
-def _reference(pipeline: Any, drawn: Drawn, recipe: Recipe, kwargs: dict[str, Any]) -> Pixels:
+def _reference(pipeline: Any, drawn: Drawn, bundle: Bundle, kwargs: dict[str, Any]) -> Pixels:
     import torch
 
     with quiet():
@@ -94,14 +95,10 @@ def _reference(pipeline: Any, drawn: Drawn, recipe: Recipe, kwargs: dict[str, An
             drawn.prompt,
             height=drawn.pixels.shape[0],
             width=drawn.pixels.shape[1],
-            num_inference_steps=recipe.sampling.steps,
-            guidance_scale=_guidance(recipe),
+            num_inference_steps=bundle.recipe.sampling.steps,
+            guidance_scale=bundle.default_guidance,
             generator=torch.Generator("cpu").manual_seed(drawn.seed),
             output_type="pil",
             **kwargs,
         )
     return np.asarray(result.images[0])
-
-
-def _guidance(recipe: Recipe) -> float:
-    return recipe.sampling.guidance if recipe.classifier_free_guidance else 1.0

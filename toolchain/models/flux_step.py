@@ -23,7 +23,7 @@ class FluxStep(nn.Module):
         super().__init__()
         ids: Any = transformer.pos_embed
         self.axes, self.theta = tuple(ids.axes_dim), float(ids.theta)
-        self.rotary = transformer.pos_embed = _Rotary()
+        self.rotary = transformer.pos_embed = _Rotary(ids)
         self.transformer = transformer
         self.guided = guided
         self.embedded = embedded
@@ -57,6 +57,7 @@ class FluxStep(nn.Module):
             img_ids=torch.zeros(image, 3),
             return_dict=False,
         )[0]
+        self.rotary.tables = None
         output = unpack(packed, height, width)
         output = output.float() if true_cfg is None else guide(output, true_cfg)
         if not self.embedded:
@@ -65,16 +66,19 @@ class FluxStep(nn.Module):
 
 
 class _Rotary(nn.Module):
-    """In place of diffusers' FluxPosEmbed: gives `tables`, which the step sets, whatever the ids.
+    """Around diffusers' FluxPosEmbed: within a step it gives `tables`, which the step sets, whatever the ids.
 
     FluxPosEmbed computes them in float64 at each evaluation. Set from outside they are constants of the graph, whose
-    size is known to nobody but the step.
+    size is known to nobody but the step. The network is also a part of the reference pipeline, which knows no step.
     """
 
-    tables: tuple[Tensor, Tensor]
+    def __init__(self, embed: nn.Module) -> None:
+        super().__init__()
+        self.embed = embed
+        self.tables: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return self.tables
+    def forward(self, ids: Tensor) -> Any:
+        return self.embed(ids) if self.tables is None else self.tables
 
 
 def rotary_tables(axes: Sequence[int], theta: float, text: int, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -75,14 +75,11 @@ def _negatives(bundle: Bundle, options: Options, count: int) -> tuple[list[str] 
 
 def _guidance(bundle: Bundle, options: Options) -> tuple[float, float]:
     """(guidance, true_cfg)"""
-    guided = bundle.recipe.classifier_free_guidance
-    default = bundle.recipe.sampling.guidance
+    value = bundle.default_guidance if options.guidance is None else options.guidance
     if bundle.settings.embedded_guidance:
-        value = default if options.guidance is None else options.guidance
         guidance = ask.check_number("guidance", value, "a number of 0 or more", 0.0, math.inf)
     else:
-        value = (default if guided else 1.0) if options.guidance is None else options.guidance
-        guidance = ask.check_guidance(value, guided)
+        guidance = ask.check_guidance(value, bundle.recipe.classifier_free_guidance)
     has_true_cfg = "true_cfg" in _step_inputs(bundle)
     if options.true_cfg is not None and not has_true_cfg:
         raise RequestError(
