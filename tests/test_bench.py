@@ -7,15 +7,19 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from toolchain.bench.openvino import plain_graphs
 from toolchain.bench.page import page
 from toolchain.bench.report import BenchReport, Result, Spread, spread, summarize
 from toolchain.bench.run import bench, measure, workload
 from toolchain.bench.worker import CONTENDERS, Parts
 from toolchain.bundle import read_bundle
+from toolchain.check.report import Pair
 from toolchain.cli import cli
+from toolchain.engines import BACKENDS
 from toolchain.errors import BundleError, DiffbuildError, UsageError
 
 ROUNDS = [
@@ -94,6 +98,37 @@ def test_a_run_against_diffusers(tiny_bundle: Path, tiny_model: Path, tmp_path: 
     assert "<!doctype html>" in (tmp_path / "bench.html").read_text()
 
 
+def test_a_run_against_openvino(
+    tiny_bundle: Path, tiny_model: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same loop from the same noise: only the engine is another, and float32 rounds differently there."""
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("DIFFBUILD_STORE", str(store))
+    found = measure(tiny_bundle, model=str(tiny_model), against=("openvino",), repeats=1)
+    ours, theirs = found.contenders["diffbuild"], found.contenders["openvino"]
+    assert theirs.counts["launches"] == ours.counts["launches"]
+    assert theirs.stages["denoise_ms"].median > 0
+    likeness = found.likeness_db["openvino"]
+    assert likeness is not None
+    assert likeness >= 60
+
+
+def test_openvino_opens_none_of_the_bundles_engines(
+    bundle_copy: Path, tiny_model: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("DIFFBUILD_STORE", str(store))
+    monkeypatch.setattr("toolchain.engines.BACKENDS", dict(BACKENDS))
+    opened = read_bundle(bundle_copy)
+    work = vars(workload(opened, None, 1, None, 2))
+    _, ours = CONTENDERS["diffbuild"](str(bundle_copy), "", Parts())(work)
+    graphs = plain_graphs(opened, tiny_model, tmp_path / "graphs", lambda text: None)
+    for graph in (bundle_copy / "engines").rglob("graph.onnx"):
+        graph.unlink()
+    _, theirs = CONTENDERS["openvino"](str(bundle_copy), str(graphs), Parts())(work)
+    assert Pair(np.asarray(ours), np.asarray(theirs)).psnr_db >= 60
+
+
 def test_what_is_refused_before_anything_starts(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,8 +141,9 @@ def test_what_is_refused_before_anything_starts(
     with pytest.raises(BundleError, match="cannot run here"):
         bench(replace(bundle, device={**bundle.device, "cpu": "another"}), work)
     monkeypatch.setattr("toolchain.bench.run.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="not installed"):
-        bench(bundle, work, against=("compile",), model=tmp_path)
+    for name, extra in (("compile", "build"), ("openvino", "bench")):
+        with pytest.raises(UsageError, match=rf"(?s)not installed.*diffbuild\[{extra}\]"):
+            bench(bundle, work, against=(name,), model=tmp_path)
 
 
 @pytest.mark.parametrize(

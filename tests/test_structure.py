@@ -33,6 +33,7 @@ OWNERS = {
     "transformers": {"models", "check"},
     "onnxscript": {"graph"},
     "huggingface_hub": {"models"},
+    "openvino": {"bench"},
     "click": {"cli", "cli_cache", "console", "report", "progress", "pictures"},
     "cryptography": {"signing"},
     "rich": {"progress", "report"},

@@ -251,7 +251,9 @@ def check(
 @bundle_argument
 @click.option("--model", metavar="DIR_OR_HUB_ID", help="The model that the bundle was built from, for --against.")
 @revision_option
-@click.option("--against", multiple=True, type=click.Choice(["diffusers", "compile"]), help="Also measure, in turn.")
+@click.option(
+    "--against", multiple=True, type=click.Choice(["diffusers", "compile", "openvino"]), help="Also measure, in turn."
+)
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Rounds.")
 @click.option("--prompt", metavar="TEXT", help="What to draw.  [default: the recipe's first]")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the recipe's]")
@@ -262,8 +264,9 @@ def check(
 @json_option
 @verbosity
 def bench(bundle: Path, target: Path | None, as_json: bool, **wanted: Any) -> None:
-    """Measure where the time of a picture goes, and how long diffusers takes for the same one.
+    """Measure where the time of a picture goes, and how long others take for the same one.
 
+    Others are diffusers, diffusers with torch.compile, and OpenVINO with the graphs that the bundle was built from.
     Every contender is a process of its own; they draw in turn, so that the machine's drift hits all alike.
     """
     from toolchain.bench.page import page

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.bench.contender import Contender
+from toolchain.bench.openvino import plain_graphs
 from toolchain.bench.report import BenchReport, summarize
 from toolchain.bundle import Bundle, read_bundle
 from toolchain.check.report import Pair
@@ -25,10 +26,16 @@ from toolchain.runtime.engines import usable_backend
 from toolchain.signing import require_trusted
 
 OURS = "diffbuild"
-AGAINST = {"diffusers": ("torch", "diffusers"), "compile": ("torch", "diffusers")}
-"""Other contenders, and what they import: the diffusers pipeline in eager mode, and with torch.compile."""
+OPENVINO = "openvino"
+AGAINST = {
+    "diffusers": ("torch", "diffusers"),
+    "compile": ("torch", "diffusers"),
+    OPENVINO: ("openvino", "torch", "diffusers", "onnx_ir"),
+}
+"""Other contenders, and what they import: the diffusers pipeline in eager mode, the same with torch.compile, and the
+graphs of the bundle in OpenVINO."""
 SWEEP_STEPS = (5, 10, 20, 40)
-VERSIONS = ("diffbuild", "numpy", "onnxruntime", "onnxruntime-gpu", "torch", "diffusers", "transformers")
+VERSIONS = ("diffbuild", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "diffusers", "transformers")
 
 
 @dataclass(frozen=True)
@@ -108,8 +115,11 @@ def bench(
         contenders = []
         try:
             for name in (OURS, *against):
+                given = model
+                if name == OPENVINO and model is not None:
+                    given = plain_graphs(bundle, model, Path(scratch) / "graphs", progress)
                 progress(f"starting {name}")
-                contenders.append(Contender(name, bundle.path, model, work, Path(scratch)))
+                contenders.append(Contender(name, bundle.path, given, work, Path(scratch)))
             rounds: list[dict[str, Any]] = []
             for number in range(repeats):
                 progress(f"round {number + 1} of {repeats}")
@@ -139,7 +149,7 @@ def _refuse(bundle: Bundle, against: tuple[str, ...], model: Path | None) -> Non
     for name in against:
         missing = [package for package in AGAINST[name] if find_spec(package) is None]
         if missing:
-            hint = "pip install 'diffbuild[build]'"
+            hint = f"pip install 'diffbuild[{'bench' if OPENVINO in missing else 'build'}]'"
             raise UsageError(
                 f"{name} cannot be measured", expected=" and ".join(missing), got="not installed", hint=hint
             )

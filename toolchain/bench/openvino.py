@@ -1,0 +1,134 @@
+"""OpenVINO as a contender: the graphs of a bundle as they were exported, compiled for the CPU in float32.
+
+The engines of a bundle hold another library's operators, so the plain graphs and their weights are taken from the
+store, or exported into it. The runtime's own loop launches them: what differs is the engine, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from toolchain.bundle import Bundle
+from toolchain.engines.memory import HostMemory
+from toolchain.engines.onnxruntime import physical_cores
+from toolchain.errors import EngineError
+from toolchain.signature import GraphSpec
+
+
+def plain_graphs(bundle: Bundle, model: Path, out: Path, progress: Callable[[str], None]) -> Path:
+    """Writes `COMPONENT-BUCKET.onnx` for every engine of the bundle, and the weights beside them, into `out`: returned.
+
+    model  the diffusers folder that the bundle was built from
+
+    Raises ModelError, ExportError, WeightsError and StoreError.
+    """
+    from toolchain.api import default_store
+    from toolchain.artifacts import Store
+    from toolchain.assemble import copy_file
+    from toolchain.models import resolve_model
+    from toolchain.plan import execute, make_plan
+
+    plan = make_plan(bundle.recipe, resolve_model(str(model)), Store(default_store()))
+    wanted = replace(plan, steps=tuple(step for step in plan.steps if step.stage in ("graph", "weights")))
+    built = execute(wanted, lambda step, what: progress(f"{step.stage} {step.subject}") if what == "start" else None)
+    out.mkdir()
+    for component, engines in bundle.engines.items():
+        weights = out / f"{component}.safetensors"
+        source = built[f"weights {bundle.recipe.name} {component}"].file("weights.safetensors")
+        copy_file(source, weights)  # OpenVINO follows no link out of the graph's folder
+        for label in engines:
+            graph = built[f"graph {bundle.recipe.name} {component} {label}"]
+            _attach(graph.file("graph.onnx"), weights, graph_of(out, component, label))
+    return out
+
+
+def graph_of(folder: Path, component: str, label: str) -> Path:
+    """Where the graph of an engine lies."""
+    return folder / f"{component}-{label}.onnx"
+
+
+def _attach(graph: Path, weights: Path, target: Path) -> None:
+    """The graph with its weights as external data: ONNX's own way, which knows offsets into any file."""
+    import onnx_ir as ir
+
+    from toolchain.graph.placeholder import is_weight, static_shape
+    from toolchain.weights import read_header
+
+    places = read_header(weights)
+    model = ir.load(graph)
+    for name, value in model.graph.initializers.items():
+        if is_weight(value):
+            tensor, ref = value.const_value, places[str(name)]
+            assert tensor is not None
+            shape = ir.Shape(static_shape(tensor))
+            value.const_value = ir.ExternalTensor(
+                weights.name, ref.offset, ref.nbytes, tensor.dtype, shape=shape, name=str(name), base_dir=weights.parent
+            )
+    ir.save(model, target)
+
+
+class OpenVino:
+    """What the runtime asks of a backend, to stand in for the bundle's own; `graphs` is what `plain_graphs` wrote."""
+
+    def __init__(self, bundle: Bundle, graphs: Path) -> None:
+        import openvino
+
+        self.name = bundle.backend
+        self._core = openvino.Core()
+        self._graphs = {
+            bundle.path / entry.folder: graph_of(graphs, component, label)
+            for component, engines in bundle.engines.items()
+            for label, entry in engines.items()
+        }
+
+    def available(self) -> str | None:
+        return None
+
+    def refuse(self, *_: object) -> str | None:
+        return None
+
+    def memory(self, folders: Sequence[Path], options: Mapping[str, Any]) -> HostMemory:
+        return HostMemory()
+
+    def open(
+        self, folder: Path, weights: Mapping[str, Path], spec: GraphSpec, options: Mapping[str, Any], memory: HostMemory
+    ) -> OpenVinoEngine:
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": str(options.get("threads") or physical_cores()),
+        }
+        try:
+            return OpenVinoEngine(self._core.compile_model(str(self._graphs[folder]), "CPU", settings), spec)
+        except RuntimeError as error:
+            where, got = self._graphs[folder], str(error).strip().splitlines()[-1]
+            raise EngineError("OpenVINO cannot compile the graph", where=where, got=got) from error
+
+
+class OpenVinoEngine:
+    """A compiled model, launched through requests on host memory."""
+
+    def __init__(self, compiled: Any, spec: GraphSpec) -> None:
+        self.spec = spec
+        self._compiled = compiled
+
+    def bind(self, buffers: Mapping[str, Any]) -> Callable[[], None]:
+        import openvino
+
+        request = self._compiled.create_infer_request()
+        for tensor in (*self.spec.inputs, *self.spec.outputs):
+            if tensor.name in buffers:
+                request.set_tensor(tensor.name, openvino.Tensor(buffers[tensor.name], shared_memory=True))
+
+        def launch() -> None:
+            request.start_async()  # not `infer`, which takes inputs and collects outputs into a dictionary
+            request.wait()
+
+        return launch
+
+    def close(self) -> None:
+        self._compiled = None
