@@ -30,6 +30,7 @@ log = logging.getLogger("toolchain")
 Progress = Callable[[str, float], None]
 """Called with the name of a phase and how much of it is done, 0 to 1."""
 
+MODULE = "toolchain.engines.tensorrt_build"
 GRACE_S = 10.0
 """From a cancellation to the kill: TensorRT asks its monitor between tactics, which take seconds at most."""
 LOG_LINES = 12
@@ -92,7 +93,7 @@ def _start(job: Path, words: IO[bytes]) -> subprocess.Popen[str]:
     # The child finds the modules that this process found, and none that happens to lie in the working directory.
     search = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "toolchain.engines.tensorrt_build", str(job)],
+        [sys.executable, "-P", "-m", MODULE, str(job)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=words,
