@@ -1,4 +1,4 @@
-"""bfloat16 convolutions: the numbered cases of the pass."""
+"""The opset of bfloat16 graphs: the numbered cases of the pass."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from onnx import TensorProto, helper
 
 from toolchain.graph.opset import allow_bfloat16
 
+REST = {"Conv": "w", "ConvTranspose": "w", "InstanceNormalization": "bb", "GroupNormalization": "bb", "Relu": ""}
+
 
 def graph(kind: int, op: str = "Conv", opset: int = 20) -> ir.Model:
     x = helper.make_tensor_value_info("x", kind, [1, 4, 8, 8])
@@ -16,22 +18,18 @@ def graph(kind: int, op: str = "Conv", opset: int = 20) -> ir.Model:
     w = helper.make_tensor("w", kind, [4, 4, 1, 1], [0.0] * 16)
     b = helper.make_tensor("b", kind, [4], [0.0] * 4)
     more = {"num_groups": 2} if op == "GroupNormalization" else {}
-    nodes = [helper.make_node("Conv", ["x", "w"], ["c"], name="c")]
-    nodes.append(helper.make_node("ConvTranspose" if op == "Conv" else op, ["c", *_rest(op)], ["y"], name="y", **more))
+    nodes = [helper.make_node("Relu", ["x"], ["c"], name="c"), helper.make_node(op, ["c", *REST[op]], ["y"], **more)]
     made = helper.make_graph(nodes, "g", [x], [y], [w, b])
     return ir.from_proto(helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)], ir_version=10))
-
-
-def _rest(op: str) -> list[str]:
-    return {"Conv": ["w"], "GroupNormalization": ["b", "b"], "Relu": []}[op]
 
 
 def check(model: ir.Model) -> None:
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
 
 
-def test_case_1_bfloat16_becomes_legal() -> None:
-    model = graph(TensorProto.BFLOAT16)
+@pytest.mark.parametrize("op", ["Conv", "ConvTranspose", "InstanceNormalization"])
+def test_case_1_bfloat16_becomes_legal(op: str) -> None:
+    model = graph(TensorProto.BFLOAT16, op)
     with pytest.raises(onnx.shape_inference.InferenceError, match="bfloat16"):
         check(model)
     done = allow_bfloat16(model)
@@ -42,6 +40,11 @@ def test_case_1_bfloat16_becomes_legal() -> None:
 
 def test_case_2_group_normalization() -> None:
     model = graph(TensorProto.BFLOAT16, "GroupNormalization")
+    assert allow_bfloat16(model) is model
+
+
+def test_case_3_other_operators() -> None:
+    model = graph(TensorProto.BFLOAT16, "Relu")
     assert allow_bfloat16(model) is model
 
 
