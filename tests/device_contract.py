@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from toolchain.engines import cuda
+from toolchain.engines import device_memory
 from toolchain.errors import EngineError
 
 Make = Callable[..., Any]
@@ -23,6 +24,34 @@ def swap(memory: Any) -> tuple[list[Any], list[Callable[[], None]]]:
     """Two buffers and what enqueues a copy from one to the other, in both directions."""
     ends = [memory.zeros((3, 5), F32) for _ in range(2)]
     return ends, [lambda: memory.copy(ends[1], ends[0]), lambda: memory.copy(ends[0], ends[1])]
+
+
+STEPS = 64
+
+
+class ShiftRegister:
+    """Two states; a step copies one into the other, a place further on. After n steps the one is at place n."""
+
+    def __init__(self, memory: Any) -> None:
+        self.memory = memory
+        self.states = [memory.zeros((STEPS,), F32) for _ in range(2)]
+        ends = [(self.states[0], self.states[1]), (self.states[1], self.states[0])]
+        zero = memory.zeros((1,), F32)
+
+        def enqueue(source: Any, target: Any) -> None:
+            memory.copy(target[1:], source[:-1])
+            memory.copy(target[:1], zero)
+
+        self.launches = [memory.capture(partial(enqueue, *pair)) for pair in ends]
+
+    def place_after(self, run: Callable[[int], None], steps: int) -> int:
+        for state in self.states:
+            self.memory.write(state, 0)
+        self.memory.write(self.states[0][0], 1)
+        run(steps)
+        state = self.memory.read(self.states[steps % 2])[0]
+        assert state.sum() == 1
+        return int(state.argmax())
 
 
 class DeviceContract:
@@ -86,16 +115,16 @@ class DeviceContract:
         assert not first.any()
 
     def test_pinned_memory_has_a_limit(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cuda, "STAGED_BYTES", 4096)
+        monkeypatch.setattr(device_memory, "STAGED_BYTES", 4096)
         memory = make()
         rows = memory.zeros((64, 128), F32)
         for index in range(64):
             memory.write(rows[index], index)
         assert memory.counters.synchronisations == 7  # 8 rows of 512 bytes fit
         assert (memory.read(rows)[0] == np.arange(64)[:, None]).all()
-        assert memory.counters.pinned_bytes == cuda.CHUNK_BYTES
+        assert memory.counters.pinned_bytes == device_memory.CHUNK_BYTES
 
-    @pytest.mark.parametrize("mode", cuda.CUDA_GRAPHS)
+    @pytest.mark.parametrize("mode", device_memory.CUDA_GRAPHS)
     def test_launches_do_what_was_captured(self, make: Make, mode: str) -> None:
         memory = make(mode)
         ends, enqueues = swap(memory)
@@ -168,6 +197,19 @@ class DeviceContract:
         assert caught.value.expected == "268435456 MiB free"
         assert "MiB free of" in str(caught.value.got)
         assert memory.read(memory.zeros((2,), F32))[0].tolist() == [0, 0]
+
+    @pytest.mark.parametrize("mode", device_memory.CUDA_GRAPHS)
+    def test_a_loop_is_its_steps_by_turns(self, make: Make, mode: str) -> None:
+        memory = make(mode)
+        register = ShiftRegister(memory)
+        run = memory.loop(*register.launches)
+        for steps in (0, 1, 2, 3, 50, 63, 3):
+            assert register.place_after(run, steps) == steps
+        captures = memory.counters.captures
+        before = memory.counters.launches
+        register.place_after(run, 50)
+        assert memory.counters.captures == captures
+        assert memory.counters.launches - before == {"step": 50, "loop": 1, "off": 0}[mode]
 
     def test_a_released_launch_frees_its_graph(self, make: Make) -> None:
         memory = make()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from toolchain.engines.cuda import DeviceMemory
+from toolchain.engines.device_memory import DeviceMemory
 from toolchain.engines.tensorrt_engine import TensorRtEngine
 from toolchain.signature import GraphSpec, TensorSpec
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.device_contract import DeviceContract, Make, swap
+from tests.device_contract import DeviceContract, Make, ShiftRegister, swap
 from tests.pretend import pretended
 from toolchain.engines import cuda
+from toolchain.engines.cuda_loop import UNROLLED
+from toolchain.engines.device_memory import DeviceMemory
 from toolchain.errors import EngineError
 
 
@@ -36,8 +41,8 @@ def gpu(fake: Any) -> Iterator[Any]:
 def make(gpu: Any) -> Iterator[Make]:
     made = []
 
-    def make_memory(cuda_graph: str = "step") -> cuda.DeviceMemory:
-        made.append(cuda.DeviceMemory(cuda_graph))
+    def make_memory(cuda_graph: str = "step") -> DeviceMemory:
+        made.append(DeviceMemory(cuda_graph))
         return made[-1]
 
     yield make_memory
@@ -150,7 +155,7 @@ def test_the_reason_for_no_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch, failur
     with pytest.raises(EngineError, match="no GPU can be used"):
         cuda.device_facts()
     with pytest.raises(EngineError):
-        cuda.DeviceMemory()
+        DeviceMemory()
 
 
 def test_without_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +180,59 @@ def test_facts_of_the_gpu(gpu: Any, make: Make, monkeypatch: pytest.MonkeyPatch)
     }
     make().zeros((1 << 20,), np.uint8)
     assert cuda.free_memory_bytes() == 46067 << 20
+
+
+@pytest.mark.parametrize("failure", ["conditional", "no_nvrtc"])
+def test_a_loop_without_conditions_is_unrolled(
+    failure: str, gpu: Any, make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FAKE_CUDA_FAIL", failure)
+    memory = make("loop")
+    register = ShiftRegister(memory)
+    run = memory.loop(*register.launches)
+    assert [m.split(":")[0] for m in caplog.messages] == ["each number of steps is captured on its own"]
+    for steps in (5, 4, 5):
+        assert register.place_after(run, steps) == steps
+    assert (memory.counters.captures, memory.counters.launches) == (3, 5)  # twice an odd step of its own
+    for steps in range(2, 41, 2):
+        assert register.place_after(run, steps) == steps
+    assert len([line for line in gpu._live() if line.startswith("executable")]) == 2 + UNROLLED
+
+
+def test_a_loop_that_cannot_be_captured_launches_its_steps(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = make("loop")
+    register = ShiftRegister(memory)
+    monkeypatch.setenv("FAKE_CUDA_FAIL", "capture")
+    run = memory.loop(*register.launches)
+    before = memory.counters.launches
+    for steps in (5, 4, 4):
+        assert register.place_after(run, steps) == steps
+    assert memory.counters.launches - before == 13
+    assert len(caplog.messages) == 1
+
+
+def test_a_loop_of_what_was_not_captured_launches_its_steps(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_CUDA_FAIL", "capture")
+    memory = make("loop")
+    register = ShiftRegister(memory)
+    assert register.place_after(memory.loop(*register.launches), 7) == 7
+    assert memory._loops == []
+
+
+def test_the_loops_kernel_compiles(tmp_path: Path) -> None:
+    """With the real NVRTC, which needs no GPU."""
+    package = "nvidia-cuda-nvrtc"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--target", str(tmp_path), package, "cuda-bindings>=13"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    library = next(tmp_path.glob("nvidia/*/lib/libnvrtc.so*"), None)
+    if done.returncode or library is None:
+        pytest.skip(f"{package} cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
+    code = "from toolchain.engines.cuda_loop import *; print(*(KERNEL in compile_kernel(c) for c in ('8.0', '9.0')))"
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "LD_LIBRARY_PATH": str(library.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["True", "True"], done.stderr
 
 
 def test_the_fake_sees_stale_pointers(gpu: Any) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from enum import IntEnum
@@ -19,6 +21,8 @@ from tests.pretend import FAKES, pretended
 
 ENGINES = Path(__file__).parents[2] / "toolchain" / "engines"
 OLDEST = "13.0.0"
+OWNERS = {"cuda": "runtime", "cu": "driver", "nvrtc": "nvrtc"}
+"""Prefix of a name -> its module below cuda.bindings."""
 PROBE = """
 import importlib, json, re, sys
 asked = json.load(sys.stdin)
@@ -51,14 +55,25 @@ def calls_in(source: Path) -> set[str]:
             found.add(node.attr)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.add(node.value)
-    return {name for name in found if name.startswith("cuda") and name[4:5].isupper() and name.isidentifier()}
+    return {name for name in found if name_prefix(name)}
+
+
+def name_prefix(name: str) -> str:
+    """ "cuda", "cu" or "nvrtc", when it is the prefix of a name in CamelCase; "" otherwise."""
+    found = re.fullmatch(r"(cuda|cu|nvrtc)[A-Z]\w*", name)
+    return found[1] if found else ""
+
+
+def fakes() -> dict[str, dict[str, Any]]:
+    with pretended():
+        return {module: faked(importlib.import_module(f"cuda.bindings.{module}")) for module in OWNERS.values()}
 
 
 def faked(module: Any) -> dict[str, Any]:
     """Public name -> an enum's members, a function's parameters, or a constant."""
     found: dict[str, Any] = {}
     for name, thing in vars(module).items():
-        if not name.startswith(("cuda", "cu", "nvrtc")) or inspect.ismodule(thing):
+        if not name_prefix(name):
             continue
         if inspect.isclass(thing):
             found[name] = {m.name: m.value for m in thing} if issubclass(thing, IntEnum) else None
@@ -94,27 +109,28 @@ def probe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_the_source_calls_what_exists(probe: Any) -> None:
     used = set().union(*(calls_in(path) for path in ENGINES.glob("*.py")))
-    assert {"cudaGraphLaunch", "cudaMemcpyHostToDevice", "cudaErrorMemoryAllocation"} <= used
-    with pretended():
-        from cuda.bindings import runtime
-
-        fake = faked(runtime)
-    enums = {member: name for name, thing in fake.items() if isinstance(thing, dict) for member in thing}
-    unknown = used - fake.keys() - enums.keys()
-    assert not unknown, "the fake lacks them, so nothing tests them"
-    names = dict.fromkeys(used - enums.keys()) | {enums[m]: fake[enums[m]] for m in used & enums.keys()}
-    found = probe({"runtime": names})["runtime"]
-    assert [name for name, thing in found.items() if thing is None] == []
+    assert {"cudaGraphLaunch", "cudaMemcpyHostToDevice", "cuLaunchKernel", "nvrtcGetCUBIN"} <= used
+    asked: dict[str, dict[str, Any]] = {}
+    for module, fake in fakes().items():
+        enums = {member: name for name, thing in fake.items() if isinstance(thing, dict) for member in thing}
+        ours = {name for name in used if OWNERS[name_prefix(name)] == module}
+        unknown = ours - fake.keys() - enums.keys()
+        assert not unknown, "the fake lacks them, so nothing tests them"
+        members = {enums[name]: fake[enums[name]] for name in ours & enums.keys()}
+        asked[module] = dict.fromkeys(ours - enums.keys()) | members
+    found = probe(asked)
+    assert [name for names in found.values() for name, thing in names.items() if thing is None] == []
 
 
 def test_the_fake_is_like_the_real_one(probe: Any) -> None:
-    with pretended():
-        from cuda.bindings import runtime
-
-        fake = faked(runtime)
-    found = probe({"runtime": {name: thing if isinstance(thing, dict) else None for name, thing in fake.items()}})
-    real = found["runtime"]
-    for name, thing in fake.items():
-        assert real[name] is not None, name
-        if thing is not None:
-            assert real[name] == thing, name
+    fake = fakes()
+    asked = {
+        module: {name: thing if isinstance(thing, dict) else None for name, thing in names.items()}
+        for module, names in fake.items()
+    }
+    real = probe(asked)
+    for module, names in fake.items():
+        for name, thing in names.items():
+            assert real[module][name] is not None, name
+            if thing is not None:
+                assert real[module][name] == thing, name

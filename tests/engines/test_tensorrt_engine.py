@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from tests.pretend import pretended
 from tests.step_engine import OPTIONS, SPEC, STATE, WEIGHT, bound, expected, opened, run, write_engine
-from toolchain.engines.cuda import DeviceMemory
+from toolchain.engines.device_memory import DeviceMemory
 from toolchain.engines.tensorrt_engine import open_memory, read_facts
 from toolchain.errors import DiffbuildError, EngineError
 

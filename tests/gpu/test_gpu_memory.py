@@ -9,6 +9,7 @@ import pytest
 
 from tests.device_contract import DeviceContract, Make, swap
 from toolchain.engines import cuda
+from toolchain.engines.device_memory import DeviceMemory
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,8 +23,8 @@ def _a_gpu() -> None:
 def make() -> Iterator[Make]:
     made = []
 
-    def make_memory(cuda_graph: str = "step") -> cuda.DeviceMemory:
-        made.append(cuda.DeviceMemory(cuda_graph))
+    def make_memory(cuda_graph: str = "step") -> DeviceMemory:
+        made.append(DeviceMemory(cuda_graph))
         return made[-1]
 
     yield make_memory

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from tests.step_engine import WEIGHT, bound, expected, opened, run, write_engine
 from toolchain.engines import cuda
+from toolchain.engines.device_memory import DeviceMemory
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +36,14 @@ def folder(request: pytest.FixtureRequest, trt: Any, tmp_path_factory: pytest.Te
 
 
 @pytest.fixture(params=["step", "off"])
-def memory(request: pytest.FixtureRequest, trt: Any) -> Iterator[cuda.DeviceMemory]:
-    made = cuda.DeviceMemory(request.param)
+def memory(request: pytest.FixtureRequest, trt: Any) -> Iterator[DeviceMemory]:
+    made = DeviceMemory(request.param)
     yield made
     made.close()
 
 
 @pytest.mark.parametrize("steps", [1, 4, 7])
-def test_two_bindings_swap_their_states(folder: Path, memory: cuda.DeviceMemory, steps: int) -> None:
+def test_two_bindings_swap_their_states(folder: Path, memory: DeviceMemory, steps: int) -> None:
     engine = opened(folder, memory, weights=folder.parent / "weights.safetensors")
     state, counter = run(engine, memory, steps)
     np.testing.assert_allclose(state, expected(steps), rtol=1e-3)
@@ -51,7 +52,7 @@ def test_two_bindings_swap_their_states(folder: Path, memory: cuda.DeviceMemory,
     engine.close()
 
 
-def test_a_thousand_launches_allocate_nothing(folder: Path, memory: cuda.DeviceMemory) -> None:
+def test_a_thousand_launches_allocate_nothing(folder: Path, memory: DeviceMemory) -> None:
     engine = opened(folder, memory, weights=folder.parent / "weights.safetensors")
     _, counters, launches = bound(engine, memory)
     launches[0]()

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolchain.engines.cuda import DeviceBuffer, DeviceMemory, available, device_facts
+from toolchain.engines.cuda import available, device_facts
+from toolchain.engines.device_memory import DeviceBuffer, DeviceMemory
 from toolchain.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine, Provider, _ort
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec, TensorSpec

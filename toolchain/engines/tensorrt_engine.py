@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from toolchain.engines.cuda import ALIGNMENT, DeviceBuffer, DeviceMemory
+from toolchain.engines.device_memory import ALIGNMENT, DeviceBuffer, DeviceMemory
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec, TensorSpec
 from toolchain.weights import MappedWeights

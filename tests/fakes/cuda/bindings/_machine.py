@@ -148,7 +148,8 @@ STREAMS: dict[int, Stream] = {}
 EVENTS: dict[int, Event] = {}
 GRAPHS: dict[int, Graph] = {}
 EXECUTABLES: dict[int, Executable] = {}
-CONDITIONS: dict[int, list[int]] = {}  # handle -> [its value]
+CONDITIONS: dict[int, list[int]] = {}  # handle -> [its value, what a launch starts with]
+MODULES: dict[int, bytes] = {}
 
 
 def capturing() -> list[Stream]:
@@ -168,4 +169,5 @@ def live() -> list[str]:
     found = [f"{b.kind} block of {b.nbytes} bytes" for b in HEAP.live()]
     found += [f"stream {h}" for h in STREAMS] + [f"event {h}" for h in EVENTS]
     found += [f"graph {h}" for h, g in GRAPHS.items() if not g.nested]
+    found += [f"module {h}" for h in MODULES]
     return found + [f"executable graph {h}" for h in EXECUTABLES]

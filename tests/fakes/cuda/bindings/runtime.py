@@ -6,7 +6,7 @@ host that reads too early, or reuses a staging buffer too early, sees wrong byte
 tests and for the fake TensorRT. Environment:
 
 FAKE_CUDA_GPU, FAKE_CUDA_CC, FAKE_CUDA_SMS, FAKE_CUDA_MEMORY_MB   the device
-FAKE_CUDA_FAIL   a list of no_device, no_driver, old_driver, out_of_memory, capture, instantiate, conditional
+FAKE_CUDA_FAIL   a list of no_device, no_driver, old_driver, out_of_memory, capture, instantiate, conditional, no_nvrtc
 """
 
 from __future__ import annotations
