@@ -218,7 +218,7 @@ def test_a_loop_of_what_was_not_captured_launches_its_steps(make: Make, monkeypa
     memory = make("loop")
     register = ShiftRegister(memory)
     assert register.place_after(memory.loop(*register.launches), 7) == 7
-    assert memory._loops == []
+    assert memory._loops == {}
 
 
 def test_the_loops_kernel_compiles(tmp_path: Path) -> None:

@@ -60,6 +60,22 @@ def test_two_bindings_swap_their_states(folder: Path, memory: DeviceMemory, step
     engine.close()
 
 
+@pytest.mark.parametrize("failure", ["", "conditional"])
+def test_a_whole_run_is_one_launch(folder: Path, failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_CUDA_FAIL", failure)
+    memory = DeviceMemory("loop")
+    engine = opened(folder, memory)
+    states, counters, launches = bound(engine, memory)
+    memory.loop(*launches)(6)
+    state, counter = memory.read(states[0], counters[0])
+    np.testing.assert_array_equal(state, expected(6))
+    assert counter[0] == 6
+    assert memory.counters.launches == 1
+    engine.close()
+    assert (memory._loops, memory._graphs) == ({}, {})  # they hold the contexts' kernels
+    memory.close()
+
+
 @pytest.mark.parametrize("failure", ["off", "capture", "instantiate"])
 def test_without_cuda_graphs_the_result_is_the_same(
     folder: Path, trt: Any, failure: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

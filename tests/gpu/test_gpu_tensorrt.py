@@ -64,3 +64,16 @@ def test_a_thousand_launches_allocate_nothing(folder: Path, memory: DeviceMemory
     assert memory.read(counters[0])[0][0] == 1000
     assert cuda.free_memory_bytes() >= free
     engine.close()
+
+
+def test_a_whole_run_is_one_launch(folder: Path, trt: Any) -> None:
+    memory = DeviceMemory("loop")
+    engine = opened(folder, memory, weights=folder.parent / "weights.safetensors")
+    states, counters, launches = bound(engine, memory)
+    memory.loop(*launches)(6)
+    state, counter = memory.read(states[0], counters[0])
+    np.testing.assert_allclose(state, expected(6), rtol=1e-3)
+    assert counter[0] == 6
+    assert memory.counters.launches == 1
+    engine.close()
+    memory.close()

@@ -137,7 +137,7 @@ class DeviceMemory:
         self._recording = self._warned = False
         self._graphs: dict[Callable[[], None], Any] = {}  # what is behind each launch
         self._enqueues: dict[Callable[[], None], Callable[[], None]] = {}
-        self._loops: list[StepLoop] = []
+        self._loops: dict[Callable[[], None], StepLoop] = {}  # by their first launch
         self._events: list[Any] = []
         self._marks: list[Any] = []  # events that no mark holds now
         call("cudaSetDevice", 0)
@@ -251,7 +251,7 @@ class DeviceMemory:
         from toolchain.engines.cuda_loop import StepLoop
 
         made = StepLoop(self, (first, second), (self._enqueues[first], self._enqueues[second]))
-        self._loops.append(made)
+        self._loops[first] = made
         return made
 
     def record(self, enqueue: Callable[[], None], into: Any = None) -> Any:
@@ -304,11 +304,13 @@ class DeviceMemory:
         self._warned = True
 
     def release(self, *launches: Callable[[], None]) -> None:
-        """Waits for the GPU, so that what the launches use may go, and destroys the graphs behind them."""
+        """Waits for the GPU, so that what the launches use may go, and destroys the graphs and loops behind them."""
         if self._stream is None:
             return
         cudart().cudaStreamSynchronize(self._stream)  # errors are the reader's business
         for launch in launches:
+            if launch in self._loops:
+                self._loops.pop(launch).close()
             self._enqueues.pop(launch, None)
             executable = self._graphs.pop(launch, None)
             if executable is not None:
@@ -318,7 +320,7 @@ class DeviceMemory:
         """Waits for the GPU and frees everything. Engines must be closed before it."""
         if self._stream is None:
             return
-        for loop in self._loops:
+        for loop in self._loops.values():
             loop.close()
         runtime = cudart()
         runtime.cudaStreamSynchronize(self._stream)  # what any of these calls says no longer matters
