@@ -1,0 +1,216 @@
+"""`diffbuild build` with the TensorRT backend, from the tiny model to a bundle, on the pretended TensorRT."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import toolchain
+from tests.pretend import pretended
+from toolchain.api import Plan
+from toolchain.artifacts import Store
+from toolchain.cli import cli
+from toolchain.errors import EngineError, RecipeError
+
+RECIPE = """\
+family = "sd"
+backend = "tensorrt"
+buckets = ["1x64x64"]
+without = ["vae_encoder"]
+
+[components.denoiser]
+dtype = "float16"
+
+[components.vae_decoder]
+dtype = "bfloat16"
+
+[sampling]
+scheduler = "euler"
+steps = 4
+schedulers = ["euler"]
+step_counts = [4]
+
+[check]
+prompts = ["a red circle on a white background"]
+"""
+ENGINES = ["engine tiny text_encoder any", "engine tiny denoiser 1x64x64", "engine tiny vae_decoder 1x64x64"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pretended(DIFFBUILD_CACHE=str(tmp_path_factory.mktemp("cache"))):
+        yield
+
+
+@pytest.fixture(scope="module")
+def own_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tensorrt") / "store"
+
+
+def recipe(folder: Path, old: str = "", new: str = "") -> Path:
+    assert old in RECIPE
+    path = folder / "tiny.toml"
+    path.write_text(RECIPE.replace(old, new, 1) if old else RECIPE + new)
+    return path
+
+
+def misses(plan: Plan) -> list[str]:
+    return [step.name for step in plan.steps if not step.hit]
+
+
+def is_sound(store: Path) -> bool:
+    """Whether nothing half done lies in a store."""
+    return Store(store).verify() == [] and not any((store / ".tmp").iterdir())
+
+
+@pytest.fixture(scope="module")
+def failed(own_store: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> EngineError:
+    """The error of a first build, which ran out of memory and left its graphs in the store."""
+    folder = tmp_path_factory.mktemp("failed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAKE_TENSORRT_FAIL", "out_of_memory")
+        with pytest.raises(EngineError) as error:
+            toolchain.build(recipe(folder), str(tiny_model), folder / "bundle", store=own_store)
+    return error.value
+
+
+@pytest.fixture(scope="module")
+def bundle(
+    failed: EngineError, own_store: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> toolchain.Bundle:
+    """Built after the failed build, from what that one left."""
+    folder = tmp_path_factory.mktemp("built")
+    text_encoder, denoiser, vae_decoder = ENGINES
+    left = [text_encoder, "weights tiny denoiser", denoiser, "weights tiny vae_decoder", vae_decoder]
+    assert misses(toolchain.plan_build(recipe(folder), str(tiny_model), store=own_store)) == left
+    return toolchain.build(recipe(folder), str(tiny_model), folder / "bundle", store=own_store)
+
+
+def test_a_failed_build_names_its_engine_and_leaves_the_store_whole(failed: EngineError, own_store: Path) -> None:
+    assert failed.what == "engine text_encoder any: TensorRT could not build the engine"
+    assert "out of GPU memory" in str(failed.got)
+    assert is_sound(own_store)
+    assert not any(a.stage == "engine" for a in Store(own_store).artifacts())
+
+
+def test_the_next_build_goes_on_from_there(bundle: toolchain.Bundle) -> None:
+    bundle.verify()
+    facts = {c: json.loads((place(bundle, c) / "engine.json").read_text()) for c in bundle.engines}
+    asked = {component: set(f["precision"]["asked"]) for component, f in facts.items()}
+    assert asked == {"text_encoder": {"float32"}, "denoiser": {"float16"}, "vae_decoder": {"bfloat16"}}
+    assert all(f["precision"]["wide"] == {} for f in facts.values())
+    assert all(f["device"] == bundle.device for f in facts.values())
+    assert bundle.device["name"] == "NVIDIA H200"
+
+
+def place(bundle: toolchain.Bundle, component: str) -> Path:
+    return bundle.path / bundle.engine(component, bundle.buckets[0]).folder
+
+
+def test_inspect_says_that_it_runs_here(bundle: toolchain.Bundle) -> None:
+    done = CliRunner().invoke(cli, ["inspect", str(bundle.path), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["device"] == dict(bundle.device)
+    assert "NVIDIA L40S" not in done.stdout
+
+
+def test_inspect_says_why_it_does_not(bundle: toolchain.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_CUDA_GPU", "NVIDIA L40S")
+    monkeypatch.setenv("FAKE_CUDA_CC", "8.9")
+    done = CliRunner().invoke(cli, ["inspect", str(bundle.path)])
+    assert "built on NVIDIA H200" in done.output
+    assert "this machine has NVIDIA L40S" in done.output
+
+
+def test_a_second_build_is_all_hits(
+    bundle: toolchain.Bundle, own_store: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    assert misses(toolchain.plan_build(recipe(tmp_path), str(tiny_model), store=own_store)) == []
+
+
+def test_how_it_is_run_rebuilds_nothing(
+    bundle: toolchain.Bundle, own_store: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    path = recipe(tmp_path, new='[tensorrt]\ncuda_graph = "off"\n')
+    assert misses(toolchain.plan_build(path, str(tiny_model), store=own_store)) == []
+
+
+def test_how_it_is_built_rebuilds_the_engines(
+    bundle: toolchain.Bundle, own_store: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    path = recipe(tmp_path, new="[tensorrt]\nbuilder_optimization_level = 4\n")
+    plan = toolchain.plan_build(path, str(tiny_model), store=own_store)
+    assert misses(plan) == ENGINES
+    assert plan.step(ENGINES[0]).changed == ("options.builder_optimization_level: 3 -> 4",)
+
+
+def test_another_gpu_rebuilds_the_engines(
+    bundle: toolchain.Bundle, own_store: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_CUDA_GPU", "NVIDIA L40S")
+    plan = toolchain.plan_build(recipe(tmp_path), str(tiny_model), store=own_store)
+    assert misses(plan) == ENGINES
+    assert plan.step(ENGINES[0]).changed == ('device.name: "NVIDIA H200" -> "NVIDIA L40S"',)
+
+
+def test_options_that_cannot_be_had_are_refused_before_any_work(tiny_model: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path, new="[tensorrt]\nstrip_plan = true\nversion_compatible = true\n")
+    with pytest.raises(RecipeError, match=r"tensorrt\.strip_plan: a version-compatible engine"):
+        toolchain.build(path, str(tiny_model), tmp_path / "bundle", store=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_without_a_gpu_graphs_are_exported_and_engines_are_refused(
+    tiny_model: Path, tmp_path: Path, own_store: Path, bundle: toolchain.Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_CUDA_FAIL", "no_device")
+    graphs = toolchain.export_graphs(recipe(tmp_path), str(tiny_model), tmp_path / "graphs", store=own_store)
+    assert len(graphs) == 3
+    with pytest.raises(EngineError, match="no NVIDIA GPU can be used"):
+        toolchain.build(recipe(tmp_path), str(tiny_model), tmp_path / "bundle", store=own_store)
+
+
+def command(tmp_path: Path, tiny_model: Path, store: Path, *more: str) -> list[str]:
+    path = recipe(tmp_path, new="[tensorrt]\nmax_aux_streams = 1\n")  # other engines than those of the fixture
+    arguments = ["build", str(path), "--model", str(tiny_model), "--store", str(store), "-o", str(tmp_path / "bundle")]
+    code = "from toolchain.engines import builder_process as b; b.GRACE_S = 0.5; from toolchain.cli import main; main()"
+    return [sys.executable, "-c", code, *arguments, *more]
+
+
+def test_the_command_line_ends_with_1_and_no_traceback(
+    bundle: toolchain.Bundle, own_store: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    env = {**os.environ, "FAKE_TENSORRT_FAIL": "kill_child"}
+    asked = command(tmp_path, tiny_model, own_store)
+    done = subprocess.run(asked, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "engine text_encoder any: TensorRT's builder was killed" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert is_sound(own_store)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_ctrl_c_ends_with_130_and_a_whole_store(
+    bundle: toolchain.Bundle, own_store: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    env = {**os.environ, "FAKE_TENSORRT_FAIL": "hang"}
+    asked = command(tmp_path, tiny_model, own_store)
+    running = subprocess.Popen(asked, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not any((own_store / ".tmp").glob("*/tmp*")):  # the builder's scratch folder
+        assert running.poll() is None, running.communicate()[1]
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    assert "Traceback" not in said
+    assert is_sound(own_store)
+    assert not (tmp_path / "bundle").exists()
