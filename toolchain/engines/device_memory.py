@@ -244,10 +244,10 @@ class DeviceMemory:
         self._enqueues[launch] = enqueue
         return launch
 
-    def loop(self, first: Callable[[], None], second: Callable[[], None]) -> Callable[[int], None]:
-        """What launches a number of steps by turns, `first`, `second`, `first` ..., both of them from `capture`."""
+    def loop(self, first: Callable[[], None], second: Callable[[], None]) -> Callable[[int], None] | None:
+        """Both come from `capture`. None unless runs are to be captured whole, and single steps could be."""
         if self.cuda_graph != "loop" or not {first, second} <= self._enqueues.keys():
-            return partial(by_turns, first, second)
+            return None
         from toolchain.engines.cuda_loop import StepLoop
 
         made = StepLoop(self, (first, second), (self._enqueues[first], self._enqueues[second]))

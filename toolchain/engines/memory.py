@@ -7,6 +7,7 @@ picture costs one synchronisation with the host, at its end.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,6 +42,9 @@ class Memory(Protocol):
     def read(self, *sources: Any) -> list[NDArray[Any]]:
         """Copies of buffers on the host, after everything that was asked for before. Waits once for all of them."""
 
+    def loop(self, first: Callable[[], None], second: Callable[[], None]) -> Callable[[int], None] | None:
+        """What runs a number of steps, `first` and `second` by turns, as one launch; None where nothing can."""
+
     def mark(self) -> Any:
         """A moment in the order of the work."""
 
@@ -65,6 +69,9 @@ class HostMemory:
 
     def read(self, *sources: NDArray[Any]) -> list[NDArray[Any]]:
         return [source.copy() for source in sources]
+
+    def loop(self, first: Callable[[], None], second: Callable[[], None]) -> None:
+        return None
 
     def mark(self) -> float:
         return time.perf_counter()

@@ -88,6 +88,7 @@ class BucketEngines:
             return step.bind({**self.inputs, **ends, **counters})
 
         self.steps = (bind_step(0, 1), bind_step(1, 0))
+        self.run = memory.loop(*self.steps)
         self.decoders = tuple(decoder.bind({"latents": state[0], "pixels": self.pixels}) for state in self.states)
 
     @property

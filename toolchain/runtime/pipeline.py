@@ -260,9 +260,8 @@ class Pipeline:
         generators = [Generator(request.seeds[i]) for i in chosen]
         upload(engines, table, request, start_latents(engines, table, request, chosen, generators))
         marks.append(memory.mark())
-        evaluated = self._denoise(engines, table, generators, callback, timings)
-        marks.append(evaluated[-1] if evaluated else marks[-1])
-        done = len(evaluated)
+        done, evaluated = self._denoise(engines, table, generators, callback, timings)
+        marks.append(evaluated[-1])
         latents = engines.states[done % 2][0]
         if decode:
             engines.decoders[done % 2]()
@@ -280,9 +279,12 @@ class Pipeline:
         generators: list[Generator],
         callback: Callback | None,
         timings: Timings,
-    ) -> list[Any]:
-        """Runs the loop and returns a mark after each evaluation."""
+    ) -> tuple[int, list[Any]]:
+        """Runs the loop; evaluations done, and a mark after each. What runs as one launch has one mark, at its end."""
         memory, marks = self._memory, []
+        if engines.run is not None and callback is None and not table.stochastic:
+            _timed(partial(engines.run, table.evaluations), timings)()
+            return table.evaluations, [memory.mark()]
         steps = (_timed(engines.steps[0], timings), _timed(engines.steps[1], timings))
         for index in denoise(steps, table.noise_draws, lambda: draw(memory, engines.inputs["noise"], generators)):
             marks.append(memory.mark())
@@ -290,7 +292,7 @@ class Pipeline:
                 read = partial(_first, memory, engines.states[(index + 1) % 2][0])
                 if callback(Progress(index, table.evaluations, float(table.timesteps[index]), read)) is False:
                     break
-        return marks
+        return len(marks), marks
 
 
 def _first(memory: Memory, buffer: Any) -> F32:
