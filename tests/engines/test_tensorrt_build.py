@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,19 @@ def test_an_engine_computes_with_the_weights_of_the_file(trt: Any, tmp_path: Pat
     assert facts["precision"]["asked"] == {dtype: 3}
     assert facts["precision"]["wide"] == {}
     assert (facts["stripped"], facts["refit"]) == (False, None)
+
+
+def test_weights_that_another_writer_did_not_align(trt: Any, tmp_path: Path) -> None:
+    write_network(tmp_path, "float32")
+    entries, data = {"odd": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}, b"\0"
+    for name, weight in WEIGHTS.items():
+        entries[name] = {"dtype": "F32", "shape": [4, 4], "data_offsets": [len(data), len(data) + weight.nbytes]}
+        data += weight.tobytes()
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    (tmp_path / "weights.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    build(tmp_path)
+    np.testing.assert_array_equal(run(tmp_path), Y)
 
 
 def test_a_stripped_engine_is_filled_from_the_weight_file(trt: Any, tmp_path: Path) -> None:
@@ -313,6 +327,28 @@ def test_weights_beside_a_graph_on_disk_where_the_parser_takes_none(
     build_here(builder, tmp_path)
     np.testing.assert_allclose(run(tmp_path), Y, rtol=1e-2)
     assert sorted(f.name for f in (tmp_path / "engine").iterdir()) == ["engine.json", "engine.plan"]
+
+
+def test_what_the_parser_points_to_lives_until_the_build(
+    builder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand_over, configure = builder._hand_over, builder._configure
+    given: list[weakref.ref[Any]] = []
+
+    def recorded(parser: Any, *args: Any) -> Any:
+        buffers = hand_over(parser, *args)
+        given.extend(weakref.ref(thing) for thing in [parser, *buffers])
+        return buffers
+
+    def checked(*args: Any) -> Any:
+        assert len(given) == 1 + len(WEIGHTS)
+        assert all(ref() is not None for ref in given)
+        return configure(*args)
+
+    monkeypatch.setattr(builder, "_hand_over", recorded)
+    monkeypatch.setattr(builder, "_configure", checked)
+    write_network(tmp_path)
+    build_here(builder, tmp_path)
 
 
 OPTIONS: list[tuple[dict[str, Any], str, Any]] = [

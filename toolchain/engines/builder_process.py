@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,20 +69,13 @@ def run_builder(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="diffbuild-") as folder, tempfile.TemporaryFile() as words:
         place = Path(folder) / "job.json"
         place.write_text(json.dumps({**job, "parent": os.getpid()}))
-        child = _start(place, words)
-        ending: dict[str, Any] = {}
-        try:
-            for event in _events(child):
-                if "phase" in event:
-                    progress(event["phase"], event["share"])
-                elif "warning" in event:
-                    log.warning("%s", event["warning"])
-                else:
-                    ending = event
-            child.wait()
-        except BaseException:
-            _stop(child)
-            raise
+        with _start(place, words) as child:
+            try:
+                ending = _listen(child, progress)
+                child.wait()
+            except BaseException:
+                _stop(child)
+                raise
         if child.returncode == 0 and "done" in ending:
             return dict(ending["done"])
         said = _tail(words)
@@ -90,7 +83,7 @@ def run_builder(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
 
 
 def _start(job: Path, words: IO[bytes]) -> subprocess.Popen[str]:
-    # The child finds the modules that this process found, and none that happens to lie in the working directory.
+    # The child finds the modules that this process finds, and none besides.
     search = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
     return subprocess.Popen(
         [sys.executable, "-P", "-m", MODULE, str(job)],
@@ -104,12 +97,22 @@ def _start(job: Path, words: IO[bytes]) -> subprocess.Popen[str]:
     )
 
 
-def _events(child: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+def _listen(child: subprocess.Popen[str], progress: Progress) -> dict[str, Any]:
+    """Passes on what the child tells while it works. Returns the last that it told, empty when it told nothing."""
+    ending: dict[str, Any] = {}
     assert child.stdout is not None
-    with child.stdout:
-        for line in child.stdout:
-            with contextlib.suppress(ValueError):  # a child that is killed may leave half a line
-                yield json.loads(line)
+    for line in child.stdout:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # a child that is killed may leave half a line
+        if "phase" in event:
+            progress(event["phase"], event["share"])
+        elif "warning" in event:
+            log.warning("%s", event["warning"])
+        else:
+            ending = event
+    return ending
 
 
 def _stop(child: subprocess.Popen[str]) -> None:
