@@ -48,6 +48,7 @@ def diffbuild(bundle: str, _: str, parts: Parts, *, verify: bool = True) -> Draw
     pipe = Pipeline(opened, warm_up=False)
     pipe.warm_up()
     parts.done("open_and_warm_up_ms")
+    on_host = opened.device["kind"] == "cpu"  # elsewhere a launch returns before the work is done
 
     def draw(work: dict[str, Any]) -> tuple[Stages, Any]:
         pipe.forget_prompts()  # a service sees new prompts
@@ -60,14 +61,15 @@ def diffbuild(bundle: str, _: str, parts: Parts, *, verify: bool = True) -> Draw
             size=tuple(work["size"]),
         )
         t = result.timings
+        loop_ms = t.launch_ms if on_host else t.denoise_ms
         stages = {
             "tokenize_ms": t.tokenize_ms,
             "text_ms": t.text_ms - t.tokenize_ms,
-            "denoise_ms": t.launch_ms,
+            "denoise_ms": loop_ms,
             "decode_ms": t.decode_ms,
-            "overhead_ms": t.total_ms - t.text_ms - t.launch_ms - t.decode_ms,
+            "overhead_ms": t.total_ms - t.text_ms - loop_ms - t.decode_ms,
             "total_ms": t.total_ms,
-            "loop_overhead_ms": t.denoise_ms - t.launch_ms,
+            **({"loop_overhead_ms": t.denoise_ms - t.launch_ms} if on_host else {"host_loop_ms": t.launch_ms}),
             "evaluations": float(len(t.steps_ms)),
             "launches": float(t.launches),
         }
@@ -87,9 +89,14 @@ def diffusers(bundle: str, model: str, parts: Parts, compiled: bool = False) -> 
     from toolchain.sampler.schedulers import create, parse, quiet, reference_kwargs
 
     parts.done("imports_ms")
-    recipe, source = read_bundle(Path(bundle)).recipe, resolve_model(model)
+    opened, source = read_bundle(Path(bundle)), resolve_model(model)
+    recipe = opened.recipe
     family = family_of(source, recipe)
     pipeline = reference_pipeline(source, family, recipe)
+    on_gpu = opened.device["kind"] == "cuda"
+    if on_gpu:
+        pipeline.to("cuda", getattr(torch, recipe.component("denoiser").dtype))
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     network = "unet" if hasattr(pipeline, "unet") else "transformer"
     if compiled:
         setattr(pipeline, network, torch.compile(getattr(pipeline, network)))
@@ -102,8 +109,8 @@ def diffusers(bundle: str, model: str, parts: Parts, compiled: bool = False) -> 
         pipeline.scheduler = create(spec, config)
         own: Stages = {}
         started = time.perf_counter()
-        text = _timed(pipeline, "encode_prompt", own, "text_ms")
-        with quiet(), text, _timed(pipeline.vae, "decode", own, "decode_ms"):
+        text = _timed(pipeline, "encode_prompt", own, "text_ms", wait)
+        with quiet(), text, _timed(pipeline.vae, "decode", own, "decode_ms", wait):
             result = pipeline(
                 [work["prompt"]] * work["batch"],
                 num_inference_steps=work["steps"],
@@ -122,15 +129,17 @@ def diffusers(bundle: str, model: str, parts: Parts, compiled: bool = False) -> 
 
 
 @contextmanager
-def _timed(owner: Any, name: str, found: Stages, key: str) -> Iterator[None]:
-    """Adds the time of every call of a method to `found`."""
+def _timed(owner: Any, name: str, found: Stages, key: str, wait: Callable[[], None]) -> Iterator[None]:
+    """Adds the time of every call of a method to `found`; `wait` waits for work that was only enqueued."""
     plain = getattr(owner, name)
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        wait()
         started = time.perf_counter()
         try:
             return plain(*args, **kwargs)
         finally:
+            wait()
             found[key] = found.get(key, 0.0) + (time.perf_counter() - started) * 1e3
 
     setattr(owner, name, call)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from toolchain.engines.memory import Buffer, Memory
 from toolchain.engines.onnxruntime import OnnxRuntimeBackend
+from toolchain.engines.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from toolchain.engines.tensorrt import TensorRtBackend
 from toolchain.errors import UsageError
 from toolchain.signature import GraphSpec
@@ -103,7 +104,11 @@ class Backend(Protocol):
         this backend's own. Raises EngineError."""
 
 
-BACKENDS: dict[str, Backend] = {"onnxruntime": OnnxRuntimeBackend(), "tensorrt": TensorRtBackend()}
+BACKENDS: dict[str, Backend] = {
+    "onnxruntime": OnnxRuntimeBackend(),
+    "onnxruntime_cuda": OnnxRuntimeCudaBackend(),
+    "tensorrt": TensorRtBackend(),
+}
 
 
 def backend_of(name: str) -> Backend:
