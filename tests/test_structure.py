@@ -27,6 +27,8 @@ RUNTIME_NEEDS = {
     *("bundle", "signing", "engines", "runtime"),
 }
 OWNERS = {
+    "tensorrt": {"engines"},
+    "cuda": {"engines"},
     "polygraphy": {"check"},
     "skimage": {"check"},
     "diffusers": {"models", "sampler", "check", "bench"},

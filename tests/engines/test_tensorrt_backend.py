@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -11,6 +12,7 @@ import pytest
 
 from tests.build_graph import options
 from tests.pretend import pretended
+from toolchain import doctor
 from toolchain.engines import backend_of
 from toolchain.engines.forecast import build_warning, load_warning
 from toolchain.engines.tensorrt import TensorRtBackend, advisory
@@ -137,6 +139,14 @@ def test_versions_with_known_flaws(version: str | None, flawed: bool) -> None:
     line = advisory(version)
     assert (line is not None) == flawed
     assert line is None or ("CVE-2026-24268" in line and "10.16.1.11" in line)
+
+
+def test_doctor_tells_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda package: "10.16.1.11" if package == "tensorrt" else "1.0")
+    with pretended():
+        facts = doctor.examine(tmp_path)
+        assert facts["backends"]["tensorrt"] == {"works": True, "reason": None}
+        assert any(line.startswith("warning: TensorRT 10.16.1.11 has known") for line in doctor.doctor_lines(facts))
 
 
 def test_graphs_are_left_alone_but_for_bfloat16() -> None:
