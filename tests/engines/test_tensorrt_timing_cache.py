@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from toolchain.engines.timing_cache import cache_folder, merge_cache, read_cache, timing_cache_path
+from toolchain.engines.timing_cache import (
+    cache_folder,
+    merge_cache,
+    only_builder,
+    read_cache,
+    timing_cache_path,
+)
 from toolchain.errors import StoreError
 from toolchain.files import locked
 
@@ -31,6 +37,25 @@ def test_where_caches_lie(variables: dict[str, str], expected: str, monkeypatch:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert cache_folder() == Path(expected)
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("DIFFBUILD_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    with pytest.raises(StoreError, match="set DIFFBUILD_CACHE"):
+        cache_folder()
+
+
+def test_a_cache_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DIFFBUILD_CACHE", str(tmp_path / "file"))
+    with pytest.raises(StoreError, match="set DIFFBUILD_CACHE") as error, only_builder("uuid", "GPU"):
+        pass
+    assert str(tmp_path / "file") in str(error.value.where)
 
 
 def test_a_cache_for_each_version_gpu_and_level() -> None:

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.engines.builder_process import Progress, run_builder
-from toolchain.engines.timing_cache import cache_folder, timing_cache_path
+from toolchain.engines.timing_cache import only_builder, timing_cache_path
 from toolchain.errors import EngineError
-from toolchain.files import locked
 from toolchain.signature import GraphSpec
 
 if TYPE_CHECKING:
@@ -102,9 +101,7 @@ class TensorRtBackend:
             "device": device,
             "timing_cache": None if cache is None else str(cache),
         }
-        # Kernels are chosen by how long they take: two builders on one GPU would measure each other.
-        lock = cache_folder() / "locks" / f"gpu-{_uuid()}"
-        with locked(lock, wait=True, purpose=f"it builds an engine on the {device['name']}"):
+        with only_builder(_uuid(), device["name"]):
             run_builder(job, progress)
 
     def memory(self, folders: Sequence[Path], options: Mapping[str, Any]) -> Any:

@@ -325,7 +325,11 @@ def _forecast(weights: MappedWeights, options: Mapping[str, Any], say: Say) -> N
     from toolchain.engines.cuda import free_memory_bytes
     from toolchain.engines.forecast import build_warning
 
-    warning = build_warning(sum(ref.nbytes for ref in weights.refs.values()), options, free_memory_bytes())
+    try:
+        free = free_memory_bytes()
+    except EngineError:
+        return  # TensorRT meets the same fault, and its words are explained
+    warning = build_warning(sum(ref.nbytes for ref in weights.refs.values()), options, free)
     if warning:
         say({"warning": warning})
 

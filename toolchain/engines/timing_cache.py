@@ -1,4 +1,4 @@
-"""TensorRT's timing caches: what kernels were measured to take, kept between builds and shared by processes.
+"""What all TensorRT builds of a user share: turns on the GPU, and timing caches, what kernels were measured to take.
 
 One file per TensorRT version, GPU and optimization level, in TensorRT's own format. Two builds that end at the same
 time lose nothing: each joins its measurements with what is there by then. A cache decides how long a build takes and
@@ -9,28 +9,48 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from toolchain.errors import StoreError
 from toolchain.files import locked, store_errors, write_atomic
 
+ELSEWHERE = "set DIFFBUILD_CACHE to a folder that you may write to"
 Combine = Callable[[bytes, bytes], bytes | None]
 """Two caches -> one that holds both, or None where they do not belong together."""
 
 
 def cache_folder() -> Path:
-    """$DIFFBUILD_CACHE, or `diffbuild` in the user's cache folder: what all builds of a user share."""
+    """$DIFFBUILD_CACHE, or `diffbuild` in the user's cache folder: what all builds of a user share. StoreError."""
     chosen = os.environ.get("DIFFBUILD_CACHE")
     if chosen:
         return Path(chosen).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "diffbuild"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "diffbuild"
+    except RuntimeError as error:  # a user whom the system does not know, as in some containers
+        raise StoreError("there is no home folder", got=error, hint=ELSEWHERE) from error
 
 
 def timing_cache_path(tensorrt: str, gpu: str, level: int) -> Path:
     """Where measurements of one TensorRT version, GPU and builder_optimization_level lie."""
     name = re.sub(r"[^\w.-]+", "-", f"tensorrt-{tensorrt}-{gpu}-level-{level}")
     return cache_folder() / "timing" / f"{name}.cache"
+
+
+@contextmanager
+def only_builder(uuid: str, gpu: str) -> Iterator[None]:
+    """Waits until no other process of this user builds on the GPU. StoreError.
+
+    Kernels are chosen by how long they take: two builders on one GPU would measure each other.
+    """
+    with ExitStack() as held:
+        try:
+            lock = cache_folder() / "locks" / f"gpu-{uuid}"
+            held.enter_context(locked(lock, wait=True, purpose=f"it builds an engine on the {gpu}"))
+        except StoreError as error:
+            raise StoreError(error.what, where=error.where, got=error.got, hint=ELSEWHERE) from error
+        yield
 
 
 def read_cache(path: Path) -> bytes:
