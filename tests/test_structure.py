@@ -20,6 +20,7 @@ LAYERS = (
     ("plan", "assemble", "check"),
     ("api",),
     ("report", "progress", "pictures", "doctor", "console", "cli_cache", "bench"),
+    ("trace", "cli_trace"),
     ("cli", "__init__"),
 )
 RUNTIME_NEEDS = {
@@ -36,7 +37,7 @@ OWNERS = {
     "onnxscript": {"graph"},
     "huggingface_hub": {"models"},
     "openvino": {"bench"},
-    "click": {"cli", "cli_cache", "console", "report", "progress", "pictures"},
+    "click": {"cli", "cli_cache", "cli_trace", "console", "report", "progress", "pictures"},
     "cryptography": {"signing"},
     "rich": {"progress", "report"},
 }

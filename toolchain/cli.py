@@ -14,11 +14,13 @@ import click
 
 from toolchain import pictures, progress, report
 from toolchain.cli_cache import cache
+from toolchain.cli_trace import trace
 from toolchain.console import (
     GATE_FAILED,
     CommandLine,
     answer,
     aspect,
+    bundle_argument,
     examples,
     json_option,
     place,
@@ -29,7 +31,6 @@ from toolchain.console import (
 from toolchain.errors import UsageError
 
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
-bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 model_option = click.option(
     "--model", required=True, metavar="DIR_OR_HUB_ID", help="A diffusers folder, or a hub id such as owner/name."
 )
@@ -65,6 +66,7 @@ def cli() -> None:
 
 
 cli.add_command(cache)
+cli.add_command(trace)
 
 
 @cli.command(epilog=examples("diffbuild plan recipes/sd15-fp32.toml --model owner/name"))

@@ -151,6 +151,7 @@ def examples(*commands: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
 
 
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 store_option = click.option(
     "--store",
     type=click.Path(file_okay=False, path_type=Path),

@@ -174,6 +174,7 @@ class OnnxRuntimeBackend:
         options: Mapping[str, Any],
         memory: Any,
     ) -> OnnxRuntimeEngine:
+        """`options` may hold what no recipe can: "profile", where the file of `end_profile` is to begin its name."""
         return OnnxRuntimeEngine(self._session(folder, weights, options, self.providers), spec, folder)
 
     def _session(
@@ -220,6 +221,10 @@ class OnnxRuntimeEngine:
 
         return launch
 
+    def end_profile(self) -> Path:
+        """Ends the profile that opening began, and tells its file: ONNX Runtime's JSON, all launches so far."""
+        return Path(self._session.end_profiling())
+
     def close(self) -> None:
         self._session = None
 
@@ -248,6 +253,9 @@ def _session_options(options: Mapping[str, Any]) -> Any:
     settings.intra_op_num_threads = options["threads"] or physical_cores()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
+    if "profile" in options:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = options["profile"]
     return settings
 
 

@@ -1,0 +1,1 @@
+"""Where the time of one generation goes, on a timeline. See `record`."""

@@ -1,0 +1,85 @@
+"""What ONNX Runtime's profiler says of an engine: how long each operator of each launch took."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LAUNCH = "model_run"
+KERNEL = "_kernel_time"
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator of one launch. Times are microseconds from the launch's start."""
+
+    name: str
+    kind: str
+    start_us: float
+    end_us: float
+    shapes: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch, as long as the profiler saw it."""
+
+    duration_us: float
+    operators: tuple[Operator, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """All calls of one operator. `share` is of the engine's time."""
+
+    name: str
+    kind: str
+    calls: int
+    total_ms: float
+    share: float
+
+
+def read_profile(path: Path) -> list[Launch]:
+    """The launches of a profile in order. The profiler counts whole microseconds and lists a launch after its parts."""
+    events = json.loads(path.read_text())
+    launches = sorted((e for e in events if e["name"] == LAUNCH), key=_start)
+    kernels = sorted((e for e in events if e.get("cat") == "Node" and e["name"].endswith(KERNEL)), key=_start)
+    found, index = [], 0
+    for number, launch in enumerate(launches):
+        ends = launches[number + 1]["ts"] if number + 1 < len(launches) else float("inf")
+        own = []
+        while index < len(kernels) and kernels[index]["ts"] < ends:
+            own.append(_operator(kernels[index], launch))
+            index += 1
+        found.append(Launch(float(launch["dur"]), tuple(own)))
+    return found
+
+
+def _start(event: dict[str, Any]) -> float:
+    return float(event["ts"])
+
+
+def _operator(event: dict[str, Any], launch: dict[str, Any]) -> Operator:
+    about = event["args"]
+    start = float(event["ts"] - launch["ts"])
+    end = min(start + event["dur"], float(launch["dur"]))
+    given, made = (_shapes(about.get(f"{side}_type_shape", [])) for side in ("input", "output"))
+    return Operator(event["name"].removesuffix(KERNEL), about["op_name"], start, end, f"{given} -> {made}")
+
+
+def _shapes(tensors: Sequence[dict[str, list[int]]]) -> str:
+    return ", ".join(f"{dtype}[{'x'.join(map(str, shape))}]" for t in tensors for dtype, shape in t.items())
+
+
+def most_expensive(launches: Sequence[Launch], count: int = 10) -> list[Cost]:
+    """The operators that took longest over all launches, the longest first."""
+    spent: dict[tuple[str, str], list[float]] = {}
+    for launch in launches:
+        for operator in launch.operators:
+            spent.setdefault((operator.name, operator.kind), []).append(operator.end_us - operator.start_us)
+    whole = sum(launch.duration_us for launch in launches) or 1.0
+    costs = [Cost(*key, len(times), sum(times) / 1e3, sum(times) / whole) for key, times in spent.items()]
+    return sorted(costs, key=lambda cost: -cost.total_ms)[:count]
