@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.parity import Build
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -59,3 +63,17 @@ def tiny_bundle(tiny_model: Path, tiny_recipe: Path, store: Path, tmp_path_facto
 @pytest.fixture
 def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def build(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Builds and loads a bundle from a name, a model and the text of a recipe."""
+    import toolchain
+
+    def made(name: str, model: Path, text: str) -> toolchain.Pipeline:
+        folder = tmp_path_factory.mktemp(name)
+        (folder / f"{name}.toml").write_text(text)
+        toolchain.build(folder / f"{name}.toml", str(model), folder / "bundle", store=store)
+        return toolchain.load(folder / "bundle")
+
+    return made

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import toolchain
-from toolchain.sampler.schedulers import compatible, create, parse, reference_kwargs
+from tests.parity import LEAST_PSNR_DB, PROMPTS, SEEDS, Build, draw_with_diffusers, least_psnr_db, random_images
+from toolchain.sampler.schedulers import compatible
 
-LEAST_PSNR_DB = 60.0
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 STEPS = 5
+BASE, FROM_IMAGE = "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"
 OPTIONS = (
     "ddim:eta=1.0",
     "ddim:spacing=trailing",
@@ -33,45 +30,6 @@ OPTIONS = (
     "unipc:order=3",
     "model",
 )
-
-
-def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
-    error = ((a.astype(np.float64) - b.astype(np.float64)) ** 2).mean()
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
-
-
-Draw = Callable[..., np.ndarray]
-
-
-@functools.cache
-def diffusers_pipeline(model: Path) -> Any:
-    import torch
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32, safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
-    # diffusers 0.42 looks for the final layer norm, which clip skip needs, where transformers before 5 had it. Past
-    # Module.__setattr__, which would make the encoder a child of its own.
-    object.__setattr__(pipeline.text_encoder, "text_model", pipeline.text_encoder)
-    return pipeline
-
-
-def draw_with_diffusers(
-    model: Path, prompts: list[str], seeds: list[int], scheduler: str, cls: Any = None, **kwargs: Any
-) -> np.ndarray:
-    """Pictures [N, H, W, 3] uint8 of the real pipeline, one generator per picture."""
-    import torch
-
-    spec = parse(scheduler)
-    config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
-    pipeline = diffusers_pipeline(model)
-    if cls is not None:
-        pipeline = cls.from_pipe(pipeline)
-        pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = create(spec, config)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    images = pipeline(prompts, generator=generators, output_type="np", **reference_kwargs(spec), **kwargs).images
-    return (images * 255).round().astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +47,8 @@ def v_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def v_pipe(
-    v_model: Path, tiny_recipe: Path, store: Path, tmp_path_factory: pytest.TempPathFactory
-) -> toolchain.Pipeline:
-    output = tmp_path_factory.mktemp("v-bundle") / "bundle"
-    toolchain.build(tiny_recipe, str(v_model), output, store=store)
-    return toolchain.load(output)
+def v_pipe(build: Build, v_model: Path, tiny_recipe: Path) -> toolchain.Pipeline:
+    return build("tiny", v_model, tiny_recipe.read_text())
 
 
 def beta_schedulers() -> list[str]:
@@ -103,12 +57,11 @@ def beta_schedulers() -> list[str]:
 
 
 def compare(pipe: toolchain.Pipeline, model: Path, scheduler: str) -> float:
-    prompts, seeds = ["a red circle on a white background", "a blue square"], [3, 9]
-    ours = pipe(prompts, seed=seeds, steps=STEPS, guidance=5.0, scheduler=scheduler, size=(64, 96)).images
+    ours = pipe(PROMPTS, seed=SEEDS, steps=STEPS, guidance=5.0, scheduler=scheduler, size=(64, 96)).images
     theirs = draw_with_diffusers(
-        model, prompts, seeds, scheduler, num_inference_steps=STEPS, guidance_scale=5.0, height=64, width=96
+        BASE, model, PROMPTS, SEEDS, scheduler, num_inference_steps=STEPS, guidance_scale=5.0, height=64, width=96
     )
-    return min(psnr_db(np.asarray(a), b) for a, b in zip(ours, theirs, strict=True))
+    return least_psnr_db(ours, theirs)
 
 
 @pytest.mark.parametrize("scheduler", beta_schedulers())
@@ -130,6 +83,7 @@ def test_guidance_and_negative_prompts(
     prompts, seeds = ["a blue square", "a red circle"], [1, 2]
     ours = pipe(prompts, negative_prompt=negative, seed=seeds, steps=3, guidance=guidance, scheduler="ddim").images
     theirs = draw_with_diffusers(
+        BASE,
         tiny_model,
         prompts,
         seeds,
@@ -140,7 +94,7 @@ def test_guidance_and_negative_prompts(
         height=64,
         width=64,
     )
-    assert min(psnr_db(np.asarray(a), b) for a, b in zip(ours, theirs, strict=True)) >= LEAST_PSNR_DB
+    assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
 
 
 @pytest.mark.parametrize("option", [{"clip_skip": 1}, {"clip_skip": 2}, {"guidance_rescale": 0.7}])
@@ -149,46 +103,42 @@ def test_options_of_the_pipeline(pipe: toolchain.Pipeline, tiny_model: Path, opt
     negative = {"negative_prompt": ["left", "of"]}
     ours = pipe(prompts, seed=seeds, steps=3, guidance=6.0, scheduler="ddim", **negative, **option).images
     theirs = draw_with_diffusers(
-        tiny_model, prompts, seeds, "ddim", num_inference_steps=3, guidance_scale=6.0, **negative, **option
+        BASE, tiny_model, prompts, seeds, "ddim", num_inference_steps=3, guidance_scale=6.0, **negative, **option
     )
-    assert min(psnr_db(np.asarray(a), b) for a, b in zip(ours, theirs, strict=True)) >= LEAST_PSNR_DB
+    assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
     plain = pipe(prompts, seed=seeds, steps=3, guidance=6.0, scheduler="ddim", **negative).images
     # Without the option it is another picture.
-    assert max(psnr_db(np.asarray(a), np.asarray(b)) for a, b in zip(ours, plain, strict=True)) < LEAST_PSNR_DB
+    assert max(least_psnr_db([a], [b]) for a, b in zip(ours, plain, strict=True)) < LEAST_PSNR_DB
 
 
 @pytest.mark.parametrize("strength", [0.4, 0.75, 1.0])
 @pytest.mark.parametrize("scheduler", ["model", "ddim", "euler", "euler-a", "heun", "dpm++2m:karras", "unipc", "lcm"])
 def test_image_to_image(pipe: toolchain.Pipeline, tiny_model: Path, scheduler: str, strength: float) -> None:
-    from diffusers import StableDiffusionImg2ImgPipeline
-
-    prompts, seeds = ["a red circle on a white background", "a blue square"], [3, 9]
-    rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 256, (64, 96, 3), np.uint8)) for _ in prompts]
+    images = random_images(2, 64, 96)
     ours = pipe(
-        prompts, image=images, strength=strength, seed=seeds, steps=STEPS, guidance=5.0, scheduler=scheduler
+        PROMPTS, image=images, strength=strength, seed=SEEDS, steps=STEPS, guidance=5.0, scheduler=scheduler
     ).images
     theirs = draw_with_diffusers(
+        FROM_IMAGE,
         tiny_model,
-        prompts,
-        seeds,
+        PROMPTS,
+        SEEDS,
         scheduler,
-        cls=StableDiffusionImg2ImgPipeline,
         image=images,
         strength=strength,
         num_inference_steps=STEPS,
         guidance_scale=5.0,
     )
-    assert min(psnr_db(np.asarray(a), b) for a, b in zip(ours, theirs, strict=True)) >= LEAST_PSNR_DB
+    assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
 
 
 def test_a_prompt_longer_than_the_encoder_is_cut_as_in_diffusers(
     pipe: toolchain.Pipeline, tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     prompt = "a red circle left of " * 12 + "a blue square"
-    ours = pipe(prompt, seed=4, steps=2, scheduler="euler").images[0]
+    ours = pipe(prompt, seed=4, steps=2, scheduler="euler").images
     theirs = draw_with_diffusers(
-        tiny_model, [prompt], [4], "euler", num_inference_steps=2, guidance_scale=5.0, height=64, width=64
-    )[0]
-    assert psnr_db(np.asarray(ours), theirs) >= LEAST_PSNR_DB
+        BASE, tiny_model, [prompt], [4], "euler", num_inference_steps=2, guidance_scale=5.0, height=64, width=64
+    )
+    assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
     assert "blue square" in caplog.text

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import toolchain
-from tests.test_parity import LEAST_PSNR_DB, psnr_db
+from tests import parity
+from tests.parity import LEAST_PSNR_DB, OTHERS, PROMPTS, SEEDS, Build, least_psnr_db, random_images
 from tests.tiny_flux import T5_TOKENS, make_flux, recipe_text
 from toolchain.check.pictures import compare_pictures, draw
 from toolchain.errors import RequestError
 from toolchain.models import family_of, resolve_model
-from toolchain.sampler.schedulers import create, parse
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
-PROMPTS = ["a red circle on a white background", "a blue square"]
-OTHERS = ["a blue square left of a red circle", "background"]
-SEEDS = [3, 9]
 NEGATIVE = {"negative_prompt": ["left", "of white"]}
 # Those of the list that FluxPipeline can drive: it gives the others arguments that their set_timesteps does not take.
 SCHEDULERS = ["model", "flow-euler", "dpm++2m", "unipc", "deis"]
-
-Build = Callable[[str, Path, str], toolchain.Pipeline]
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +30,6 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_flux(tmp_path_factory.mktemp("flux") / "schnell", guidance_embeds=False, eos_token_id=2)
-
-
-@pytest.fixture(scope="module")
-def build(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
-    def made(name: str, model: Path, text: str) -> toolchain.Pipeline:
-        folder = tmp_path_factory.mktemp(name)
-        (folder / f"{name}.toml").write_text(text)
-        toolchain.build(folder / f"{name}.toml", str(model), folder / "bundle", store=store)
-        return toolchain.load(folder / "bundle")
-
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -67,32 +47,10 @@ def fast(build: Build, schnell: Path) -> toolchain.Pipeline:
     return build("flux-fast", schnell, recipe_text(guided=False, bucket="1x64x64"))
 
 
-@functools.cache
-def diffusers_pipeline(model: Path, kind: str) -> Any:
-    import diffusers
-    import torch
-
-    pipeline = getattr(diffusers, kind).from_pretrained(model, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def draw_with_diffusers(
     model: Path, prompts: list[str], seeds: list[int] | None, scheduler: str, kind: str = "FluxPipeline", **kwargs: Any
 ) -> np.ndarray:
-    """Pictures [N, H, W, 3] uint8, one generator per picture; without `seeds` from torch's own."""
-    import torch
-
-    config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
-    pipeline = diffusers_pipeline(model, kind)
-    pipeline.scheduler = create(parse(scheduler), config)
-    generators = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
-    images = pipeline(prompts, generator=generators, max_sequence_length=T5_TOKENS, output_type="np", **kwargs).images
-    return (images * 255).round().astype(np.uint8)
-
-
-def least_psnr_db(ours: list[Image.Image], theirs: np.ndarray) -> float:
-    return min(psnr_db(np.asarray(a), b) for a, b in zip(ours, theirs, strict=True))
+    return parity.draw_with_diffusers(kind, model, prompts, seeds, scheduler, max_sequence_length=T5_TOKENS, **kwargs)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -167,8 +125,7 @@ def test_schnell(fast: toolchain.Pipeline, schnell: Path, steps: int) -> None:
 @pytest.mark.parametrize("kind", ["dev", "schnell"])
 def test_image_to_image(request: pytest.FixtureRequest, kind: str, strength: float) -> None:
     model, pipe = request.getfixturevalue(kind), request.getfixturevalue({"dev": "plain", "schnell": "fast"}[kind])
-    random = np.random.default_rng(0)
-    images = [Image.fromarray(random.integers(0, 256, (64, 64, 3), np.uint8)) for _ in PROMPTS]
+    images = random_images(2, 64, 64)
     ours = pipe(PROMPTS, image=images, strength=strength, seed=SEEDS, steps=5, guidance=1.0).images
     theirs = draw_with_diffusers(
         model,

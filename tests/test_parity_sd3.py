@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import toolchain
-from tests.test_parity import LEAST_PSNR_DB, psnr_db
+from tests import parity
+from tests.parity import LEAST_PSNR_DB, OTHERS, PROMPTS, SEEDS, Build, least_psnr_db, random_images
 from tests.tiny_sd3 import T5_TOKENS, make_sd3, recipe_text
 from toolchain.errors import RequestError
-from toolchain.sampler.schedulers import create, parse
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
-PROMPTS = ["a red circle on a white background", "a blue square"]
-OTHERS = ["a blue square left of a red circle", "background"]
 NEGATIVES = ["left", "of white"]
-SEEDS = [3, 9]
 BASE, FROM_IMAGE = "StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"
-
-Build = Callable[[str, Path, str], toolchain.Pipeline]
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +32,6 @@ def lean_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def build(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
-    def made(name: str, model: Path, text: str) -> toolchain.Pipeline:
-        folder = tmp_path_factory.mktemp(name)
-        (folder / f"{name}.toml").write_text(text)
-        toolchain.build(folder / f"{name}.toml", str(model), folder / "bundle", store=store)
-        return toolchain.load(folder / "bundle")
-
-    return made
-
-
-@pytest.fixture(scope="module")
 def pipe(build: Build, model: Path) -> toolchain.Pipeline:
     return build("sd3-guided", model, recipe_text())
 
@@ -61,36 +41,12 @@ def lean(build: Build, lean_model: Path) -> toolchain.Pipeline:
     return build("sd3-lean", lean_model, recipe_text(guided=False, t5=False, bucket="1x64x64"))
 
 
-@functools.cache
-def diffusers_pipeline(model: Path, kind: str) -> Any:
-    import diffusers
-    import torch
-
-    index = json.loads((model / "model_index.json").read_text())
-    absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if index[name] == [None, None]}
-    pipeline = getattr(diffusers, kind).from_pretrained(model, dtype=torch.float32, **absent)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def draw_with_diffusers(
     model: Path, prompts: list[str], seeds: list[int] | None, scheduler: str, kind: str = BASE, **kwargs: Any
 ) -> np.ndarray:
-    """Pictures [N, H, W, 3] uint8, one generator per picture; without `seeds` from torch's own."""
-    import torch
-
-    config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
-    pipeline = diffusers_pipeline(model, kind)
-    pipeline.scheduler = create(parse(scheduler), config)
-    if pipeline.text_encoder_3 is not None:
+    if parity.diffusers_pipeline(model, kind).text_encoder_3 is not None:
         kwargs["max_sequence_length"] = T5_TOKENS
-    generators = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
-    images = pipeline(prompts, generator=generators, output_type="np", **kwargs).images
-    return (images * 255).round().astype(np.uint8)
-
-
-def least_psnr_db(ours: list[Image.Image], theirs: np.ndarray | list[Image.Image]) -> float:
-    return min(psnr_db(np.asarray(a), np.asarray(b)) for a, b in zip(ours, theirs, strict=True))
+    return parity.draw_with_diffusers(kind, model, prompts, seeds, scheduler, **kwargs)
 
 
 @pytest.mark.parametrize("scheduler", ["model", "flow-euler", "flow-heun", "dpm++2m", "unipc", "deis"])
@@ -169,8 +125,7 @@ def test_image_to_image(request: pytest.FixtureRequest, kind: str, guidance: flo
     pipe = request.getfixturevalue({"with-t5": "pipe", "lean": "lean"}[kind])
     model = request.getfixturevalue({"with-t5": "model", "lean": "lean_model"}[kind])
     height, width = (64, 96) if kind == "with-t5" else (64, 64)
-    random = np.random.default_rng(0)
-    images = [Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)) for _ in PROMPTS]
+    images = random_images(2, height, width)
     ours = pipe(PROMPTS, image=images, strength=strength, seed=SEEDS, steps=5, guidance=guidance).images
     theirs = draw_with_diffusers(
         model,
@@ -189,7 +144,7 @@ def test_image_to_image(request: pytest.FixtureRequest, kind: str, guidance: flo
 
 
 def test_image_to_image_with_a_solver_of_second_order(pipe: toolchain.Pipeline, model: Path) -> None:
-    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 96, 3), np.uint8))
+    (image,) = random_images(1, 64, 96, seed=1)
     ours = pipe(PROMPTS, image=image, strength=0.5, seed=SEEDS, steps=5, guidance=4.5, scheduler="flow-heun").images
     theirs = draw_with_diffusers(
         model,

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import toolchain
-from tests.test_parity import LEAST_PSNR_DB, psnr_db
+from tests import parity
+from tests.parity import LEAST_PSNR_DB, OTHERS, PROMPTS, SEEDS, Build, least_psnr_db, random_images
 from tests.tiny_sdxl import make_sdxl, recipe_text
 from toolchain.errors import RequestError
-from toolchain.sampler.schedulers import create, parse
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
-PROMPTS = ["a red circle on a white background", "a blue square"]
-OTHERS = ["a blue square left of a red circle", "background"]
-SEEDS = [3, 9]
 WIDE = (64, 96)
 SCHEDULERS = ["model", "ddim", "euler-a", "dpm++2m", "dpm++2m:karras", "dpm++2m:karras,sde", "unipc"]
 BASE, FROM_IMAGE = "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"
-
-Build = Callable[[str, Path, str], toolchain.Pipeline]
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +37,13 @@ def model_without_zeros(model: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def build(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
-    def made(name: str, model: Path, text: str) -> toolchain.Pipeline:
-        folder = tmp_path_factory.mktemp(name)
-        (folder / f"{name}.toml").write_text(text)
-        toolchain.build(folder / f"{name}.toml", str(model), folder / "bundle", store=store)
-        return toolchain.load(folder / "bundle")
-
-    return made
+def pipe(build: Build, model: Path) -> toolchain.Pipeline:
+    return build("sdxl-guided", model, recipe_text())
 
 
 @pytest.fixture(scope="module")
-def pipe(build: Build, model: Path) -> toolchain.Pipeline:
-    return build("sdxl-guided", model, recipe_text())
+def pipe_without_zeros(build: Build, model_without_zeros: Path) -> toolchain.Pipeline:
+    return build("sdxl-empty", model_without_zeros, recipe_text())
 
 
 @pytest.fixture(scope="module")
@@ -65,30 +51,8 @@ def plain(build: Build, model: Path) -> toolchain.Pipeline:
     return build("sdxl-plain", model, recipe_text(guided=False, buckets=("2x64x96",)))
 
 
-@functools.cache
-def diffusers_pipeline(model: Path, kind: str) -> Any:
-    import diffusers
-    import torch
-
-    pipeline = getattr(diffusers, kind).from_pretrained(model, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def draw_with_diffusers(model: Path, prompts: list[str], scheduler: str, kind: str = BASE, **kwargs: Any) -> np.ndarray:
-    """Pictures [N, H, W, 3] uint8 with `SEEDS`, one generator per picture."""
-    import torch
-
-    config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
-    pipeline = diffusers_pipeline(model, kind)
-    pipeline.scheduler = create(parse(scheduler), config)
-    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS[: len(prompts)]]
-    images = pipeline(prompts, generator=generators, output_type="np", **kwargs).images
-    return (images * 255).round().astype(np.uint8)
-
-
-def least_psnr_db(ours: list[Image.Image], theirs: np.ndarray | list[Image.Image]) -> float:
-    return min(psnr_db(np.asarray(a), np.asarray(b)) for a, b in zip(ours, theirs, strict=True))
+    return parity.draw_with_diffusers(kind, model, prompts, SEEDS[: len(prompts)], scheduler, **kwargs)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -181,17 +145,16 @@ def test_an_empty_second_prompt_is_the_first(pipe: toolchain.Pipeline, model: Pa
     """Where it is text; in a list, which a test above gives, it is the empty prompt."""
     options: dict[str, Any] = {"seed": SEEDS[0], "steps": 4, "guidance": 6.0, "size": (64, 64)}
     ours = pipe(PROMPTS[0], prompt_2="", **options).images
-    pipeline = diffusers_pipeline(model, BASE)
+    pipeline = parity.diffusers_pipeline(model, BASE)
     assert pipeline.encode_prompt(PROMPTS[0], "")[0].equal(pipeline.encode_prompt(PROMPTS[0])[0])
     assert least_psnr_db(ours, pipe(PROMPTS[0], **options).images) == float("inf")
 
 
-@pytest.mark.parametrize("negative", [None, ["", ""]])
+@pytest.mark.parametrize("options", [{}, {"negative_prompt": ["", ""]}], ids=lambda o: ",".join(o))
 def test_a_model_whose_empty_prompt_is_not_zeros(
-    build: Build, model_without_zeros: Path, negative: list[str] | None
+    pipe_without_zeros: toolchain.Pipeline, model_without_zeros: Path, options: dict[str, Any]
 ) -> None:
-    pipe = build("sdxl-empty", model_without_zeros, recipe_text())
-    assert drawn(pipe, model_without_zeros, {"negative_prompt": negative}, PROMPTS) >= LEAST_PSNR_DB
+    assert drawn(pipe_without_zeros, model_without_zeros, options, PROMPTS) >= LEAST_PSNR_DB
 
 
 def test_a_prompt_longer_than_the_encoders_is_cut(pipe: toolchain.Pipeline, model: Path) -> None:
@@ -202,9 +165,8 @@ def test_a_prompt_longer_than_the_encoders_is_cut(pipe: toolchain.Pipeline, mode
 @pytest.mark.parametrize("strength", [0.4, 0.75])
 @pytest.mark.parametrize("scheduler", ["model", "ddim", "euler-a", "dpm++2m:karras", "unipc"])
 def test_image_to_image(pipe: toolchain.Pipeline, model: Path, scheduler: str, strength: float) -> None:
-    rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 256, (64, 96, 3), np.uint8)) for _ in PROMPTS]
-    options: dict[str, Any] = {"image": images, "strength": strength, "negative_prompt": ["left", "of"]}
+    negative = {"negative_prompt": ["left", "of"]}
+    options: dict[str, Any] = {"image": random_images(2, 64, 96), "strength": strength, **negative}
     ours = pipe(PROMPTS, seed=SEEDS, steps=5, guidance=5.0, scheduler=scheduler, **options).images
     theirs = draw_with_diffusers(
         model, PROMPTS, scheduler, FROM_IMAGE, num_inference_steps=5, guidance_scale=5.0, **options
@@ -222,7 +184,7 @@ def test_image_to_image(pipe: toolchain.Pipeline, model: Path, scheduler: str, s
     ids=lambda o: ",".join(o),
 )
 def test_sizes_of_image_to_image(pipe: toolchain.Pipeline, model: Path, options: dict[str, Any]) -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    (image,) = random_images(1, 64, 64)
     ours = pipe(PROMPTS[0], seed=SEEDS[0], steps=4, guidance=6.0, image=image, strength=0.75, **options).images
     renamed = {k.replace("crop_top_left", "crops_coords_top_left"): v for k, v in options.items()}
     reference: dict[str, Any] = {"image": image, "strength": 0.75, **renamed}

@@ -31,25 +31,11 @@ def write_tokenizer(folder: Path) -> None:
 def make_sd(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0, **save: Any) -> Path:
     """A StableDiffusionPipeline folder: 64x64 pixels, 8x8x4 latents. `save` goes to save_pretrained."""
     import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-    write_tokenizer(folder / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=TEXT_LENGTH)
+    tokenizer = clip_tokenizer(folder / "tokenizer")
     torch.manual_seed(seed)
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=TEXT_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    text = clip_text(tokenizer)
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64),
@@ -60,15 +46,6 @@ def make_sd(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0, **
         cross_attention_dim=32,
         norm_num_groups=8,
     )
-    vae = AutoencoderKL(
-        block_out_channels=(16, 16, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=64,
-    )
     scheduler = PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -77,12 +54,74 @@ def make_sd(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0, **
         steps_offset=1,
         prediction_type=prediction_type,
     )
-    pipeline = StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+    pipeline = StableDiffusionPipeline(
+        make_vae(4), text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
     pipeline.save_pretrained(folder, **save)
-    # As in the real SD 1.5 config: PNDM does not read it, DDIM made from this config does.
+    leave_samples(folder)
+    return folder
+
+
+def clip_tokenizer(folder: Path, **options: Any) -> Any:
+    from transformers import CLIPTokenizer
+
+    write_tokenizer(folder)
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=TEXT_LENGTH, **options)
+
+
+def clip_text(tokenizer: Any, cls: str = "CLIPTextModel", *, width: int = 32, layers: int = 2, **config: Any) -> Any:
+    """`config` goes before what is read off the tokenizer."""
+    import transformers
+
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    made = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_LENGTH,
+        **tokens | config,
+    )
+    return getattr(transformers, cls)(made)
+
+
+def two_clip_tokenizers(folder: Path) -> list[Any]:
+    """Of SDXL and SD3: the second pads with another token than it ends with, as in the published models."""
+    return [clip_tokenizer(folder / "tokenizer"), clip_tokenizer(folder / "tokenizer_2", pad_token="!")]
+
+
+def loud_clip_text(tokenizer: Any, cls: str, **config: Any) -> Any:
+    """The library draws values so small that every prompt would give nearly the same picture."""
+    import torch
+
+    text = clip_text(tokenizer, cls, **config)
+    for parameter in text.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=2 / parameter.shape[1] ** 0.5)
+    return text
+
+
+def make_vae(channels: int, **config: Any) -> Any:
+    """64x64 pixels -> 8x8 latents."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(16, 16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=channels,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=64,
+        **config,
+    )
+
+
+def leave_samples(folder: Path) -> None:
+    """As in the published configs: the model's own scheduler does not read it, DDIM made from this config does."""
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}, indent=2))
-    return folder
 
 
 def recipe_for(component: str = "", *, family: str = "sd", guided: bool = True, **own: Any) -> Any:

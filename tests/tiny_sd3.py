@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import TEXT_LENGTH, write_tokenizer
-from tests.tiny_t5 import write_t5_tokenizer
+from tests.tiny import loud_clip_text, make_vae, two_clip_tokenizers
+from tests.tiny_t5 import t5_encoder, t5_tokenizer
 
 WIDTHS = {"text_encoder": 32, "text_encoder_2": 48}
 LAYERS = {"text_encoder": 3, "text_encoder_2": 4}
@@ -30,14 +30,15 @@ def make_sd3(folder: Path, *, version: str = "3.5", t5: bool = True, dynamic: bo
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-    tokenizers = [_tokenizer(folder / "tokenizer"), _tokenizer(folder / "tokenizer_2", pad_token="!")]
+    tokenizers = two_clip_tokenizers(folder)
     torch.manual_seed(seed)
     texts = [_text(name, t) for name, t in zip(WIDTHS, tokenizers, strict=True)]
-    third, tokenizer_3 = _t5(folder / "tokenizer_3") if t5 else (None, None)
+    tokenizer_3 = t5_tokenizer(folder / "tokenizer_3", T5_TOKENS) if t5 else None
+    third = t5_encoder(tokenizer_3, width=T5_WIDTH) if t5 else None
     pipeline = StableDiffusion3Pipeline(
         _transformer(version),
         FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic),
-        _vae(),
+        make_vae(CHANNELS, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
         texts[0],
         tokenizers[0],
         texts[1],
@@ -72,55 +73,10 @@ psnr_db = 60.0
 """
 
 
-def _tokenizer(folder: Path, **options: Any) -> Any:
-    """The second one pads with another token than it ends with, as in the published models."""
-    from transformers import CLIPTokenizer
-
-    write_tokenizer(folder)
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=TEXT_LENGTH, **options)
-
-
 def _text(name: str, tokenizer: Any) -> Any:
-    import torch
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTHS[name],
-        intermediate_size=64,
-        num_hidden_layers=LAYERS[name],
-        num_attention_heads=2,
-        max_position_embeddings=TEXT_LENGTH,
-        projection_dim=POOLED[name],
-        hidden_act="quick_gelu" if name == "text_encoder" else "gelu",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    made: Any = CLIPTextModelWithProjection(config)
-    # The library draws values so small that every prompt would give nearly the same picture.
-    for parameter in made.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=2 / parameter.shape[1] ** 0.5)
-    return made
-
-
-def _t5(folder: Path) -> Any:
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
-
-    tokenizer = T5Tokenizer.from_pretrained(write_t5_tokenizer(folder), model_max_length=T5_TOKENS)
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=T5_WIDTH,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        is_encoder_decoder=False,
-        tie_word_embeddings=False,
-    )
-    return T5EncoderModel(config), tokenizer
+    act = "quick_gelu" if name == "text_encoder" else "gelu"
+    sizes = {"width": WIDTHS[name], "layers": LAYERS[name], "projection_dim": POOLED[name]}
+    return loud_clip_text(tokenizer, "CLIPTextModelWithProjection", hidden_act=act, **sizes)
 
 
 def _transformer(version: str) -> Any:
@@ -145,21 +101,3 @@ def _transformer(version: str) -> Any:
     # Positions are tensors of the checkpoint: with other values than the formula's it shows where they come from.
     transformer.pos_embed.pos_embed.add_(torch.randn(transformer.pos_embed.pos_embed.shape) / 2)
     return transformer
-
-
-def _vae() -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=(16, 16, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=CHANNELS,
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=64,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )

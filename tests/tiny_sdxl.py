@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import TEXT_LENGTH, write_tokenizer
+from tests.tiny import leave_samples, loud_clip_text, make_vae, two_clip_tokenizers
 
 WIDTHS = {"text_encoder": 32, "text_encoder_2": 48}
 LAYERS = {"text_encoder": 3, "text_encoder_2": 4}
@@ -22,7 +21,7 @@ def make_sdxl(folder: Path, *, zero_negative: bool = True, seed: int = 0, **save
     import torch
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-    tokenizers = [_tokenizer(folder / "tokenizer"), _tokenizer(folder / "tokenizer_2", pad_token="!")]
+    tokenizers = two_clip_tokenizers(folder)
     torch.manual_seed(seed)
     first, second = (_text(name, t) for name, t in zip(WIDTHS, tokenizers, strict=True))
     scheduler = EulerDiscreteScheduler(
@@ -33,46 +32,24 @@ def make_sdxl(folder: Path, *, zero_negative: bool = True, seed: int = 0, **save
         timestep_spacing="leading",
     )
     pipeline = StableDiffusionXLPipeline(
-        _vae(), first, second, *tokenizers, _unet(), scheduler, force_zeros_for_empty_prompt=zero_negative
+        make_vae(4, scaling_factor=0.13025),
+        first,
+        second,
+        *tokenizers,
+        _unet(),
+        scheduler,
+        force_zeros_for_empty_prompt=zero_negative,
     )
     pipeline.save_pretrained(folder, **save)
-    # As in the published config: Euler does not read it, DDIM made from this config does.
-    path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}, indent=2))
+    leave_samples(folder)
     return folder
 
 
-def _tokenizer(folder: Path, **options: Any) -> Any:
-    """The second one pads with another token than it ends with, as SDXL's does."""
-    from transformers import CLIPTokenizer
-
-    write_tokenizer(folder)
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=TEXT_LENGTH, **options)
-
-
 def _text(name: str, tokenizer: Any) -> Any:
-    import torch
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTHS[name],
-        intermediate_size=64,
-        num_hidden_layers=LAYERS[name],
-        num_attention_heads=2,
-        max_position_embeddings=TEXT_LENGTH,
-        projection_dim=POOLED,
-        hidden_act="quick_gelu" if name == "text_encoder" else "gelu",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    made: Any = CLIPTextModel(config) if name == "text_encoder" else CLIPTextModelWithProjection(config)
-    # The library draws values so small that every prompt would give nearly the same picture.
-    for parameter in made.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=2 / parameter.shape[1] ** 0.5)
-    return made
+    first = name == "text_encoder"
+    cls, act = ("CLIPTextModel", "quick_gelu") if first else ("CLIPTextModelWithProjection", "gelu")
+    sizes = {"width": WIDTHS[name], "layers": LAYERS[name], "projection_dim": POOLED}
+    return loud_clip_text(tokenizer, cls, hidden_act=act, **sizes)
 
 
 def _unet() -> Any:
@@ -91,21 +68,6 @@ def _unet() -> Any:
         addition_time_embed_dim=TIME_EMBEDDING,
         projection_class_embeddings_input_dim=POOLED + 6 * TIME_EMBEDDING,
         norm_num_groups=8,
-    )
-
-
-def _vae() -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=(16, 16, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=64,
-        scaling_factor=0.13025,
     )
 
 

@@ -1,4 +1,4 @@
-"""A small T5 tokenizer in transformers' format, and what SentencePiece would write of it: nothing is downloaded."""
+"""A small T5 encoder and tokenizer in transformers' format, and what SentencePiece would write: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -49,6 +49,29 @@ def write_t5_tokenizer(folder: Path, **config: Any) -> Path:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"extra_ids": 100} | config), encoding="utf-8")
     return folder
+
+
+def t5_tokenizer(folder: Path, length: int) -> Any:
+    from transformers import T5Tokenizer
+
+    return T5Tokenizer.from_pretrained(write_t5_tokenizer(folder), model_max_length=length)
+
+
+def t5_encoder(tokenizer: Any, *, width: int) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        tie_word_embeddings=False,
+    )
+    return T5EncoderModel(config)
 
 
 def write_spiece(path: Path) -> None:

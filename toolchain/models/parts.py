@@ -142,26 +142,27 @@ def t5_text_encoder(folder: str, *, context: str, tokens: int, optional: bool) -
 
 def load_text_encoder(source: ModelSource, folder: str, cls: str) -> nn.Module:
     """A transformers model with the checkpoint's weights in float32."""
-    import torch
     import transformers
 
     attention = {} if cls.startswith("T5") else {"attn_implementation": ATTENTION}
-    text = getattr(transformers, cls).from_pretrained(
-        source.path / folder, dtype=torch.float32, use_safetensors=True, variant=source.variant(folder), **attention
-    )
-    module: nn.Module = text.eval()
-    return module
+    return _load(getattr(transformers, cls), source, folder, **attention)
 
 
 def load_network(source: ModelSource, folder: str, cls: str) -> nn.Module:
     """A diffusers model with the checkpoint's weights in float32."""
     import diffusers
+
+    return _load(getattr(diffusers, cls), source, folder)
+
+
+def _load(cls: Any, source: ModelSource, folder: str, **options: str) -> nn.Module:
     import torch
 
-    network = getattr(diffusers, cls).from_pretrained(
-        source.path / folder, dtype=torch.float32, use_safetensors=True, variant=source.variant(folder)
+    variant = source.variant(folder)
+    made = cls.from_pretrained(
+        source.path / folder, dtype=torch.float32, use_safetensors=True, variant=variant, **options
     )
-    module: nn.Module = network.eval()
+    module: nn.Module = made.eval()
     return module
 
 
