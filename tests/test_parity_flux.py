@@ -68,13 +68,14 @@ def test_schedulers(guided: toolchain.Pipeline, dev: Path, scheduler: str) -> No
         (3.5, {"true_cfg": 2.5, **NEGATIVE}, {"true_cfg_scale": 2.5, **NEGATIVE}),
         (0.0, {"true_cfg": 1.5, "negative_prompt": ""}, {"true_cfg_scale": 1.5, "negative_prompt": ["", ""]}),
         (1.0, {"prompt_2": OTHERS}, {"prompt_2": OTHERS}),
+        (1.0, {"negative_prompt_2": OTHERS}, {"negative_prompt_2": OTHERS}),
         (
             7.0,
             {"true_cfg": 4.0, "prompt_2": OTHERS, **NEGATIVE, "negative_prompt_2": OTHERS[::-1]},
             {"true_cfg_scale": 4.0, "prompt_2": OTHERS, **NEGATIVE, "negative_prompt_2": OTHERS[::-1]},
         ),
     ],
-    ids=["negative", "empty-negative", "second-prompt", "all"],
+    ids=["negative", "empty-negative", "second-prompt", "second-negative", "all"],
 )
 def test_guidance_and_prompts(
     guided: toolchain.Pipeline, dev: Path, guidance: float, options: dict[str, Any], reference: dict[str, Any]
@@ -170,5 +171,7 @@ def test_options_that_a_bundle_does_not_have(plain: toolchain.Pipeline, guided: 
         plain("a circle", true_cfg=2.0)
     with pytest.raises(RequestError, match="takes a scale and a negative prompt"):
         guided("a circle", true_cfg=2.0)
+    with pytest.raises(RequestError, match="takes a scale and a negative prompt"):
+        guided("a circle", true_cfg=2.0, negative_prompt_2="a square")
     with pytest.raises(RequestError, match="clip_skip"):
         guided("a circle", clip_skip=1)

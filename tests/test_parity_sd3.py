@@ -64,6 +64,8 @@ def test_schedulers(pipe: toolchain.Pipeline, model: Path, scheduler: str) -> No
         {"negative_prompt": NEGATIVES},
         {"prompt_2": OTHERS},
         {"prompt_3": OTHERS},
+        {"negative_prompt_2": PROMPTS},
+        {"negative_prompt_3": PROMPTS},
         {"negative_prompt": NEGATIVES, "negative_prompt_2": PROMPTS},
         {"negative_prompt": NEGATIVES, "negative_prompt_3": PROMPTS},
         {"clip_skip": 1},

@@ -150,11 +150,25 @@ def test_an_empty_second_prompt_is_the_first(pipe: toolchain.Pipeline, model: Pa
     assert least_psnr_db(ours, pipe(PROMPTS[0], **options).images) == float("inf")
 
 
-@pytest.mark.parametrize("options", [{}, {"negative_prompt": ["", ""]}], ids=lambda o: ",".join(o))
+@pytest.mark.parametrize(
+    "options", [{}, {"negative_prompt": ["", ""]}, {"negative_prompt_2": OTHERS}], ids=lambda o: ",".join(o)
+)
 def test_a_model_whose_empty_prompt_is_not_zeros(
     pipe_without_zeros: toolchain.Pipeline, model_without_zeros: Path, options: dict[str, Any]
 ) -> None:
     assert drawn(pipe_without_zeros, model_without_zeros, options, PROMPTS) >= LEAST_PSNR_DB
+
+
+def test_a_second_negative_prompt_alone(
+    pipe: toolchain.Pipeline, pipe_without_zeros: toolchain.Pipeline, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where zeros stand for no negative prompt diffusers ignores it; else it counts, which the test above compares."""
+    run: dict[str, Any] = {"seed": SEEDS, "steps": 4, "guidance": 6.0, "size": (64, 64)}
+    plain = pipe_without_zeros(PROMPTS, **run).images
+    assert least_psnr_db(pipe_without_zeros(PROMPTS, negative_prompt_2=OTHERS, **run).images, plain) < 50
+    assert "has no effect" not in caplog.text
+    assert drawn(pipe, model, {"negative_prompt_2": OTHERS}, PROMPTS) >= LEAST_PSNR_DB
+    assert "negative_prompt_2 has no effect without negative_prompt" in caplog.text
 
 
 def test_a_prompt_longer_than_the_encoders_is_cut(pipe: toolchain.Pipeline, model: Path) -> None:

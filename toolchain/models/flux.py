@@ -125,7 +125,8 @@ def settings(source: ModelSource) -> ModelSettings:
 
 FLUX = Family(
     name="flux",
-    # Fill, Control and Kontext have pipelines of their own: their networks are given pictures beside the latents.
+    # Fill, Control and Kontext have pipelines of their own: their networks are given pictures beside the latents. A
+    # Kontext network in a folder of this pipeline cannot be told from dev's, and draws from text here as in diffusers.
     pipelines=("FluxPipeline",),
     components=(
         parts.clip_text_encoder("text_encoder", cls="CLIPTextModel", layer=None, pooled="pooled"),

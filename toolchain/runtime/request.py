@@ -33,6 +33,8 @@ class Options:
     prompt_2, prompt_3      for the second and third text encoder, where there are some; they default to `prompt`
     negative_prompt         what the picture should not show, one for all or one for each. None is what diffusers makes
                             of it: the empty prompt, or zeros for a model that was trained so (SDXL)
+    negative_prompt_2, _3   for the other text encoders; they default to `negative_prompt`. Without it those of
+                            SDXL and FLUX have no effect, as in diffusers
     seed                    one per picture; a single one counts up over the pictures; None draws one at random
     steps, scheduler        as in `generate`; without a table in the bundle one is compiled, where diffusers is there
     guidance                classifier-free guidance scale, 1 or less is none; of FLUX dev the one that is embedded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import numpy as np
@@ -14,6 +15,7 @@ from toolchain.runtime import request as ask
 from toolchain.runtime.request import Options, Request, Size
 from toolchain.sampler.schedulers import parse
 
+log = logging.getLogger("toolchain")
 REBUILD_GUIDED = "set classifier_free_guidance = true in the recipe and build again"
 
 
@@ -58,18 +60,18 @@ def _step_inputs(bundle: Bundle) -> set[str]:
 
 
 def _negatives(bundle: Bundle, options: Options, count: int) -> tuple[list[str] | None, list[dict[str, str]] | None]:
-    first, others = options.negative_prompt, [options.negative_prompt_2, options.negative_prompt_3]
-    if first is None:
-        if any(text is not None for text in others):
-            raise RequestError("a second negative prompt needs a first", expected="negative_prompt", got="none")
-        if bundle.settings.zero_negative:
-            return None, None
-        first = ""
+    first = "" if options.negative_prompt is None else options.negative_prompt
+    others = [options.negative_prompt_2, options.negative_prompt_3]
     negatives = ask.repeat("negative_prompt", ask.check_texts("negative_prompt", first), count)
     texts = ask.texts_by_encoder(bundle, "negative_prompt", [first, *others], count)
     said = next((text for texts_ in texts for text in texts_.values() if text), None)
     if said and not bundle.recipe.classifier_free_guidance:
         raise RequestError("a bundle without guidance cannot use a negative prompt", got=said, hint=REBUILD_GUIDED)
+    if options.negative_prompt is None and (bundle.settings.zero_negative or "true_cfg" in _step_inputs(bundle)):
+        # SDXL's pipeline then takes zeros, and FLUX's has no true guidance, whatever the others say.
+        if others != [None, None]:
+            log.warning("negative_prompt_2 has no effect without negative_prompt, which may be empty; as in diffusers")
+        return (None, None) if bundle.settings.zero_negative else (negatives, [dict.fromkeys(t, "") for t in texts])
     return negatives, texts
 
 
