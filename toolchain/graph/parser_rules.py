@@ -5,7 +5,9 @@ versions beside them those of its changelog and issues. Numbered as in the tests
 
 1. An operator that the parser does not have, or not yet in this version of TensorRT.
 2. A type that the operator does not take in TensorRT: integers in Clip, uint8 in anything but a Cast.
-3. A type that ONNX does not allow at the graph's opset: bfloat16 convolutions came with opset 22.
+3. A type that ONNX allows only at a newer opset: bfloat16 convolutions came with opset 22. (onnx's checker refuses such
+   a graph; what TensorRT makes of it is not documented.) What no opset allows, TensorRT's own table decides: Einsum in
+   bfloat16, which torch writes and TensorRT lists.
 4. float64, which TensorRT computes in float32 without saying so.
 5. An attribute, output or rank that an operator may not have.
 6. An input that must be a constant and is computed.
@@ -184,10 +186,9 @@ def _types(node: ir.Node, opset: int) -> Iterator[str]:
     for index, value in (*enumerate(node.inputs), *((-1 - i, v) for i, v in enumerate(node.outputs))):
         if value is not None and value.dtype is not None and not _legal(node.op_type, opset, index, value.dtype):
             since = next((v for v in OPSETS if v > opset and _legal(node.op_type, v, index, value.dtype)), None)
-            yield f"{_said(value.dtype)} is no type of it in opset {opset}" + (
-                f", since {since} it is" if since else ""
-            )
-            return
+            if since is not None:
+                yield f"{_said(value.dtype)} is no type of it in opset {opset}, only since {since}"
+                return
 
 
 def _data(node: ir.Node) -> ir.DataType | None:
