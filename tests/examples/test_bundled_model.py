@@ -47,9 +47,8 @@ def test_held_out_captions_are_drawn(scores: list[Any]) -> None:
     assert np.mean([s.colours and s.background for s in scores]) >= 0.8
 
 
-@pytest.mark.xfail(strict=True, reason="the model often swaps the sides of two things: see its score in the README")
 def test_every_thing_is_where_the_caption_says(scores: list[Any]) -> None:
-    assert np.mean([s.everything for s in scores]) >= 0.7
+    assert np.mean([s.everything for s in scores]) >= 0.8
 
 
 def test_the_model_is_small_and_safe() -> None:
