@@ -23,6 +23,7 @@ from tests.tiny_sd3 import make_sd3
 from tests.tiny_sdxl import make_sdxl
 from toolchain.bundle import read_bundle
 from toolchain.runtime.pipeline import Pipeline
+from toolchain.trace.record import trace
 
 MODELS: dict[str, Callable[[Path], Path]] = {"sd": make_sd, "sdxl": make_sdxl, "sd3": make_sd3, "flux": make_flux}
 STOCHASTIC = {"sd": "euler-a", "sdxl": "euler-a", "sd3": None, "flux": None}
@@ -155,3 +156,17 @@ def test_nothing_grows_over_a_thousand_pictures(both: tuple[str, Path, dict[str,
 
 def _bytes(pipe: Pipeline) -> tuple[int, int]:
     return pipe._memory.counters.device_bytes, pipe._memory.counters.pinned_bytes
+
+
+def test_a_trace_has_the_times_of_the_stream(both: tuple[str, Path, dict[str, np.ndarray]]) -> None:
+    _, bundle, _ = both
+    found = read_bundle(bundle)
+    loop = dataclasses.replace(found.recipe.tensorrt, cuda_graph="loop")
+    whole = dataclasses.replace(found, recipe=dataclasses.replace(found.recipe, tensorrt=loop))
+    traced = trace(whole, {"prompt": PROMPT, "seed": 3, "steps": 4})
+    engines = [span.name.split()[0] for span in traced.of("engine")]
+    # Although the recipe wants a run as one launch. PNDM evaluates once more than it has steps.
+    assert len(traced.of("step")) == engines.count("denoiser") >= 4
+    assert [f"launch {span.name}" for span in traced.of("engine")] == [span.name for span in traced.of("launch")]
+    assert {span.track for span in traced.of("stage")} == {"pipeline", "host"}  # tokenizing is the host's
+    assert all(span.ms >= 0 for span in traced.spans)

@@ -55,9 +55,9 @@ def trace(bundle: Bundle, request: Mapping[str, Any], *, operators: bool = False
                 with recorder.recording():
                     # With a callback there is a mark after each evaluation, also where a GPU could run all as one.
                     result = pipe(**request, callback=lambda progress: None)
+                return recorder.trace(result)
             finally:
                 pipe.close()
-        return recorder.trace(result)
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ class _Recorder:
         plain(timings, memory, marks, evaluated)
 
     def trace(self, result: Result) -> Trace:
-        """Of what was recorded, once the pipeline is closed."""
-        profiles = {n: read_profile(e.profile) for n, e in self.engines.items() if e.profile is not None}
+        """Of what was recorded; the engines and their memory must still be open, and no more is profiled."""
+        profiles = {n: read_profile(e.end_profile()) for n, e in self.engines.items()} if self.profiles else {}
         spans = [*self._pipeline(result), *self._host(result), *self._operators(profiles)]
         calls = {name: [c for c in self.calls if c.engine == name] for name in self.engines}
         launches = {n: tuple(profiles[n][c.number] for c in calls[n]) for n in profiles if calls[n]}
@@ -198,7 +198,6 @@ class _Engine:
 
     def __init__(self, engine: Engine, name: str, recorder: _Recorder) -> None:
         self.spec = engine.spec
-        self.profile: Path | None = None
         self._engine: Any = engine
         self._name, self._recorder = name, recorder
         self._launches = itertools.count()
@@ -219,9 +218,11 @@ class _Engine:
 
         return recorded
 
+    def end_profile(self) -> Path:
+        path: Path = self._engine.end_profile()
+        return path
+
     def close(self) -> None:
-        if self._recorder.profiles is not None:
-            self.profile = self._engine.end_profile()
         self._engine.close()
 
 
