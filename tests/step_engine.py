@@ -66,7 +66,7 @@ def write_engine(trt: Any, folder: Path, *, strip: bool = False, **facts: Any) -
         (folder / "graph.onnx").write_bytes(model(weightless=True))
     said = {
         "format": 1,
-        "options": {"version_compatible": False},
+        "options": {},
         "plan_bytes": len(plan),
         "stripped": strip,
         "refit": {"graph": "graph.onnx", "weights": ["weight"]} if strip else None,

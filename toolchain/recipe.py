@@ -174,7 +174,6 @@ class TensorRtOptions:
     workspace_mb: Whole = 0
     tiling_optimization_level: Literal["none", "fast", "moderate", "full"] = "none"
     hardware_compatibility_level: Literal["none", "same_compute_capability", "ampere_plus"] = "none"
-    version_compatible: bool = False
     strip_plan: bool = False
     max_aux_streams: Streams = -1
     build_route: str = ""

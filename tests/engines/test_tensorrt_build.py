@@ -363,7 +363,6 @@ OPTIONS: list[tuple[dict[str, Any], str, Any]] = [
     ({}, "TF32", True),
     ({"tf32": False}, "TF32", False),
     ({}, "VERSION_COMPATIBLE", False),
-    ({"version_compatible": True}, "VERSION_COMPATIBLE", True),
     ({}, "STRIP_PLAN", False),
     ({"strip_plan": True}, "STRIP_PLAN", True),
     ({"strip_plan": True}, "REFIT_IDENTICAL", True),

@@ -57,18 +57,14 @@ class TensorRtBackend:
         if built_on.get("kind") != here["kind"]:
             return f"built on {built_on.get('kind')}, this machine is {here['kind']}"
         built, ours = str(built_on.get("tensorrt")), here["tensorrt"]
-        newer = options["version_compatible"] and numbers(built) <= numbers(ours)
-        if built != ours and not newer:
-            wants = f"{built} or newer" if options["version_compatible"] else "that version"
-            return f"built with TensorRT {built}, this machine has {ours}, and the engines need {wants}"
+        if built != ours:
+            return f"built with TensorRT {built}, this machine has {ours}, and the engines need that version"
         return _refuse_gpu(built_on, here, options["hardware_compatibility_level"])
 
     def problems(self, options: Mapping[str, Any]) -> list[str]:
         found, version = [], tensorrt_version()
         if options["build_route"] and numbers(version) < ROUTES:
             found.append(f"build_route: TensorRT {version} has no build routes (expected 11.1 or newer)")
-        if options["version_compatible"] and options["strip_plan"]:
-            found.append("strip_plan: a version-compatible engine is run by a runtime that cannot fill in weights")
         return found
 
     def prepare(self, graph: ir.Model) -> ir.Model:

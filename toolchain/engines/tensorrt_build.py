@@ -258,8 +258,6 @@ def _configure(builder: Any, options: Mapping[str, Any]) -> Any:
         config.max_aux_streams = options["max_aux_streams"]
     if not options["tf32"]:
         config.clear_flag(trt.BuilderFlag.TF32)
-    if options["version_compatible"]:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options["strip_plan"]:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
@@ -309,7 +307,6 @@ def _inspect(
 ) -> dict[str, Any]:
     """Opens the plan once: its activation memory, and whether it computes in what the graph asked for."""
     runtime = trt.Runtime(logger)
-    runtime.engine_host_code_allowed = options["version_compatible"]  # such a plan carries its runtime; it is our own
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise EngineError("TensorRT cannot open the engine that it built", where=graph)

@@ -1,7 +1,8 @@
 """TensorRT's runtime: `engine.plan` and `engine.json` in a folder -> an engine whose launches are captured CUDA graphs.
 
 A plan is machine code: bundles are read from those whom one would let run a program, and their sha256 is compared
-before anything gets here. TensorRT may not run what a plan brings along for the host, as version-compatible plans do.
+before anything gets here. TensorRT may not run what a plan brings along for the host, and no recipe can ask for that:
+a plan for later versions of TensorRT would hold a runtime of its own.
 """
 
 from __future__ import annotations
@@ -123,12 +124,6 @@ class TensorRtEngine:
 
     def _deserialize(self, facts: Mapping[str, Any]) -> Any:
         path = self._folder / PLAN
-        if facts["options"].get("version_compatible") and not facts.get("lean_runtime_excluded"):
-            raise EngineError(
-                "the engine brings a TensorRT runtime of its own along, which is not run",
-                where=path,
-                hint="remove tensorrt.version_compatible from the recipe and build again",
-            )
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
                 if len(plan) != facts["plan_bytes"]:
