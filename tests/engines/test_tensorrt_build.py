@@ -183,6 +183,18 @@ def test_without_tensorrt_no_process_is_started(tmp_path: Path, children: list[A
     assert children == []
 
 
+def test_what_the_parser_may_refuse_is_told_first(trt: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_network(tmp_path)
+    build(tmp_path)
+    assert not any("may refuse" in line for line in caplog.messages)
+    write_graph(tmp_path / "graph.onnx", [helper.make_node("Det", ["x"], ["y"], name="d")], TensorProto.FLOAT)
+    (tmp_path / "engine").rename(tmp_path / "before")
+    with pytest.raises(EngineError, match="TensorRT"):
+        build(tmp_path)
+    (told,) = (line for line in caplog.messages if "may refuse" in line)
+    assert told == "TensorRT's parser may refuse the graph: Det d: TensorRT has no such operator"
+
+
 def test_a_weight_that_the_file_lacks(trt: Any, tmp_path: Path) -> None:
     write_network(tmp_path)
     from toolchain.export.safetensors import write_safetensors

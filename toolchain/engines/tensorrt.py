@@ -7,6 +7,7 @@ one is filled from the bundle's weight file when it is opened. This module impor
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from toolchain.signature import GraphSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+log = logging.getLogger("toolchain")
 
 OLDEST, NEWEST = (10, 13), (12,)
 SAFE = (11,)
@@ -87,6 +90,7 @@ class TensorRtBackend:
         progress: Progress = lambda phase, share: None,
     ) -> None:
         device = self.device()
+        _warn_of_refusals(graph, device["tensorrt"])
         level = options["builder_optimization_level"]
         cache = timing_cache_path(device["tensorrt"], device["name"], level) if level else None  # 0 times nothing
         job = {
@@ -139,6 +143,20 @@ def advisory(version: str | None) -> str | None:
         f"TensorRT {version} has known code-execution flaws (CVE-2026-24268, CVE-2026-24238, CVE-2026-24272), fixed in "
         f"11.0: {INSTALL} --upgrade"
     )
+
+
+def _warn_of_refusals(graph: Path, version: str) -> None:
+    """Says what the parser will stumble over, before a builder is waited for and started."""
+    import onnx_ir as ir
+
+    from toolchain.graph.parser_rules import refusals
+
+    try:
+        lines = refusals(ir.load(graph), numbers(version))
+    except Exception as error:  # a forecast; only the parser may refuse a graph
+        lines = [f"its rules cannot be applied ({error})"]
+    for line in lines:
+        log.warning("TensorRT's parser may refuse the graph: %s", line)
 
 
 def _uuid() -> str:
