@@ -132,6 +132,28 @@ def test_engines_share_their_activations(trt: Any, folder: Path, tmp_path: Path)
     assert open_memory([], OPTIONS).close() is None
 
 
+@pytest.mark.parametrize(("free_mb", "stripped", "told"), [(7, False, False), (6, False, True), (7, True, True)])
+def test_engines_that_may_not_fit_are_told(
+    trt: Any,
+    tmp_path: Path,
+    free_mb: int,
+    stripped: bool,
+    told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Plans of 2 and 3 MB that share activations of 2 MB, and a weight file of 1 MB that only a stripped one needs."""
+    monkeypatch.setenv("FAKE_CUDA_MEMORY_MB", str(free_mb))
+    (tmp_path / "weights.safetensors").write_bytes(bytes(1 << 20))
+    folders = [
+        write_engine(trt, tmp_path / "a", plan_bytes=2 << 20, activation_bytes=2 << 20, stripped=stripped),
+        write_engine(trt, tmp_path / "b", plan_bytes=3 << 20, activation_bytes=1 << 20),
+    ]
+    open_memory(folders, OPTIONS).close()
+    need = 8 if stripped else 7
+    assert any(f"need {need} MB of GPU memory; {free_mb} MB are free" in line for line in caplog.messages) == told
+
+
 class TestStripped:
     @pytest.fixture
     def folder(self, trt: Any, tmp_path: Path) -> Path:

@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from toolchain.engines.cuda import free_memory_bytes
 from toolchain.engines.device_memory import ALIGNMENT, DeviceBuffer, DeviceMemory
+from toolchain.engines.forecast import load_warning
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec, TensorSpec
 from toolchain.weights import MappedWeights
@@ -37,10 +39,20 @@ DTYPES = {
 
 def open_memory(folders: Sequence[Path], options: Mapping[str, Any]) -> DeviceMemory:
     """The memory of a pipeline, with activations shared by the engines in `folders`. Raises EngineError."""
-    needed = max((read_facts(folder)["activation_bytes"] for folder in folders), default=0)
+    facts = {folder: read_facts(folder) for folder in folders}
+    needed = max((f["activation_bytes"] for f in facts.values()), default=0)
+    weights = sum(f["plan_bytes"] + (_weight_bytes(folder) if f["stripped"] else 0) for folder, f in facts.items())
+    warning = load_warning(weights, needed, free_memory_bytes())
+    if warning is not None:
+        log.warning("%s", warning)
     memory = DeviceMemory(options["cuda_graph"])
     memory.reserve(needed)
     return memory
+
+
+def _weight_bytes(folder: Path) -> int:
+    """Of the file that a stripped engine is filled from: a bundle has it beside the component's engines."""
+    return sum(file.stat().st_size for file in folder.parent.glob("*.safetensors"))
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
