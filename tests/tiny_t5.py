@@ -1,4 +1,4 @@
-"""A small T5 encoder and tokenizer in transformers' format, and what SentencePiece would write: nothing is downloaded."""
+"""A small T5 encoder and tokenizer in transformers' format, and what SentencePiece would write; no downloads."""
 
 from __future__ import annotations
 
