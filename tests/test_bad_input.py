@@ -702,7 +702,7 @@ IMAGE = np.zeros((64, 64, 3), np.uint8)
         (PROMPT, {"latents": np.zeros((1, 4, 3, 3), np.float32)}, "latents have another shape"),
         (PROMPT, {"negativ_prompt": "a"}, "did you mean negative_prompt?"),
         (PROMPT, {"prompt_2": "a"}, "no text encoder for prompt_2"),
-        (PROMPT, {"negative_prompt_2": "a"}, "needs a first"),
+        (PROMPT, {"negative_prompt_2": "a"}, "no text encoder for negative_prompt_2"),
         (PROMPT, {"clip_skip": 3}, "an integer from 0 to 2"),
         (PROMPT, {"clip_skip": True}, "clip_skip is not a number of layers"),
         (PROMPT, {"guidance_rescale": 1.5}, "guidance_rescale is out of range"),
