@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# A shell starts what it runs in the background with SIGINT ignored, and so would be every process that a test interrupts.
+# A shell starts its background jobs with SIGINT ignored, and every process that a test interrupts would ignore it too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
