@@ -197,7 +197,7 @@ def generate(
 
     pictures.check_picture_output(output)
     started = time.perf_counter()
-    pipe = load(bundle, verify=not no_verify, trust=trust, warm_up=False)
+    pipe = load(bundle, verify=not no_verify, trust=trust, warm_up=False, open_buckets=1)
     load_ms = (time.perf_counter() - started) * 1e3
     with progress.evaluations() as shown:
         drawn = pictures.draw(pipe, request, shown)

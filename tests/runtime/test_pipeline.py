@@ -39,6 +39,21 @@ def test_a_picture_does_not_depend_on_its_place_in_a_batch(pipe: toolchain.Pipel
     assert np.abs(together[1].astype(int) - alone.astype(int)).max() <= 1
 
 
+def test_one_open_bucket_draws_what_all_of_them_draw(pipe: toolchain.Pipeline, tiny_bundle: Path) -> None:
+    lean = toolchain.load(tiny_bundle, open_buckets=1)
+    for size in ((64, 64), (64, 96), (64, 64)):
+        expected = pixels(pipe(PROMPT, seed=7, size=size))
+        assert np.array_equal(pixels(lean(PROMPT, seed=7, size=size)), expected)
+        assert [(b.height, b.width) for b in lean._buckets] == [size]
+    lean.close()
+
+
+def test_no_open_bucket_is_too_few(tiny_bundle: Path) -> None:
+    with pytest.raises(RequestError, match="too few buckets") as error:
+        toolchain.load(tiny_bundle, open_buckets=0)
+    assert "1 or more" in str(error.value)
+
+
 def test_one_seed_counts_up_and_none_is_drawn_at_random(pipe: toolchain.Pipeline) -> None:
     assert pipe([PROMPT, PROMPT], seed=10, steps=1).seeds == [10, 11]
     assert pipe(PROMPT, steps=1).seeds != pipe(PROMPT, steps=1).seeds

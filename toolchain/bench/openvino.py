@@ -90,7 +90,9 @@ class OpenVino:
     def refuse(self, *_: object) -> str | None:
         return None
 
-    def memory(self, folders: Sequence[Path], options: Mapping[str, Any]) -> HostMemory:
+    def memory(
+        self, folders: Sequence[Path], options: Mapping[str, Any], open_buckets: int | None = None
+    ) -> HostMemory:
         return HostMemory()
 
     def open(

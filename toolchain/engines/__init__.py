@@ -89,8 +89,9 @@ class Backend(Protocol):
         name of a phase and how much of it is done, 0 to 1; what it raises cancels the build. Raises EngineError.
         """
 
-    def memory(self, folders: Sequence[Path], options: Mapping[str, Any]) -> Memory:
-        """Where the buffers of one pipeline will lie, for the engines in `folders`. Raises EngineError."""
+    def memory(self, folders: Sequence[Path], options: Mapping[str, Any], open_buckets: int | None = None) -> Memory:
+        """Where the buffers of one pipeline will lie, for the engines in `folders`, of which each component has
+        `open_buckets` open at once, None: all. Raises EngineError."""
 
     def open(
         self,

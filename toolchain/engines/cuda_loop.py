@@ -73,8 +73,9 @@ class StepLoop:
         self._unrolled[passes]()
 
     def close(self) -> None:
-        """Frees graphs and kernel, once the GPU is done with them."""
+        """Frees graphs, trip count and kernel, once the GPU is done with them."""
         self._memory.release(*self._unrolled.values(), *([self._while] if self._while else []))
+        self._memory.free(self._left)
         self._unrolled, self._while = {}, None
         if self._module is not None:
             _driver("cuModuleUnload", self._module)

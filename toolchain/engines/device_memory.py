@@ -31,7 +31,7 @@ CUDA_GRAPHS = ("step", "loop", "off")
 
 @dataclass(frozen=True)
 class DeviceBuffer:
-    """A dense tensor on the GPU; it lives as long as its memory."""
+    """A dense tensor on the GPU; it lives until it is freed, at the latest with its memory."""
 
     address: int
     shape: tuple[int, ...]
@@ -131,7 +131,7 @@ class DeviceMemory:
         self.cuda_graph = cuda_graph
         self.counters = Counters()
         self._staging = _Staging(self.counters)
-        self._blocks: list[int] = []
+        self._blocks: dict[int, int] = {}  # address -> bytes
         self._scratch: DeviceBuffer | None = None
         self._reserved = 0
         self._recording = self._warned = False
@@ -153,6 +153,15 @@ class DeviceMemory:
         if buffer.nbytes:
             call("cudaMemsetAsync", buffer.address, 0, buffer.nbytes, self._stream)
         return buffer
+
+    def free(self, *buffers: DeviceBuffer) -> None:
+        """Waits for the GPU first: it may be working on them. After `close` there is nothing left to free."""
+        if self._stream is None or not buffers:
+            return
+        cudart().cudaStreamSynchronize(self._stream)  # errors are the reader's business
+        for buffer in buffers:
+            self.counters.device_bytes -= self._blocks.pop(buffer.address)
+            call("cudaFree", buffer.address)
 
     def write(self, target: DeviceBuffer, value: ArrayLike) -> None:
         """Copies `value`, broadcast and cast to the buffer, into pinned memory, and from there when its turn comes."""
@@ -223,7 +232,7 @@ class DeviceMemory:
             )
         if code:
             raise EngineError("a CUDA call failed", where="cudaMalloc", got=describe(code))
-        self._blocks.append(int(address))
+        self._blocks[int(address)] = nbytes
         self.counters.device_bytes += nbytes
         return DeviceBuffer(int(address), shape, dtype)
 
@@ -332,7 +341,7 @@ class DeviceMemory:
             runtime.cudaFree(address)
         self._staging.close()
         runtime.cudaStreamDestroy(self._stream)
-        self._graphs, self._events, self._blocks, self._stream, self._scratch = {}, [], [], None, None
+        self._graphs, self._events, self._blocks, self._stream, self._scratch = {}, [], {}, None, None
         self.counters.device_bytes = 0
 
 

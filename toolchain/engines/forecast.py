@@ -34,6 +34,6 @@ def load_warning(weights_bytes: int, activation_bytes: int, free_bytes: int) -> 
     if need <= free_bytes:
         return None
     return (
-        f"the engines need {need // MB} MB of GPU memory; {free_bytes // MB} MB are free. Build fewer buckets into the "
-        "bundle, or end what else uses the GPU"
+        f"the engines need {need // MB} MB of GPU memory; {free_bytes // MB} MB are free. Keep fewer buckets open "
+        "(toolchain.load(..., open_buckets=1)), or end what else uses the GPU"
     )

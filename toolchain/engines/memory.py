@@ -31,7 +31,10 @@ class Memory(Protocol):
     """The buffers of one pipeline. What is asked of it happens in order; not safe for concurrent use."""
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-        """A new buffer, freed with the memory."""
+        """A new buffer, freed with the memory if not before."""
+
+    def free(self, *buffers: Any) -> None:
+        """Gives up buffers that `zeros` made and that nothing launched or read will use again."""
 
     def write(self, target: Any, value: ArrayLike) -> None:
         """Copies `value`, broadcast and cast to the buffer, into it. The caller may change `value` afterwards."""
@@ -60,6 +63,9 @@ class HostMemory:
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         return np.zeros(shape, dtype)
+
+    def free(self, *buffers: NDArray[Any]) -> None:
+        pass  # they go with their last reference
 
     def write(self, target: NDArray[Any], value: ArrayLike) -> None:
         target[...] = value

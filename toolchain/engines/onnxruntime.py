@@ -163,7 +163,9 @@ class OnnxRuntimeBackend:
             for mapped in files.values():
                 mapped.close()
 
-    def memory(self, folders: Sequence[Path], options: Mapping[str, Any]) -> HostMemory:
+    def memory(
+        self, folders: Sequence[Path], options: Mapping[str, Any], open_buckets: int | None = None
+    ) -> HostMemory:
         return HostMemory()
 
     def open(

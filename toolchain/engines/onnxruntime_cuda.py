@@ -57,7 +57,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         _load_libraries()
         super().build(graph, weights, out, {**options, **ONE_THREAD}, progress)
 
-    def memory(self, folders: Sequence[Path], options: Mapping[str, Any]) -> Any:
+    def memory(self, folders: Sequence[Path], options: Mapping[str, Any], open_buckets: int | None = None) -> Any:
         return DeviceMemory("off")
 
     def open(
@@ -117,7 +117,8 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
 
     def close(self) -> None:
         self._memory.release()
-        self._bindings = {}  # they hold the session
+        self._memory.free(*self._unread.values())
+        self._bindings, self._unread = {}, {}  # bindings hold the session
         super().close()
 
     def _place(self, tensor: TensorSpec, buffer: DeviceBuffer | None) -> tuple[Any, ...]:

@@ -104,10 +104,10 @@ class TensorRtBackend:
         with only_builder(_uuid(), device["name"]):
             run_builder(job, progress)
 
-    def memory(self, folders: Sequence[Path], options: Mapping[str, Any]) -> Any:
+    def memory(self, folders: Sequence[Path], options: Mapping[str, Any], open_buckets: int | None = None) -> Any:
         from toolchain.engines.tensorrt_engine import open_memory
 
-        return open_memory(folders, options)
+        return open_memory(folders, options, open_buckets)
 
     def open(
         self,

@@ -37,12 +37,16 @@ DTYPES = {
 }  # fmt: skip
 
 
-def open_memory(folders: Sequence[Path], options: Mapping[str, Any]) -> DeviceMemory:
+def open_memory(folders: Sequence[Path], options: Mapping[str, Any], open_buckets: int | None = None) -> DeviceMemory:
     """The memory of a pipeline, with activations shared by the engines in `folders`. Raises EngineError."""
     facts = {folder: read_facts(folder) for folder in folders}
     needed = max((f["activation_bytes"] for f in facts.values()), default=0)
-    weights = sum(f["plan_bytes"] + (_weight_bytes(folder) if f["stripped"] else 0) for folder, f in facts.items())
-    warning = load_warning(weights, needed, free_memory_bytes())
+    weights: dict[Path, list[int]] = {}
+    for folder, f in facts.items():
+        size = f["plan_bytes"] + (_weight_bytes(folder) if f["stripped"] else 0)
+        weights.setdefault(folder.parent, []).append(size)
+    largest = sum(sum(sorted(sizes, reverse=True)[:open_buckets]) for sizes in weights.values())
+    warning = load_warning(largest, needed, free_memory_bytes())
     if warning is not None:
         log.warning("%s", warning)
     memory = DeviceMemory(options["cuda_graph"])
@@ -124,7 +128,8 @@ class TensorRtEngine:
         self._memory.release(*self._launches)
         for binding in self._bindings:
             binding.context = None
-        self._bindings, self._launches = [], []
+        self._memory.free(*self._unread.values())
+        self._bindings, self._launches, self._unread = [], [], {}
         self._engine = None  # after its contexts and before its runtime
         self._runtime = None
 

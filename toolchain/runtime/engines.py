@@ -32,10 +32,10 @@ def usable_backend(bundle: Bundle) -> Backend:
     return backend
 
 
-def open_memory(bundle: Bundle, backend: Backend) -> Memory:
-    """Where the buffers of a pipeline over this bundle will lie. Raises EngineError."""
+def open_memory(bundle: Bundle, backend: Backend, open_buckets: int | None = None) -> Memory:
+    """Where the buffers of a pipeline over this bundle will lie, None: with all buckets open. Raises EngineError."""
     folders = {bundle.path / entry.folder for by_bucket in bundle.engines.values() for entry in by_bucket.values()}
-    return backend.memory(sorted(folders), bundle.recipe.to_json()[backend.name])
+    return backend.memory(sorted(folders), bundle.recipe.to_json()[backend.name], open_buckets)
 
 
 def open_engine(bundle: Bundle, backend: Backend, component: str, bucket: Bucket, memory: Memory) -> Engine:
@@ -64,6 +64,7 @@ class BoundEngine:
 
     def close(self) -> None:
         self._engine.close()
+        self._memory.free(*self.inputs.values(), *self.outputs.values())
 
 
 class BucketEngines:
@@ -109,3 +110,4 @@ class BucketEngines:
             engine.close()
         if self.encoder:
             self.encoder.close()
+        self.memory.free(*self.states, *self.counters, *self.inputs.values(), self.pixels)

@@ -108,16 +108,19 @@ class Result:
 class Pipeline:
     """A loaded bundle. Not safe for concurrent calls: load one per worker; the weights are mapped and shared."""
 
-    def __init__(self, bundle: Bundle, *, warm_up: bool = True) -> None:
-        """Opens the text encoders and, with `warm_up`, every bucket, and runs each engine once.
+    def __init__(self, bundle: Bundle, *, warm_up: bool = True, open_buckets: int | None = None) -> None:
+        """Opens the text encoders and, with `warm_up`, every bucket that may be open, and runs each engine once.
 
-        Raises BundleError when the engines were built for another device or version.
+        Raises BundleError when the engines were built for another device or version, and RequestError.
         """
+        if open_buckets is not None and open_buckets < 1:
+            raise RequestError("too few buckets may be open", expected="1 or more, or None", got=open_buckets)
+        self._open_buckets = open_buckets or len(bundle.buckets)
         self.bundle = bundle
         self._backend = usable_backend(bundle)
-        self._memory = open_memory(bundle, self._backend)
+        self._memory = open_memory(bundle, self._backend, open_buckets)
         self._texts = TextEncoders(bundle, self._backend, self._memory)
-        self._buckets: dict[Bucket, BucketEngines] = {}
+        self._buckets: OrderedDict[Bucket, BucketEngines] = OrderedDict()  # the one used longest ago first
         self._tables: OrderedDict[str, SamplerTable] = OrderedDict()
         if warm_up:
             self.warm_up()
@@ -153,9 +156,9 @@ class Pipeline:
         return Result(images, np.concatenate(parts), request, table, timings)
 
     def warm_up(self) -> None:
-        """Opens every bucket and runs each engine once."""
+        """Opens every bucket, or the first that may be open at once, and runs each engine once."""
         self._texts(dict.fromkeys(self.bundle.tokenizers, ""), 0)
-        for bucket in self.bundle.buckets:
+        for bucket in self.bundle.buckets[: self._open_buckets]:
             self._engines(bucket).warm_up()
 
     def forget_prompts(self) -> None:
@@ -224,12 +227,15 @@ class Pipeline:
 
     def _engines(self, bucket: Bucket) -> BucketEngines:
         if bucket not in self._buckets:
+            while len(self._buckets) >= self._open_buckets:
+                self._buckets.popitem(last=False)[1].close()
 
             def opened(name: str) -> Engine:
                 return open_engine(self.bundle, self._backend, name, bucket, self._memory)
 
             encoder = opened("vae_encoder") if "vae_encoder" in self.bundle.engines else None
             self._buckets[bucket] = BucketEngines(self._memory, opened("denoiser"), opened("vae_decoder"), encoder)
+        self._buckets.move_to_end(bucket)
         return self._buckets[bucket]
 
     def _conditions(self, request: Request, chosen: list[int]) -> tuple[list[Conditions], list[Conditions]]:
@@ -308,17 +314,27 @@ def _timed(launch: Callable[[], None], timings: Timings) -> Callable[[], None]:
     return run
 
 
-def load(path: str | Path, *, verify: bool = True, trust: str | Path | None = None, warm_up: bool = True) -> Pipeline:
+def load(
+    path: str | Path,
+    *,
+    verify: bool = True,
+    trust: str | Path | None = None,
+    warm_up: bool = True,
+    open_buckets: int | None = None,
+) -> Pipeline:
     """Opens a bundle.
 
-    verify   compare every file with its sha256 first; leave it on unless the bundle was just verified
-    trust    a public key that must have signed the bundle; $DIFFBUILD_TRUST where it is not given
-    warm_up  open every bucket and run each engine once, so that the first request is as fast as the others
+    verify        compare every file with its sha256 first; leave it on unless the bundle was just verified
+    trust         a public key that must have signed the bundle; $DIFFBUILD_TRUST where it is not given
+    warm_up       open every bucket and run each engine once, so that the first request is as fast as the others
+    open_buckets  how many may be open at once: where memory is short, the one used longest ago is closed when another
+                  is asked for, and opened anew when its turn comes again; None: all of them
 
     Raises BundleError for a bundle that is damaged, of a newer format, not signed by the trusted key, or built for
     another device or version.
     """
-    return Pipeline(open_bundle(Path(path), verify=verify, trust=trust), warm_up=warm_up)
+    bundle = open_bundle(Path(path), verify=verify, trust=trust)
+    return Pipeline(bundle, warm_up=warm_up, open_buckets=open_buckets)
 
 
 def _crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
