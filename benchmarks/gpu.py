@@ -27,6 +27,7 @@ from toolchain.bundle import read_bundle
 from toolchain.doctor import examine
 from toolchain.engines import BACKENDS
 from toolchain.recipe import Bucket, ComponentRecipe, Recipe, load_recipe
+from toolchain.trace.record import trace
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "examples" / "shapes" / "model"
@@ -83,6 +84,14 @@ def steadiness(bundle: Path, rounds: int) -> dict[str, Any]:
     }
 
 
+def gaps(bundle: Path) -> dict[str, float]:
+    """How much of the loop the GPU waits for the next step, by events around each launch of the denoiser."""
+    recorded = trace(read_bundle(bundle), {"prompt": PROMPT, "seed": 0})
+    loop_ms = sum(span.ms for span in recorded.of("stage") if span.name == "denoise")
+    steps_ms = sum(span.ms for span in recorded.of("engine") if span.name.startswith("denoiser"))
+    return {"loop_ms": loop_ms, "steps_ms": steps_ms, "idle_share": 1 - steps_ms / loop_ms}
+
+
 def shapes(backend: str, scratch: Path, against: tuple[str, ...], repeats: int, rounds: int) -> dict[str, Any]:
     bundle = scratch / f"shapes-{backend}"
     started = time.perf_counter()
@@ -94,6 +103,7 @@ def shapes(backend: str, scratch: Path, against: tuple[str, ...], repeats: int, 
         "check": attempt(lambda: check_bundle(bundle, str(SHAPES)).to_json()),
         "steadiness": attempt(lambda: steadiness(bundle, rounds)),
         "bench": attempt(lambda: measured(bundle, SHAPES, against, repeats)),
+        "gaps": attempt(lambda: gaps(bundle)),
     }
 
 
@@ -102,7 +112,11 @@ def sdxl(backend: str, model: Path, scratch: Path, against: tuple[str, ...], rep
     started = time.perf_counter()
     toolchain.build(sdxl_recipe(backend), str(model), bundle, store=scratch / "store")
     built = time.perf_counter() - started
-    return {"build_s": built, "bench": attempt(lambda: measured(bundle, model, against, repeats))}
+    return {
+        "build_s": built,
+        "bench": attempt(lambda: measured(bundle, model, against, repeats)),
+        "gaps": attempt(lambda: gaps(bundle)),
+    }
 
 
 def measured(bundle: Path, model: Path, against: tuple[str, ...], repeats: int) -> dict[str, Any]:
