@@ -14,6 +14,7 @@ from tests.parity import LEAST_PSNR_DB, OTHERS, PROMPTS, SEEDS, Build, least_psn
 from tests.tiny_flux import T5_TOKENS, make_flux, recipe_text
 from toolchain.check.pictures import compare_pictures, draw
 from toolchain.errors import RequestError
+from toolchain.memory import forecast
 from toolchain.models import family_of, resolve_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
@@ -51,6 +52,10 @@ def draw_with_diffusers(
     model: Path, prompts: list[str], seeds: list[int] | None, scheduler: str, kind: str = "FluxPipeline", **kwargs: Any
 ) -> np.ndarray:
     return parity.draw_with_diffusers(kind, model, prompts, seeds, scheduler, max_sequence_length=T5_TOKENS, **kwargs)
+
+
+def test_the_memory_of_every_operator_is_known(plain: toolchain.Pipeline) -> None:
+    assert forecast(plain.bundle).unknown == ()
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

@@ -13,6 +13,7 @@ from tests import parity
 from tests.parity import LEAST_PSNR_DB, OTHERS, PROMPTS, SEEDS, Build, least_psnr_db, random_images
 from tests.tiny_sd3 import T5_TOKENS, make_sd3, recipe_text
 from toolchain.errors import RequestError
+from toolchain.memory import forecast
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 NEGATIVES = ["left", "of white"]
@@ -47,6 +48,10 @@ def draw_with_diffusers(
     if parity.diffusers_pipeline(model, kind).text_encoder_3 is not None:
         kwargs["max_sequence_length"] = T5_TOKENS
     return parity.draw_with_diffusers(kind, model, prompts, seeds, scheduler, **kwargs)
+
+
+def test_the_memory_of_every_operator_is_known(pipe: toolchain.Pipeline) -> None:
+    assert forecast(pipe.bundle).unknown == ()
 
 
 @pytest.mark.parametrize("scheduler", ["model", "flow-euler", "flow-heun", "dpm++2m", "unipc", "deis"])

@@ -15,6 +15,7 @@ from tests import parity
 from tests.parity import LEAST_PSNR_DB, OTHERS, PROMPTS, SEEDS, Build, least_psnr_db, random_images
 from tests.tiny_sdxl import make_sdxl, recipe_text
 from toolchain.errors import RequestError
+from toolchain.memory import forecast
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 WIDE = (64, 96)
@@ -53,6 +54,10 @@ def plain(build: Build, model: Path) -> toolchain.Pipeline:
 
 def draw_with_diffusers(model: Path, prompts: list[str], scheduler: str, kind: str = BASE, **kwargs: Any) -> np.ndarray:
     return parity.draw_with_diffusers(kind, model, prompts, SEEDS[: len(prompts)], scheduler, **kwargs)
+
+
+def test_the_memory_of_every_operator_is_known(pipe: toolchain.Pipeline) -> None:
+    assert forecast(pipe.bundle).unknown == ()
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

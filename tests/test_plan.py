@@ -90,7 +90,7 @@ def test_a_second_bucket_writes_no_weight_again(
     for bucket in ("1x64x64", "2x64x96"):
         engine = Store(store).lookup("engine", plan.step(f"engine tiny denoiser {bucket}").key)
         assert engine is not None
-        assert set(engine.files) == {"graph.onnx"}
+        assert set(engine.files) == {"graph.onnx", "engine.json"}
         assert sum(record.size for record in engine.files.values()) < 0.3 * total
 
 

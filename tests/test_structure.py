@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "toolchain"
 LAYERS = (
     ("errors", "markup"),
     ("recipe", "settings", "signature", "files", "manifest", "artifacts", "weights"),
-    ("graph", "models", "sampler", "bundle", "signing"),
+    ("graph", "models", "sampler", "bundle", "signing", "memory"),
     ("export", "engines"),
     ("runtime",),
     ("plan", "assemble", "check"),

@@ -351,12 +351,10 @@ def _only_file(artifact: Artifact) -> Path:
 
 
 def _export(planner: _Planner, component: Component, bucket: Bucket, folder: Path) -> None:
-    import onnx_ir as ir
-
-    from toolchain.export.capture import capture
+    from toolchain.export.capture import capture, write_graph
 
     captured = capture(component, planner.source, planner.recipe, bucket)
-    ir.save(planner.backend.prepare(captured), folder / "graph.onnx")
+    write_graph(planner.backend.prepare(captured), folder)
 
 
 def _weights(checkpoint: Path, graph: Artifact, out: Path) -> None:

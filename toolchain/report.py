@@ -17,6 +17,7 @@ from toolchain.errors import DiffbuildError
 if TYPE_CHECKING:
     from toolchain.artifacts import Artifact, GcReport, Store
     from toolchain.bundle import Bundle
+    from toolchain.memory import EngineMemory, Forecast
     from toolchain.plan import Plan, Step
     from toolchain.progress import Finished
     from toolchain.runtime.pipeline import Timings
@@ -83,15 +84,21 @@ def subject(step: Step, recipe: str) -> str:
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
+    from toolchain.memory import planned
+
     steps = [{"stage": s.stage, "subject": s.subject, "key": s.key, "hit": s.hit} for s in plan.steps]
     for entry, step in zip(steps, plan.steps, strict=True):
         entry["changed"] = list(step.changed)
     source = {"name": plan.source.name, "path": str(plan.source.path), "revision": plan.source.revision}
     totals = {"hits": len(plan.steps) - plan.misses, "misses": plan.misses}
-    return {"recipe": plan.recipe.name, "model": source, "store": str(plan.store.root), "steps": steps, **totals}
+    memory = [engine.to_json() for engine in planned(plan)]
+    where = {"recipe": plan.recipe.name, "model": source, "store": str(plan.store.root)}
+    return {**where, "steps": steps, "memory": memory, **totals}
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
+    from toolchain.memory import planned
+
     revision = f" at {plan.source.revision}" if plan.source.revision else ""
     yield f"recipe {plan.recipe.name}, model {plan.source.name}{revision}, store {plan.store.root}"
     rows = []
@@ -101,6 +108,10 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         rows += [["", "", other] for other in others]
     yield from table(rows)
     yield f"{len(plan.steps)} steps: {len(plan.steps) - plan.misses} hits, {plan.misses} misses"
+    known = planned(plan)
+    if known:
+        yield "memory, of what is built or at least exported:"
+    yield from memory_lines(known)
 
 
 def _reasons(step: Step) -> list[str]:
@@ -149,7 +160,32 @@ def _component_bytes(bundle: Bundle, component: str) -> dict[str, int]:
     return sizes
 
 
+def memory_lines(engines: Sequence[EngineMemory]) -> Iterator[str]:
+    """A table of what each engine takes."""
+    if not engines:
+        return
+    rows = [["", "weights", "session", "buffers", "activations", "arena", "together"]]
+    for e in engines:
+        told = "unknown" if e.activations is None else megabytes(e.activations)
+        sizes = [megabytes(size) for size in (e.weights, e.session, e.buffers)]
+        rows.append([e.name + ("" if e.built else ", exported"), *sizes, told, megabytes(e.arena), megabytes(e.total)])
+    yield from table(rows)
+
+
+def forecast_lines(found: Forecast) -> Iterator[str]:
+    if found.total is None:
+        yield f"memory forecast: none, as too little is written down of {', '.join(found.unknown)}"
+    elif found.on_gpu:
+        yield f"memory forecast: {megabytes(found.total)} of the GPU; the engines take turns with their activations"
+    else:
+        rest = f"{megabytes(found.runtime)} of it for tokenizers and libraries"
+        yield f"memory forecast: {megabytes(found.total)} once every bucket has drawn, {rest}"
+    yield from memory_lines(found.engines)
+
+
 def bundle_json(bundle: Bundle, refused: str | None, verified: bool) -> dict[str, Any]:
+    from toolchain.memory import forecast
+
     listed = {
         "bundle": str(bundle.path),
         "family": bundle.family,
@@ -161,6 +197,7 @@ def bundle_json(bundle: Bundle, refused: str | None, verified: bool) -> dict[str
         "refused": refused,
         "buckets": _buckets(bundle),
         "components": {c: {"bytes": _component_bytes(bundle, c)} for c in bundle.engines},
+        "memory": forecast(bundle).to_json(),
         "samplers": list(bundle.samplers),
         "tools": bundle.tools,
         "bytes": sum(entry.size for entry in bundle.files.values()),
@@ -170,6 +207,8 @@ def bundle_json(bundle: Bundle, refused: str | None, verified: bool) -> dict[str
 
 
 def bundle_lines(bundle: Bundle, refused: str | None, verified: bool) -> Iterator[str]:
+    from toolchain.memory import forecast
+
     model = bundle.model
     at = f" at {model['revision']}" if model.get("revision") else ""
     sampling = bundle.recipe.sampling
@@ -191,6 +230,7 @@ def bundle_lines(bundle: Bundle, refused: str | None, verified: bool) -> Iterato
     total = megabytes(sum(entry.size for entry in bundle.files.values()))
     checked = "every sha256 is right" if verified else "sha256 not compared (--verify does)"
     yield from table([*rows, ["files", f"{len(bundle.files)}, {total}; {checked}"]], indent="")
+    yield from forecast_lines(forecast(bundle))
 
 
 def sign_json(bundle: Path, signature: Signature) -> dict[str, Any]:

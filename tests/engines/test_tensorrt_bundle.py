@@ -119,7 +119,11 @@ def place(bundle: toolchain.Bundle, component: str) -> Path:
 def test_inspect_says_that_it_runs_here(bundle: toolchain.Bundle) -> None:
     done = CliRunner().invoke(cli, ["inspect", str(bundle.path), "--json"])
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["device"] == dict(bundle.device)
+    document = json.loads(done.stdout)
+    assert document["device"] == dict(bundle.device)
+    memory = document["memory"]
+    assert (memory["of"], memory["unknown"]) == ("gpu", [])
+    assert memory["total"] > sum((place(bundle, c) / "engine.plan").stat().st_size for c in bundle.engines)
     assert "NVIDIA L40S" not in done.stdout
 
 

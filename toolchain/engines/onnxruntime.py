@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import platform
 import tempfile
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from toolchain.engines.memory import HostMemory
 from toolchain.errors import EngineError
+from toolchain.memory import FACTS
 from toolchain.signature import GraphSpec, TensorSpec
 from toolchain.weights import MappedWeights, TensorRef
 
@@ -73,6 +75,8 @@ class OnnxRuntimeBackend:
     providers: tuple[Provider, ...] = ("CPUExecutionProvider",)
     dtypes: tuple[str, ...] = ("float32", "float16")  # its CPU kernels have no bfloat16 convolution
     run_options: tuple[str, ...] = ("threads",)
+    forecasts = True
+    """Whether it writes down beside an engine how much memory that will take."""
 
     def available(self) -> str | None:
         try:
@@ -160,6 +164,10 @@ class OnnxRuntimeBackend:
                     place = (FILES[role], ref.offset, ref.nbytes, tensor.dtype)
                     value.const_value = ir.ExternalTensor(*place, shape=ir.Shape(static_shape(tensor)), name=name)
             ir.save(model, out / GRAPH)
+            if self.forecasts:
+                from toolchain.engines.onnxruntime_memory import memory_facts
+
+                (out / FACTS).write_text(json.dumps(memory_facts(model, cpu_features()), indent=1) + "\n")
             for mapped in files.values():
                 mapped.close()
 

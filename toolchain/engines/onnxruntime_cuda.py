@@ -26,6 +26,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
     name = "onnxruntime_cuda"
     run_options: tuple[str, ...] = ("cuda_graph", "prefer_nhwc", "tf32")
     providers: tuple[Provider, ...] = (PROVIDER, "CPUExecutionProvider")
+    forecasts = False  # how CUDA's kernels and their arena go about memory is another matter
 
     def available(self) -> str | None:
         try:

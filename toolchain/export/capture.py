@@ -8,9 +8,11 @@ checkpoint's own tensor name and no bytes.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -19,8 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from toolchain.errors import DiffbuildError, ExportError, ModelError
 from toolchain.graph import IR_VERSION, OPSET
+from toolchain.graph.liveness import facts
 from toolchain.graph.placeholder import placeholder, static_shape
 from toolchain.graph.simplify import simplify
+from toolchain.memory import GRAPH_FACTS
 from toolchain.models.component import Component
 from toolchain.models.source import first_line
 from toolchain.recipe import Bucket, Recipe
@@ -86,6 +90,12 @@ def capture(component: Component, source: ModelSource, recipe: Recipe, bucket: B
     model.graph.name = component.name
     check_signature(model, spec, component.name)
     return model
+
+
+def write_graph(model: ir.Model, folder: Path) -> None:
+    """The graph as `graph.onnx` and, for the forecast of memory, what it will hold."""
+    ir.save(model, folder / "graph.onnx")
+    (folder / GRAPH_FACTS).write_text(json.dumps(facts(model), indent=1) + "\n")
 
 
 def _construct(component: Component, source: ModelSource, recipe: Recipe) -> nn.Module:

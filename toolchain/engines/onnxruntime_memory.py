@@ -1,0 +1,189 @@
+"""What a session of ONNX Runtime on the CPU will keep in memory, told from its optimised graph when it is built."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from toolchain.graph.liveness import Kind, declared, peak_bytes
+from toolchain.graph.placeholder import is_weight, static_shape
+
+Shape = tuple[int, ...]
+PACKING = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm"})
+NODE_BYTES = 7680
+"""Of a session per node: 1.3 MB more for 162 nodes and 4.1 MB for 552."""
+ARENA_TIMES = 2.2
+"""In its first run a session allocates tensor by tensor, from then on one block with room for all of them, and the
+arena keeps both, the first with holes. 2.0 to 2.3 times the activations for engines with 10 MB of them and more."""
+PACKED_COLUMNS = 16  # MLAS_SGEMM_STRIDEN_THREAD_ALIGN: packed columns are filled up to a multiple of it
+BLOCK, NARROW_BLOCK = 16, 8  # channels that lie side by side: a vector of AVX-512, or of less
+
+
+def memory_facts(model: ir.Model, features: str) -> dict[str, Any]:
+    """For `engine.json`; `features` are `cpu_features()`, which decide how wide channels are blocked.
+
+    mapped_bytes      of weights that are read where they are mapped: not the packed ones, whose originals are let go,
+                      nor the tables that are only looked up in, of which a few rows are read
+    packed_bytes      of the copies that matrix kernels keep of theirs
+    session_bytes     of the graph as the session holds it
+    activation_bytes  of tensors between the nodes; None where the shape of one is not known
+    arena_bytes       of what stays allocated for them
+    """
+    graph = model.graph
+    packed = {name: size for node in graph for name, size in [_packed(node)] if name}
+    weights = [v for name, v in graph.initializers.items() if is_weight(v) and name not in packed and not _table(v)]
+    kinds = _Kinds(BLOCK if "avx512" in features else NARROW_BLOCK)
+    try:
+        activations: int | None = peak_bytes(run_order(graph), kinds)
+    except LookupError:
+        activations = None
+    return {
+        "mapped_bytes": sum(v.const_value.nbytes for v in weights if v.const_value is not None),
+        "packed_bytes": sum(packed.values()),
+        "session_bytes": NODE_BYTES * len(graph),
+        "activation_bytes": activations,
+        "arena_bytes": None if activations is None else int(ARENA_TIMES * activations),
+    }
+
+
+def run_order(graph: ir.Graph) -> list[ir.Node]:
+    """The order in which a session runs the nodes: depth first from what the last of them needs (GraphViewer)."""
+    index = {node: i for i, node in enumerate(graph)}
+    stack = [(node, False) for node in graph if not any(value.uses() for value in node.outputs)]
+    seen: set[ir.Node] = set()
+    order = []
+    while stack:
+        node, is_ready = stack.pop()
+        if is_ready:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            sources = {made for value in node.inputs if value is not None and (made := value.producer()) is not None}
+            stack += [(node, True), *((source, False) for source in sorted(sources, key=index.__getitem__))]
+    return order
+
+
+def _table(weight: ir.Value) -> bool:
+    return all(node.op_type == "Gather" and position == 0 for node, position in weight.uses())
+
+
+def _packed(node: ir.Node) -> tuple[str | None, int]:
+    """The weight of a product that is packed, and into how many bytes: K rows of N columns, as float32."""
+    weight = node.inputs[1] if node.op_type in PACKING else None
+    if weight is None or weight.const_value is None or weight.dtype != ir.DataType.FLOAT:
+        return None, 0
+    shape = static_shape(weight.const_value)
+    if len(shape) != 2:
+        return None, 0
+    rows, columns = shape[::-1] if _integer(node, "transB", 0) else shape
+    return weight.name, math.ceil(columns / PACKED_COLUMNS) * PACKED_COLUMNS * rows * 4
+
+
+class _Kinds:
+    """The shape and dtype of every value. ONNX Runtime does not write down those that its optimiser made.
+
+    LookupError for an operator that is not known here.
+    """
+
+    def __init__(self, block: int) -> None:
+        self._block = block
+        self._known: dict[ir.Value, Kind] = {}
+
+    def __call__(self, value: ir.Value) -> Kind:
+        if value not in self._known:
+            self._known[value] = self._find(value)
+        return self._known[value]
+
+    def _find(self, value: ir.Value) -> Kind:
+        node = value.producer()
+        try:
+            return declared(value)
+        except LookupError:
+            if node is None or node.op_type not in RULES:
+                raise
+        inputs = [self(v) for v in node.inputs if v is not None]
+        return RULES[node.op_type](node, [shape for shape, _ in inputs], self._block), inputs[0][1]
+
+
+def _reorder(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
+    """NCHW, or NHWC with channels_last, to blocked channels, of which the last block is filled up."""
+    shape = inputs[0]
+    batch, *rest = shape
+    channels, sides = (rest[-1], rest[:-1]) if _integer(node, "channels_last", 0) else (rest[0], rest[1:])
+    return (batch, math.ceil(channels / block) * block, *sides)
+
+
+def _conv(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
+    source, weight = inputs[:2]
+    sides = len(source) - 2
+    strides, dilations = (_integers(node, name, [1] * sides) for name in ("strides", "dilations"))
+    pads = _integers(node, "pads", [0] * 2 * sides)
+    extents = [d * (k - 1) + 1 for d, k in zip(dilations, weight[2:], strict=True)]
+    padded = [s + pads[i] + pads[i + sides] for i, s in enumerate(source[2:])]
+    made = [(p - e) // s + 1 for p, e, s in zip(padded, extents, strides, strict=True)]
+    return (source[0], weight[0], *made)
+
+
+def _upsample(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
+    return tuple(s * k for s, k in zip(inputs[0], _integers(node, "scales", [1] * 4), strict=True))
+
+
+def _gemm(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
+    rows = inputs[0][1 if _integer(node, "transA", 0) else 0]
+    return rows, inputs[1][0 if _integer(node, "transB", 0) else 1]
+
+
+def _reshape(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
+    wanted = [inputs[0][i] if n == 0 else n for i, n in enumerate(_constant(node, 1))]
+    rest = math.prod(n for n in wanted if n != -1)
+    return tuple(math.prod(inputs[0]) // rest if n == -1 else n for n in wanted)
+
+
+def _concat(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
+    axis = _integer(node, "axis", 0)
+    made = list(inputs[0])
+    made[axis] = sum(shape[axis] for shape in inputs)
+    return tuple(made)
+
+
+def _elementwise(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
+    return np.broadcast_shapes(*inputs)
+
+
+def _reduce(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
+    axes = {axis % len(inputs[0]) for axis in _constant(node, 1)}
+    kept = _integer(node, "keepdims", 1)
+    return tuple(1 if i in axes else n for i, n in enumerate(inputs[0]) if kept or i not in axes)
+
+
+RULES = {
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Reciprocal"), _elementwise),
+    "ReduceMean": _reduce,
+    "ReorderInput": _reorder,
+    "Conv": _conv,
+    "Upsample": _upsample,
+    "Gemm": _gemm,
+    "Reshape": _reshape,
+    "Concat": _concat,
+}
+
+
+def _constant(node: ir.Node, position: int) -> list[int]:
+    """An input of integers that is part of the graph. LookupError where it is not."""
+    value = node.inputs[position] if position < len(node.inputs) else None
+    if value is None or value.const_value is None:
+        raise LookupError(f"input {position} of {node.name} is no constant")
+    return [int(n) for n in value.const_value.numpy()]
+
+
+def _integer(node: ir.Node, name: str, default: int) -> int:
+    found = node.attributes.get(name)
+    return default if found is None else found.as_int()
+
+
+def _integers(node: ir.Node, name: str, default: list[int]) -> list[int]:
+    found = node.attributes.get(name)
+    return default if found is None else list(found.as_ints())
