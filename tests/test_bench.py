@@ -14,23 +14,26 @@ from click.testing import CliRunner
 from toolchain.bench.openvino import plain_graphs
 from toolchain.bench.page import page
 from toolchain.bench.report import BenchReport, Result, Spread, spread, summarize
-from toolchain.bench.run import bench, measure, workload
+from toolchain.bench.run import _forecast_mb, bench, measure, workload
 from toolchain.bench.worker import CONTENDERS, Parts
 from toolchain.bundle import read_bundle
 from toolchain.check.report import Pair
 from toolchain.cli import cli
 from toolchain.engines import BACKENDS
 from toolchain.errors import BundleError, DiffbuildError, UsageError
+from toolchain.memory import forecast
 
 ROUNDS = [
     {"text_ms": 1.0, "denoise_ms": 10.0, "overhead_ms": 0.5, "total_ms": 11.5, "launches": 6.0},
     {"text_ms": 3.0, "denoise_ms": 14.0, "overhead_ms": 0.5, "total_ms": 17.5, "launches": 6.0},
 ]
 
+WITHOUT = summarize({}, ROUNDS, {"peak_mb": None})
+
 
 @pytest.fixture
 def report() -> BenchReport:
-    ours = summarize({"process_ms": 50.0, "first_picture_ms": 20.0}, ROUNDS, {"peak_mb": 400.0})
+    ours = summarize({"process_ms": 50.0, "first_picture_ms": 20.0}, ROUNDS, {"peak_mb": 400.0, "grown_mb": 300.0})
     theirs = Result({"load_ms": 900.0}, {"denoise_ms": Spread(30, 29, 31)}, Spread(35, 34, 36), None, {})
     return BenchReport(
         bundle="bundle",
@@ -44,6 +47,7 @@ def report() -> BenchReport:
         ratios={"diffusers": [2.0, 4.0]},
         likeness_db={"diffusers": 89.25},
         sweeps={"steps": [{"steps": "5", "total_ms": 5.0, "images": 1}, {"steps": "10", "total_ms": 9.0, "images": 1}]},
+        forecast_mb=330.0,
     )
 
 
@@ -77,6 +81,31 @@ def test_the_terminal_says_the_same(report: BenchReport) -> None:
     assert json.dumps(report.to_json())
 
 
+def test_memory_is_held_against_its_forecast(report: BenchReport) -> None:
+    said = "300 MB came with the engines; the forecast was 330 MB (+10.0%)"
+    assert f"\nmemory: {said}\n" in "\n".join(report.lines())
+    assert said in page(report)
+    assert (report.to_json()["forecast_mb"], report.to_json()["contenders"]["diffbuild"]["grown_mb"]) == (330, 300)
+    unmeasured = replace(report, contenders={"diffbuild": WITHOUT}, ratios={})
+    assert "memory: the forecast is 330 MB; what came with the engines alone could not be told" in unmeasured.lines()
+    nothing = replace(report, forecast_mb=None)
+    assert "memory:" not in "\n".join(nothing.lines())
+    assert "Memory:" not in page(nothing)
+
+
+def test_the_forecast_is_of_the_buckets_that_draw(tiny_bundle: Path) -> None:
+    """The others have warmed up alone. A batch of three is three times the bucket of one."""
+    bundle = read_bundle(tiny_bundle)
+    found = forecast(bundle)
+    assert found.total is not None
+    for batch, size, drawn in ((1, (64, 64), "1x64x64"), (3, (64, 64), "1x64x64"), (2, (64, 96), "2x64x96")):
+        work = workload(bundle, None, batch, size, None)
+        ran = ("text_encoder", f"denoiser {drawn}", f"vae_decoder {drawn}")
+        saved = sum(e.activations or 0 for e in found.engines if e.name not in ran)
+        assert _forecast_mb(bundle, work) == pytest.approx((found.total - saved) / 1e6)
+    assert _forecast_mb(replace(bundle, device={"kind": "cuda"}), work) is None
+
+
 def test_a_run_against_diffusers(tiny_bundle: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Two rounds of both; the pictures are the same, so the contenders do the same work."""
     arguments = ["bench", str(tiny_bundle), "--model", str(tiny_model), "--against", "diffusers", "--repeats", "2"]
@@ -93,6 +122,9 @@ def test_a_run_against_diffusers(tiny_bundle: Path, tiny_model: Path, tmp_path: 
     # Prompt and empty prompt, four evaluations, the decoder: nothing else is launched.
     assert (ours["counts"]["evaluations"], ours["counts"]["launches"]) == (4, 7)
     assert theirs["peak_mb"] > 100
+    assert 0 < ours["grown_mb"] < ours["peak_mb"]
+    assert theirs["grown_mb"] is None
+    assert data["forecast_mb"] > 0
     assert len(data["ratios"]["diffusers"]["rounds"]) == 2
     assert [point["batch"] for point in data["sweeps"]["batch"]] == ["1"]
     assert "<!doctype html>" in (tmp_path / "bench.html").read_text()

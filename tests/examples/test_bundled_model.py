@@ -1,4 +1,7 @@
-"""The shipped recipe builds the shipped model, its check passes, and what it draws is what the caption says."""
+"""The shipped recipe builds the shipped model, its check passes, and what it draws is what the caption says.
+
+It is also large enough for the forecast of memory to be held against a process.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 
 import toolchain
+from toolchain.bench.run import measure
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "shapes" / "model"
@@ -29,6 +33,15 @@ def test_the_check_passes(bundle: Path) -> None:
     report = toolchain.check_bundle(bundle, str(MODEL))
     assert report.passed, "\n".join(report.lines())
     assert min(p.psnr_db for p in report.pictures) >= 60
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells resident memory")
+@pytest.mark.parametrize("batch", [1, 4])
+def test_memory_is_what_was_forecast(bundle: Path, batch: int) -> None:
+    """By how much a process grows that opens the bundle and draws; not all of it are engines."""
+    found = measure(bundle, repeats=1, batch=batch)
+    assert found.contenders["diffbuild"].grown_mb == pytest.approx(found.forecast_mb, rel=0.15)
+    assert found.memory is not None
 
 
 @pytest.fixture(scope="module")

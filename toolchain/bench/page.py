@@ -59,6 +59,7 @@ def page(report: BenchReport) -> str:
         element("h2", "A call by stage"),
         _bars({name: {k: s.median for k, s in r.stages.items()} for name, r in report.contenders.items()}),
         _stages(report.contenders, int(work["batch"])),
+        *([element("p", f"Memory: {report.memory}.")] if report.memory else []),
         element("h2", "Cold start: from the process to the first picture"),
         _bars({name: r.start for name, r in report.contenders.items()}),
         *(_sweep(kind, points) for kind, points in report.sweeps.items()),

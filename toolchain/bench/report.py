@@ -24,7 +24,8 @@ class Spread:
 class Result:
     """One contender. `start` is its cold start by part; `stages` and `total` are of the rounds, in milliseconds.
 
-    peak_mb is resident memory, pages of mapped weight files included.
+    peak_mb is resident memory, pages of mapped weight files included, and grown_mb how much of it came with the
+    engines, where that is known.
     """
 
     start: Mapping[str, float]
@@ -32,6 +33,7 @@ class Result:
     total: Spread
     peak_mb: float | None
     counts: Mapping[str, float]
+    grown_mb: float | None = None
 
     @property
     def cold_ms(self) -> float:
@@ -45,6 +47,7 @@ class BenchReport:
     ratios       contender -> its time over ours, round by round
     likeness_db  contender -> PSNR of its first picture against ours; infinite where they are equal
     sweeps       what was varied -> points
+    forecast_mb  by how much our memory should have grown, as far as the bundle knows
     """
 
     bundle: str
@@ -57,6 +60,20 @@ class BenchReport:
     ratios: Mapping[str, Sequence[float]]
     likeness_db: Mapping[str, float | None]
     sweeps: Mapping[str, Sequence[Mapping[str, Any]]]
+    forecast_mb: float | None = None
+
+    @property
+    def memory(self) -> str | None:
+        """The forecast of memory beside what was measured. None where there is none."""
+        ours = next(iter(self.contenders.values()))
+        if self.forecast_mb is None:
+            return None
+        if ours.grown_mb is None:
+            return f"the forecast is {self.forecast_mb:.0f} MB; what came with the engines alone could not be told"
+        error = self.forecast_mb / ours.grown_mb - 1
+        return (
+            f"{ours.grown_mb:.0f} MB came with the engines; the forecast was {self.forecast_mb:.0f} MB ({error:+.1%})"
+        )
 
     def to_json(self) -> dict[str, Any]:
         ratios = {name: asdict(spread(values)) | {"rounds": list(values)} for name, values in self.ratios.items()}
@@ -85,6 +102,9 @@ class BenchReport:
                 f"{part.removesuffix('_ms').replace('_', ' ')} {ms:.0f}" for part, ms in result.start.items()
             )
             yield f"  cold start {result.cold_ms:.0f} ms: {parts}"
+        if self.memory:
+            yield ""
+            yield f"memory: {self.memory}"
         for name, values in self.ratios.items():
             found = spread(values)
             likeness = self.likeness_db[name]
@@ -105,6 +125,7 @@ def summarize(start: Mapping[str, float], rounds: Sequence[Mapping[str, float]],
         stages=stages,
         total=spread([r["total_ms"] for r in rounds]),
         peak_mb=end["peak_mb"],
+        grown_mb=end.get("grown_mb"),
         counts={key: statistics.median(r[key] for r in rounds) for key in others},
     )
 

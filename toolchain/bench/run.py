@@ -21,8 +21,11 @@ from toolchain.bundle import Bundle, read_bundle
 from toolchain.check.report import Pair
 from toolchain.doctor import installed, machine
 from toolchain.errors import UsageError
+from toolchain.memory import forecast
 from toolchain.models import resolve_model
+from toolchain.recipe import Bucket
 from toolchain.runtime.engines import usable_backend
+from toolchain.runtime.pipeline import bucket_batches
 from toolchain.signing import require_trusted
 
 OURS = "diffbuild"
@@ -124,8 +127,8 @@ def bench(
             for number in range(repeats):
                 progress(f"round {number + 1} of {repeats}")
                 rounds.append({c.name: c.draw(work) for c in contenders})
+            ends = {c.name: c.finish() for c in contenders}  # before the sweeps, which take memory of their own
             swept = {kind: _sweep(contenders[0], bundle, work, kind, progress) for kind in sweeps}
-            ends = {c.name: c.finish() for c in contenders}
         finally:
             for contender in contenders:
                 contender.close()
@@ -141,6 +144,7 @@ def bench(
         ratios={n: [r[n]["total_ms"] / r[OURS]["total_ms"] for r in rounds] for n in against},
         likeness_db=likeness,
         sweeps=swept,
+        forecast_mb=_forecast_mb(bundle, work),
     )
 
 
@@ -182,6 +186,17 @@ def _sweep(
         times = sorted(ours.draw(point)["total_ms"] for _ in range(3))
         found.append({kind: label, "total_ms": times[1], "images": point.batch})
     return found
+
+
+def _forecast_mb(bundle: Bundle, work: Workload) -> float | None:
+    """Of a process that has warmed up every engine and draws with those of the workload."""
+    found = forecast(bundle)
+    if found.on_gpu:  # which is no process's resident memory
+        return None
+    drawn = {Bucket(batch, *work.size) for batch in bucket_batches(bundle, work.batch, work.size)}
+    names = {f"{part} {bucket}" for part in ("denoiser", "vae_decoder") for bucket in drawn}
+    total = found.after({*bundle.tokenizers, *names})
+    return None if total is None else total / 1e6
 
 
 def _psnr_db(ours: Path, theirs: Path) -> float | None:

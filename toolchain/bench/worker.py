@@ -23,10 +23,14 @@ Draw = Callable[[dict[str, Any]], tuple[Stages, Any]]
 
 
 class Parts:
-    """Milliseconds of one thing after another."""
+    """Milliseconds of one thing after another.
+
+    base_bytes  of memory before engines were opened, where somebody noted it
+    """
 
     def __init__(self) -> None:
         self.found: Stages = {}
+        self.base_bytes: int | None = None
         self._last = time.perf_counter()
 
     def done(self, name: str) -> None:
@@ -37,6 +41,7 @@ class Parts:
 
 def diffbuild(bundle: str, _: str, parts: Parts, *, verify: bool = True) -> Draw:
     from toolchain.bundle import read_bundle
+    from toolchain.runtime.engines import usable_backend
     from toolchain.runtime.pipeline import Pipeline
 
     parts.done("imports_ms")
@@ -45,6 +50,8 @@ def diffbuild(bundle: str, _: str, parts: Parts, *, verify: bool = True) -> Draw
     if verify:
         opened.verify()
         parts.done("verify_ms")
+    usable_backend(opened)  # imports the backend's library, whose memory is none of the engines'
+    parts.base_bytes = resident_bytes()[0]
     pipe = Pipeline(opened, warm_up=False)
     pipe.warm_up()
     parts.done("open_and_warm_up_ms")
@@ -175,14 +182,33 @@ CONTENDERS: dict[str, Callable[[str, str, Parts], Draw]] = {
 }
 
 
-def peak_mb() -> float | None:
-    """Peak resident memory of this process, shared pages included; None where the system does not tell."""
+def resident_bytes() -> tuple[int | None, int | None]:
+    """(now, at most so far) of this process, mapped pages included; None where the system does not tell.
+
+    On Linux not `getrusage`, whose peak begins at that of the process that started this one.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Vm")}
+        return found["VmRSS"], found["VmHWM"]
+    except (OSError, KeyError):
+        pass
     try:
         import resource
     except ImportError:
-        return None
+        return None, None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+    return None, peak if sys.platform == "darwin" else peak * 1024
+
+
+def ending(parts: Parts) -> dict[str, float | None]:
+    """What is only known at the end: peak memory, and by how much it is above what there was before the engines.
+
+    The latter only where nothing else came on top: to compile a sampler's table, torch is imported.
+    """
+    peak, base = resident_bytes()[1], parts.base_bytes
+    grown = None if peak is None or base is None or "torch" in sys.modules else (peak - base) / 1e6
+    return {"peak_mb": None if peak is None else peak / 1e6, "grown_mb": grown}
 
 
 def main() -> None:
@@ -198,14 +224,14 @@ def main() -> None:
     print(json.dumps({"began": BEGAN, **parts.found}), file=answers, flush=True)
     for line in sys.stdin:
         work = json.loads(line)
-        answer = {"peak_mb": peak_mb()} if work is None else draw(work)[0]
+        answer = ending(parts) if work is None else draw(work)[0]
         print(json.dumps(answer), file=answers, flush=True)
 
 
 def _resume(parts: Parts) -> Parts:
     """The same parts, the clock set anew: waiting for the first workload is nobody's time."""
     fresh = Parts()
-    fresh.found = parts.found
+    fresh.found, fresh.base_bytes = parts.found, parts.base_bytes
     return fresh
 
 

@@ -144,7 +144,7 @@ class Pipeline:
         images: list[Image.Image] = []
         parts: list[F32] = []
         first = 0
-        for batch in self._batches(len(request.prompts), request.run_size):
+        for batch in bucket_batches(self.bundle, len(request.prompts), request.run_size):
             count = min(batch, len(request.prompts) - first)
             engines = self._engines(Bucket(batch, *request.run_size))
             chosen = [first + min(i, count - 1) for i in range(batch)]  # a part-filled batch repeats its last picture
@@ -214,16 +214,6 @@ class Pipeline:
                 hint="add it to the recipe (sampling.schedulers, step_counts, strengths) and build again, or install "
                 "diffbuild[build] to compile it here",
             ) from None
-
-    def _batches(self, count: int, size: Size) -> list[int]:
-        """Bucket batches that together hold `count` pictures: the largest that fit, then the smallest."""
-        built = sorted({b.batch for b in self.bundle.buckets if (b.height, b.width) == size})
-        batches = []
-        while count > 0:
-            batch = max((b for b in built if b <= count), default=built[0])
-            batches.append(batch)
-            count -= batch
-        return batches
 
     def _engines(self, bucket: Bucket) -> BucketEngines:
         if bucket not in self._buckets:
@@ -299,6 +289,17 @@ class Pipeline:
                 if callback(Progress(index, table.evaluations, float(table.timesteps[index]), read)) is False:
                     break
         return len(marks), marks
+
+
+def bucket_batches(bundle: Bundle, count: int, size: Size) -> list[int]:
+    """Bucket batches that together hold `count` pictures: the largest that fit, then the smallest."""
+    built = sorted({b.batch for b in bundle.buckets if (b.height, b.width) == size})
+    batches = []
+    while count > 0:
+        batch = max((b for b in built if b <= count), default=built[0])
+        batches.append(batch)
+        count -= batch
+    return batches
 
 
 def _first(memory: Memory, buffer: Any) -> F32:
