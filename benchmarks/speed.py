@@ -20,6 +20,7 @@ from typing import Any
 
 from toolchain.bench.run import bench, workload
 from toolchain.bundle import read_bundle
+from toolchain.doctor import machine
 from toolchain.recipe import Bucket, Check, Recipe, Sampling, load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--against", nargs="*", default=["diffusers", "compile", "openvino"])
     arguments = parser.parse_args()
     against = tuple(name for name in arguments.against if name != "openvino" or find_spec("openvino"))
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"machine": machine()}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         half = scratch / "model"
@@ -113,7 +114,8 @@ def main() -> None:
         shapes = load_recipe(ROOT / "recipes" / "shapes-fp32.toml")
         result["shapes"] = measure(shapes, SHAPES, scratch, against, arguments.repeats)
         shutil.rmtree(half)
-    for name, found in result.items():
+    for name in ("sd15_half_width", "shapes"):
+        found = result[name]
         ratios = {other: round(statistics.median(r["rounds"]), 2) for other, r in found["ratios"].items()}
         print(f"{name}: times as long as diffbuild: {ratios}; own noise {found['own_noise']['share']:.1%}")
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """What all commands share: errors that become messages and exit codes, -v and -q, the log, --size and the like.
 
-Exit codes: 0 done, 1 could not, 2 wrong usage, 3 done but a gate failed, 130 interrupted. Nothing else sets them.
+Exit codes: 0 done, 1 could not, 2 wrong usage, 3 done but a gate failed, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -52,10 +52,13 @@ def diffbuild(bundle: str, _: str, parts: Parts, *, verify: bool = True) -> Draw
         parts.done("verify_ms")
     usable_backend(opened)  # imports the backend's library, whose memory is none of the engines'
     parts.base_bytes = resident_bytes()[0]
-    pipe = Pipeline(opened, warm_up=False)
-    pipe.warm_up()
-    parts.done("open_and_warm_up_ms")
     on_host = opened.device["kind"] == "cpu"  # elsewhere a launch returns before the work is done
+    # A GPU may not hold every bucket: there the first picture opens what it needs.
+    batches = len({bucket.batch for bucket in opened.buckets})
+    pipe = Pipeline(opened, warm_up=False, open_buckets=None if on_host else batches)
+    if on_host:
+        pipe.warm_up()
+    parts.done("open_and_warm_up_ms")
 
     def draw(work: dict[str, Any]) -> tuple[Stages, Any]:
         pipe.forget_prompts()  # a service sees new prompts

@@ -47,7 +47,7 @@ def compare(bundle: Bundle, source: ModelSource, *, progress: Callable[[str], No
     _refuse_other_shapes(bundle, source, family)
     warnings = _differences(bundle, source, family)
     sampling = bundle.recipe.sampling
-    pipeline = Pipeline(bundle, warm_up=False)
+    pipeline = Pipeline(bundle, warm_up=False, open_buckets=1)
     try:
         progress("sampler tables")
         entries = compare_tables(pipeline, source)

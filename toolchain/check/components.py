@@ -140,7 +140,7 @@ class _Comparison:
             label,
             self.bundle.engine(component.name, some).spec,
             module,
-            lambda: open_memory(self.bundle, backend_of(self.bundle.backend)),
+            lambda: open_memory(self.bundle, backend_of(self.bundle.backend), 1),
             lambda memory: open_engine(self.bundle, backend_of(self.bundle.backend), component.name, some, memory),
             feeds,
             self.bundle.recipe.check.tolerance(component.name),

@@ -48,7 +48,7 @@ def trace(bundle: Bundle, request: Mapping[str, Any], *, operators: bool = False
     with tempfile.TemporaryDirectory(prefix="diffbuild-trace-") as scratch:
         recorder = _Recorder(bundle, Path(scratch) if operators else None)
         with recorder.attached():
-            pipe = Pipeline(bundle, warm_up=False)
+            pipe = Pipeline(bundle, warm_up=False, open_buckets=1)
             try:
                 pipe(**request, callback=lambda progress: False)  # one evaluation is enough of a warm-up
                 pipe.forget_prompts()
