@@ -18,11 +18,7 @@ from toolchain.check.page import POLICY, render
 from toolchain.check.report import CheckReport
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-# On one worker: a browser is many processes already.
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on PATH"),
-    pytest.mark.xdist_group("browser"),
-]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on PATH")
 PHONE, DESKTOP = (390, 1600), (1280, 1600)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import subprocess
@@ -210,7 +211,43 @@ def test_a_loop_that_cannot_be_captured_launches_its_steps(
     for steps in (5, 4, 4):
         assert register.place_after(run, steps) == steps
     assert memory.counters.launches - before == 13
-    assert len(caplog.messages) == 1
+    told = [line.split(":")[0] for line in caplog.messages]
+    assert told == ["each number of steps is captured on its own", "steps are launched one by one"]
+
+
+def test_closing_goes_on_after_an_error_that_cuda_repeats(
+    gpu: Any, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = make("loop")
+    register = ShiftRegister(memory)
+    assert memory.loop(*register.launches) is not None
+    buffers = [memory.zeros((4,), np.float32) for _ in range(2)]
+
+    def repeated(name: str, module: Any, failed: Any) -> None:
+        plain = getattr(module, name)
+
+        def call(*args: Any) -> Any:
+            plain(*args)
+            return (failed,)
+
+        monkeypatch.setattr(module, name, call)
+
+    from cuda.bindings import driver
+
+    for name in ("cudaStreamSynchronize", "cudaGraphExecDestroy", "cudaFree"):
+        repeated(name, gpu, gpu.cudaError_t.cudaErrorInvalidResourceHandle)
+    repeated("cuModuleUnload", driver, driver.CUresult.CUDA_ERROR_NOT_FOUND)
+    memory.free(*buffers)
+    memory.release(*register.launches)
+    memory.close()
+    assert gpu._live() == []
+
+
+def test_no_garbage_is_collected_during_a_capture(make: Make) -> None:
+    memory, seen = make("step"), []
+    memory.capture(lambda: seen.append(gc.isenabled()))
+    assert seen == [True, False]
+    assert gc.isenabled()
 
 
 def test_what_was_not_captured_has_no_loop(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

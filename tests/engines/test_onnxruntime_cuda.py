@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
@@ -155,6 +156,7 @@ def test_the_session_works_on_the_memorys_stream(
                 "enable_cuda_graph": "1",
                 "prefer_nhwc": "1",
                 "use_tf32": "0",
+                "arena_extend_strategy": "kSameAsRequested",
             },
         ),
         "CPUExecutionProvider",
@@ -163,6 +165,50 @@ def test_the_session_works_on_the_memorys_stream(
     assert session.settings.graph_optimization_level == level
     assert capsys.readouterr().out == ""
     engine.close()
+
+
+def test_an_engine_that_refuses_a_cuda_graph_is_opened_without(
+    ort: Any, memory: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Partitioned(Session):
+        def __init__(self, graph: bytes, settings: Any, providers: list[Any]) -> None:
+            if providers[0][1]["enable_cuda_graph"] == "1":
+                raise RuntimeError("all compute graph nodes have not been partitioned to the CUDAExecutionProvider")
+            super().__init__(graph, settings, providers)
+
+    monkeypatch.setattr(ort, "InferenceSession", Partitioned)
+    opened(folder, memory).close()
+    assert Session.made.providers[0][1]["enable_cuda_graph"] == "0"
+    (told,) = caplog.messages
+    assert told.startswith("an engine runs without a CUDA graph")
+    assert "have not been partitioned" in told
+
+
+def test_a_graph_that_cannot_be_opened_at_all(
+    ort: Any, memory: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(ort, "InferenceSession", refuse)
+    with pytest.raises(EngineError, match=r"ONNX Runtime cannot open the graph(.|\n)*no such operator"):
+        opened(folder, memory)
+    assert caplog.messages == []
+
+
+def test_argmax_gets_floats() -> None:
+    """Of token ids, as CLIP has it; ONNX Runtime on the CPU computes the same with and without."""
+    tensors = [helper.make_tensor_value_info(n, TensorProto.INT64, s) for n, s in (("ids", [1, 5]), ("place", [1]))]
+    node = helper.make_node("ArgMax", ["ids"], ["place"], axis=-1, keepdims=0)
+    graph = helper.make_graph([node], "g", tensors[:1], tensors[1:])
+    plain = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    made = ir.to_proto(BACKEND.prepare(ir.from_proto(plain)))
+    kinds = [n.op_type for n in made.graph.node]
+    assert kinds == ["Cast", "ArgMax"]
+    ids = np.array([[49406, 3, 49407, 49407, 2]])
+    for proto in (plain, made):
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+        assert session.run(None, {"ids": ids})[0].tolist() == [2]
 
 
 def test_bindings_are_at_device_addresses_and_have_graphs_of_their_own(ort: Any, memory: Any, folder: Path) -> None:

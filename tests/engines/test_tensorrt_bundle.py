@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -184,6 +186,36 @@ def test_without_a_gpu_graphs_are_exported_and_engines_are_refused(
     assert len(graphs) == 3
     with pytest.raises(EngineError, match="no NVIDIA GPU can be used"):
         toolchain.build(recipe(tmp_path), str(tiny_model), tmp_path / "bundle", store=own_store)
+
+
+def test_what_fails_while_it_is_opened_leaves_nothing_on_the_gpu(
+    bundle: toolchain.Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever allocation or binding it is that fails."""
+    from cuda.bindings import runtime
+
+    from toolchain.engines.device_memory import DeviceMemory
+    from toolchain.engines.tensorrt_engine import TensorRtEngine
+
+    for owner, name in ((DeviceMemory, "_allocate"), (TensorRtEngine, "bind"), (TensorRtEngine, "_deserialize")):
+        plain = getattr(owner, name)
+        for failing in itertools.count():
+            calls = itertools.count()
+
+            def call(*args: Any, plain: Any = plain, calls: Any = calls, failing: int = failing) -> Any:
+                if next(calls) == failing:
+                    raise EngineError("the GPU's memory is too small")
+                return plain(*args)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, call)
+                try:
+                    toolchain.load(bundle.path).close()
+                except EngineError:
+                    assert runtime._live() == [], f"{name} {failing}"
+                else:
+                    break
+        assert failing >= len(ENGINES)
 
 
 def command(tmp_path: Path, tiny_model: Path, store: Path, *more: str) -> list[str]:

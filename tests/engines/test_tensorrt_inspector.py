@@ -99,6 +99,13 @@ def test_an_engine_in_float32_whose_layers_name_no_nodes() -> None:
         judged(ASKED, layer("myelin0", "Float"), layer("myelin1", "Float"))
 
 
+def test_an_opaque_layer_for_a_whole_graph_is_not_judged() -> None:
+    whole = layer("{ForeignNode[first...last]}", "Float", "Float")
+    assert judged({str(i): "float16" for i in range(10)}, whole)["layers"] == {"float32": 1}
+    with pytest.raises(EngineError, match="layers: 1 in float32"):
+        judged({str(i): "float16" for i in range(9)}, whole)
+
+
 def test_bfloat16_in_float16_is_not_bfloat16() -> None:
     with pytest.raises(EngineError, match="the graph's bfloat16"):
         judged({"first": "bfloat16"}, layer("first", "Half", "Half"))

@@ -129,6 +129,11 @@ def test_a_node_without_a_kernel_for_want_of_memory(line: str, node: str) -> Non
     assert "workspace_mb (now 512;" in str(error.hint)
 
 
+def test_a_tactic_left_out_for_want_of_memory_is_no_cause() -> None:
+    said = "[W] Skipping tactic 3 due to insufficient memory on requested size of 8589934592\n[E] something else\n"
+    assert "TensorRT does not say why" in str(failed(1, said, NONE).got)
+
+
 def test_a_reason_that_the_builder_gives_goes_before_its_log() -> None:
     """TensorRT logs allocations that failed and that it did without."""
     given = '{"error": {"what": "w", "hint": "h {x}", "got": "g", "expected": "e", "where": "here"}}\n'

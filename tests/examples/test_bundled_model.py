@@ -19,8 +19,6 @@ ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "shapes" / "model"
 sys.path.insert(0, str(ROOT / "examples" / "shapes"))
 
-pytestmark = pytest.mark.xdist_group("bundled-model")
-
 
 @pytest.fixture(scope="module")
 def bundle(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

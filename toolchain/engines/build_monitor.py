@@ -55,12 +55,14 @@ class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
                 del self._phases[phase_name]
 
     def _tell(self, name: str) -> None:
-        root, share = name, 0.0
+        root, share, seen = name, 0.0, {name}
         phase: _Phase | None = self._phases[name]
         while phase is not None:
             share = min(1.0, (phase.done + share) / phase.steps)
             parent = phase.parent
-            root, phase = (parent, self._phases[parent]) if parent in self._phases else (root, None)
+            known = parent in self._phases and parent not in seen  # phases of one name may lie in each other
+            root, phase = (parent, self._phases[parent]) if parent is not None and known else (root, None)
+            seen.add(root)
         if root == self._shown[0]:
             share = max(share, self._shown[1])  # of phases side by side, the one that is furthest
         now = time.monotonic()

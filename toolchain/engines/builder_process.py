@@ -32,7 +32,7 @@ Progress = Callable[[str, float], None]
 
 MODULE = "toolchain.engines.tensorrt_build"
 GRACE_S = 10.0
-"""From a cancellation to the kill: TensorRT asks its monitor between tactics, which take seconds at most."""
+"""From a cancellation to the kill: TensorRT asks its monitor now and then, sometimes not for minutes."""
 LOG_LINES = 12
 LOG_BYTES = 1 << 20
 
@@ -180,7 +180,9 @@ def _named_cause(said: str, options: Mapping[str, Any]) -> tuple[str | None, str
         cause, hint = CUDA_ERRORS.get(found[1], (f"CUDA does not start (error {found[1]})", "diffbuild doctor"))
         return cause, hint.format_map(options)
     kernel = NO_KERNEL.search(said)
-    if OUT_OF_MEMORY.search(said):
+    # Of tactics that do not fit, and are left out, it warns.
+    grave = "\n".join(line for line in said.splitlines() if not line.startswith(("[W]", "[I]")))
+    if OUT_OF_MEMORY.search(grave):
         # TensorRT goes on without the tactics that do not fit, and names a node only when none is left for it.
         return "out of GPU memory" + (f" at node {kernel[1]}" if kernel else ""), LESS_MEMORY.format_map(options)
     if kernel:

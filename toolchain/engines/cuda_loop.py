@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,8 @@ class StepLoop:
         self._memory.free(self._left)
         self._unrolled, self._while = {}, None
         if self._module is not None:
-            _driver("cuModuleUnload", self._module)
+            with suppress(EngineError):  # CUDA answers every call with an error that came before
+                _driver("cuModuleUnload", self._module)
         self._module = None
 
     def _unroll(self, passes: int) -> Enqueue:
@@ -104,7 +106,7 @@ class StepLoop:
 
             self._memory.record(enqueue, into=body)
         except BaseException:
-            call("cudaGraphDestroy", graph)
+            cudart().cudaGraphDestroy(graph)
             raise
         return self._memory.instantiate(graph)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -134,7 +135,8 @@ class DeviceMemory:
         self._blocks: dict[int, int] = {}  # address -> bytes
         self._scratch: DeviceBuffer | None = None
         self._reserved = 0
-        self._recording = self._warned = False
+        self._recording = False
+        self._warned: set[str] = set()
         self._graphs: dict[Callable[[], None], Any] = {}  # what is behind each launch
         self._enqueues: dict[Callable[[], None], Callable[[], None]] = {}
         self._loops: dict[Callable[[], None], StepLoop] = {}  # by their first launch
@@ -155,13 +157,16 @@ class DeviceMemory:
         return buffer
 
     def free(self, *buffers: DeviceBuffer) -> None:
-        """Waits for the GPU first: it may be working on them. After `close` there is nothing left to free."""
+        """Waits for the GPU first: it may be working on them. After `close` there is nothing left to free.
+
+        Raises nothing, like all that frees: after an error CUDA answers every call with it, and closing must go on.
+        """
         if self._stream is None or not buffers:
             return
-        cudart().cudaStreamSynchronize(self._stream)  # errors are the reader's business
+        cudart().cudaStreamSynchronize(self._stream)
         for buffer in buffers:
             self.counters.device_bytes -= self._blocks.pop(buffer.address)
-            call("cudaFree", buffer.address)
+            cudart().cudaFree(buffer.address)
 
     def write(self, target: DeviceBuffer, value: ArrayLike) -> None:
         """Copies `value`, broadcast and cast to the buffer, into pinned memory, and from there when its turn comes."""
@@ -220,6 +225,7 @@ class DeviceMemory:
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceBuffer:
         nbytes = max(prod(shape) * dtype.itemsize, 1)
+        call("cudaSetDevice", 0)  # of this thread, which may be another than the one that opened the memory
         code, address = cudart().cudaMalloc(nbytes)
         if code == cudart().cudaError_t.cudaErrorMemoryAllocation:
             cudart().cudaGetLastError()  # it would come up again in whatever call is next
@@ -241,6 +247,7 @@ class DeviceMemory:
 
         Runs it once before: engines set themselves up in their first run, which no capture allows.
         """
+        call("cudaSetDevice", 0)
         enqueue()
         self.synchronize()
         if self.cuda_graph == "off":
@@ -264,21 +271,28 @@ class DeviceMemory:
         return made
 
     def record(self, enqueue: Callable[[], None], into: Any = None) -> Any:
-        """A graph of what `enqueue` puts on the stream, or `into` with it; nothing of it runs now."""
+        """A graph of what `enqueue` puts on the stream, or `into` with it; nothing of it runs now.
+
+        Python collects no garbage meanwhile: what it might free of CUDA's spoils a capture.
+        """
         # Other threads may allocate meanwhile: only what this one does can spoil the capture.
         mode = cudart().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         if into is None:
             call("cudaStreamBeginCapture", self._stream, mode)
         else:
             call("cudaStreamBeginCaptureToGraph", self._stream, into, None, None, 0, mode)
-        self._recording = True
+        self._recording, collecting = True, gc.isenabled()
+        gc.disable()
         try:
             enqueue()
         except BaseException:
             code, graph = self._end_capture()
             if not code and into is None:
-                call("cudaGraphDestroy", graph)
+                cudart().cudaGraphDestroy(graph)
             raise
+        finally:
+            if collecting:
+                gc.enable()
         code, graph = self._end_capture()
         if code:
             raise EngineError("a capture failed", where="cudaStreamEndCapture", got=describe(code))
@@ -296,7 +310,11 @@ class DeviceMemory:
             executable = call("cudaGraphInstantiate", graph, 0)
         finally:
             call("cudaGraphDestroy", graph)
-        call("cudaGraphUpload", executable, self._stream)
+        try:
+            call("cudaGraphUpload", executable, self._stream)
+        except EngineError:
+            cudart().cudaGraphExecDestroy(executable)
+            raise
         self.counters.captures += 1
         launch = partial(self._launch, executable)
         self._graphs[launch] = executable
@@ -307,10 +325,10 @@ class DeviceMemory:
         self.counters.launches += 1
 
     def warn(self, message: str) -> None:
-        """Once for all bindings: what one cannot, the others cannot either."""
-        if not self._warned:
+        """Once for each reason: what one binding cannot, others cannot either."""
+        if message not in self._warned:
             log.warning(message)
-        self._warned = True
+        self._warned.add(message)
 
     def release(self, *launches: Callable[[], None]) -> None:
         """Waits for the GPU, so that what the launches use may go, and destroys the graphs and loops behind them."""
@@ -323,7 +341,7 @@ class DeviceMemory:
             self._enqueues.pop(launch, None)
             executable = self._graphs.pop(launch, None)
             if executable is not None:
-                call("cudaGraphExecDestroy", executable)
+                cudart().cudaGraphExecDestroy(executable)
 
     def close(self) -> None:
         """Waits for the GPU and frees everything. Engines must be closed before it."""

@@ -35,6 +35,10 @@ SPELLINGS = (
 NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 
 
+OPAQUE = 10
+"""Nodes for each layer, from where on layers without names stand for whole graphs."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """One layer of an engine: the types of its tensors and weights, and the graph's nodes that it was made of."""
@@ -50,11 +54,13 @@ class Precision:
 
     asked   weighted nodes of the graph
     layers  layers of the engine that touch the dtype; empty when the inspector tells no types
+    named   weighted nodes that some layer names
     wide    the nodes that asked for the dtype and run in layers that know nothing but float32
     """
 
     asked: Mapping[str, int]
     layers: Mapping[str, int]
+    named: Mapping[str, int]
     wide: Mapping[str, tuple[str, ...]]
 
     def to_json(self) -> dict[str, Any]:
@@ -124,18 +130,22 @@ def compare_precision(asked: Mapping[str, str], layers: list[Layer]) -> Precisio
         if dtype in SHORT and dtype not in found and "float32" in found:
             wide[dtype] = (*wide.get(dtype, ()), node)
     counted = Counter(dtype for layer in layers for dtype in layer.dtypes)
-    return Precision(Counter(asked.values()), counted, wide)
+    named = Counter(dtype for node, dtype in asked.items() if node in of_node)
+    return Precision(Counter(asked.values()), counted, named, wide)
 
 
 def require_precision(precision: Precision, where: object) -> None:
     """EngineError when the engine as a whole is not what the graph asked for.
 
     Single layers are not held against it: one that is fused with the casts at the border of a graph shows float32 on
-    both sides. It is an error when more than half of the nodes lost their dtype, or no layer at all touches it.
+    both sides. It is an error when more than half of the nodes lost their dtype, or no layer at all touches it. A few
+    layers that name no node and stand for a whole graph are forgiven: they show nothing but the graph's own ends.
     """
     for dtype in sorted(SHORT & precision.asked.keys()):
         asked, wide = precision.asked[dtype], precision.wide.get(dtype, ())
-        if precision.layers and (dtype not in precision.layers or 2 * len(wide) > asked):
+        opaque = not precision.named and OPAQUE * sum(precision.layers.values()) <= asked
+        lost = dtype not in precision.layers and not opaque
+        if precision.layers and (lost or 2 * len(wide) > asked):
             counts = ", ".join(f"{count} in {name}" for name, count in sorted(precision.layers.items()))
             raise EngineError(
                 f"TensorRT built the engine in another precision than the graph's {dtype}",

@@ -263,6 +263,8 @@ def _session_options(options: Mapping[str, Any]) -> Any:
     settings.intra_op_num_threads = options["threads"] or physical_cores()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
+    for name, value in options.get("session", {}).items():
+        settings.add_session_config_entry(name, value)
     if "profile" in options:
         settings.enable_profiling = True
         settings.profile_file_prefix = options["profile"]

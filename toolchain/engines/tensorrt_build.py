@@ -53,6 +53,8 @@ def main() -> int:
         say({"error": {"what": error.what, "hint": error.hint} | {k: v and str(v) for k, v in told.items()}})
     except MemoryError:
         say({"error": {"what": "TensorRT's builder ran out of host memory"}})
+    except (OSError, RuntimeError) as error:  # a full disk; what pybind makes of C++'s exceptions
+        say({"error": {"what": "TensorRT's builder failed", "got": f"{type(error).__name__}: {error}"}})
     return 1
 
 
@@ -310,11 +312,16 @@ def _inspect(
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise EngineError("TensorRT cannot open the engine that it built", where=graph)
-    told = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
-    precision = compare_precision(asked_dtypes(model), read_layers(told))
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    try:
+        layers = read_layers(json.loads(text, strict=False))
+    except ValueError as error:  # an engine is worth more than its description
+        say({"warning": f"what TensorRT's inspector says is not JSON ({error})"})
+        layers = []
+    precision = compare_precision(asked_dtypes(model), layers)
     require_precision(precision, graph)
-    if not precision.layers:
-        say({"warning": "TensorRT's inspector tells no types of layers; the engine's precision is not verified"})
+    if precision.asked and not (precision.layers and precision.named):
+        say({"warning": "TensorRT's inspector tells no types of the graph's nodes; the precision is not verified"})
     return {"activation_bytes": int(engine.device_memory_size_v2), "precision": precision.to_json()}
 
 

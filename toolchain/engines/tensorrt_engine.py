@@ -12,6 +12,7 @@ import logging
 import mmap
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ class TensorRtEngine:
         self._launches: list[Callable[[], None]] = []
         self._unread: dict[str, DeviceBuffer] = {}
         facts = read_facts(folder)
-        self._log = _logger()
+        self._log = _logger(_trt())
+        self._log.lines.clear()  # what others said is not this one's failure
         self._runtime: Any = None
         self._engine: Any = None
         try:
@@ -216,7 +218,7 @@ class TensorRtEngine:
 
     def _failure(self, what: str, details: Sequence[str] = (), hint: str | None = None) -> EngineError:
         """An error that says what TensorRT logged last."""
-        lines = [*details, *self._log.lines]
+        lines = [*details, *self._log.lines.copy()]  # TensorRT's threads may still be writing
         return EngineError(what, where=self._folder, got="\n    ".join(lines) or "no reason given", hint=hint)
 
 
@@ -257,11 +259,14 @@ def _trt() -> Any:
     return tensorrt
 
 
-def _logger() -> Any:
-    """A logger that keeps the last lines for errors and passes warnings on. Called from several threads."""
-    trt = _trt()
+@cache
+def _logger(trt: Any) -> Any:
+    """A logger that keeps the last lines for errors and passes warnings on. Called from several threads.
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    One for the process: TensorRT keeps a pointer to the first that it is given, and speaks to that.
+    """
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.lines: deque[str] = deque(maxlen=LOG_LINES)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from toolchain.engines import Backend, Engine, backend_of
 from toolchain.engines.memory import Memory
 from toolchain.errors import BundleError
 from toolchain.recipe import Bucket
+from toolchain.signature import TensorSpec
 
 F32 = NDArray[np.float32]
 Array = NDArray[np.generic]
@@ -46,14 +48,28 @@ def open_engine(bundle: Bundle, backend: Backend, component: str, bucket: Bucket
     return backend.open(bundle.path / entry.folder, weights, entry.spec, options, memory)
 
 
+@contextmanager
+def closed_on_error(close: Callable[[], None]) -> Iterator[None]:
+    """What a failed opening leaves half open is closed, so that a server may try again on the same GPU."""
+    try:
+        yield
+    except BaseException:
+        close()
+        raise
+
+
 class BoundEngine:
-    """An engine with buffers of its own for every input and output."""
+    """An engine, from now on this one's to close, with buffers of its own for every input and output."""
 
     def __init__(self, engine: Engine, memory: Memory) -> None:
         self._engine, self._memory = engine, memory
-        self.inputs = {t.name: memory.zeros(t.shape, t.dtype) for t in engine.spec.inputs}
-        self.outputs = {t.name: memory.zeros(t.shape, t.dtype) for t in engine.spec.outputs}
-        self._launch = engine.bind({**self.inputs, **self.outputs})
+        self.inputs: dict[str, Any] = {}
+        self.outputs: dict[str, Any] = {}
+        with closed_on_error(self.close):
+            for buffers, tensors in ((self.inputs, engine.spec.inputs), (self.outputs, engine.spec.outputs)):
+                for t in tensors:
+                    buffers[t.name] = memory.zeros(t.shape, t.dtype)
+            self._launch = engine.bind({**self.inputs, **self.outputs})
 
     def __call__(self, inputs: Mapping[str, ArrayLike]) -> dict[str, Any]:
         """Runs on copies of `inputs`; those that are not given keep what they held. The outputs are buffers."""
@@ -73,15 +89,31 @@ class BucketEngines:
     The state has two buffers, which the step's two launches swap.
     """
 
-    def __init__(self, memory: Memory, step: Engine, decoder: Engine, encoder: Engine | None) -> None:
+    def __init__(self, memory: Memory, opened: Callable[[str], Engine], *, with_encoder: bool) -> None:
+        """`opened` opens the engine of a component. Raises what it raises, and EngineError."""
         self.memory = memory
-        self._engines = [step, decoder]
-        buffers = {t.name: memory.zeros(t.shape, t.dtype) for t in step.spec.inputs}
-        self.states = (buffers.pop("state"), memory.zeros(step.spec.input("state").shape, np.float32))
-        self.counters = (buffers.pop("step"), memory.zeros((1,), np.int64))
-        self.inputs = buffers
-        self.pixels = memory.zeros(decoder.spec.outputs[0].shape, np.uint8)
-        self.encoder = None if encoder is None else BoundEngine(encoder, memory)
+        self.encoder: BoundEngine | None = None
+        self._engines: list[Engine] = []
+        self._buffers: list[Any] = []
+        with closed_on_error(self.close):
+            self._bind(opened)
+            if with_encoder:
+                self.encoder = BoundEngine(opened("vae_encoder"), memory)
+
+    def _bind(self, opened: Callable[[str], Engine]) -> None:
+        def engine(name: str) -> Engine:
+            self._engines.append(opened(name))
+            return self._engines[-1]
+
+        def zeros(tensor: TensorSpec) -> Any:
+            self._buffers.append(self.memory.zeros(tensor.shape, tensor.dtype))
+            return self._buffers[-1]
+
+        step, decoder = engine("denoiser"), engine("vae_decoder")
+        self.inputs = {tensor.name: zeros(tensor) for tensor in step.spec.inputs}
+        self.states = (self.inputs.pop("state"), zeros(step.spec.input("state")))
+        self.counters = (self.inputs.pop("step"), zeros(step.spec.input("step")))
+        self.pixels = zeros(decoder.spec.outputs[0])
 
         def bind_step(source: int, target: int) -> Callable[[], None]:
             ends = {"state": self.states[source], "next_state": self.states[target]}
@@ -89,7 +121,7 @@ class BucketEngines:
             return step.bind({**self.inputs, **ends, **counters})
 
         self.steps = (bind_step(0, 1), bind_step(1, 0))
-        self.run = memory.loop(*self.steps)
+        self.run = self.memory.loop(*self.steps)
         self.decoders = tuple(decoder.bind({"latents": state[0], "pixels": self.pixels}) for state in self.states)
 
     @property
@@ -110,4 +142,4 @@ class BucketEngines:
             engine.close()
         if self.encoder:
             self.encoder.close()
-        self.memory.free(*self.states, *self.counters, *self.inputs.values(), self.pixels)
+        self.memory.free(*self._buffers)

@@ -7,6 +7,7 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -118,12 +119,17 @@ class Pipeline:
         self._open_buckets = open_buckets or len(bundle.buckets)
         self.bundle = bundle
         self._backend = usable_backend(bundle)
-        self._memory = open_memory(bundle, self._backend, open_buckets)
-        self._texts = TextEncoders(bundle, self._backend, self._memory)
         self._buckets: OrderedDict[Bucket, BucketEngines] = OrderedDict()  # the one used longest ago first
         self._tables: OrderedDict[str, SamplerTable] = OrderedDict()
-        if warm_up:
-            self.warm_up()
+        with ExitStack() as opened:
+            self._memory = open_memory(bundle, self._backend, open_buckets)
+            opened.callback(self._memory.close)
+            self._texts = TextEncoders(bundle, self._backend, self._memory)
+            opened.callback(self._texts.close)
+            opened.callback(self._close_buckets)
+            if warm_up:
+                self.warm_up()
+            self._opened = opened.pop_all()
 
     def __call__(
         self, prompt: Texts, *, decode: bool = True, callback: Callback | None = None, **options: Any
@@ -167,11 +173,11 @@ class Pipeline:
 
     def close(self) -> None:
         """Frees every engine."""
-        self._texts.close()
-        for engines in self._buckets.values():
-            engines.close()
-        self._buckets.clear()
-        self._memory.close()
+        self._opened.close()
+
+    def _close_buckets(self) -> None:
+        while self._buckets:
+            self._buckets.popitem(last=False)[1].close()
 
     def table(self, scheduler: str, steps: int, size: Size, skip: int = 0) -> SamplerTable:
         """The sampler table of a scheduler, from the bundle or compiled now.
@@ -223,8 +229,8 @@ class Pipeline:
             def opened(name: str) -> Engine:
                 return open_engine(self.bundle, self._backend, name, bucket, self._memory)
 
-            encoder = opened("vae_encoder") if "vae_encoder" in self.bundle.engines else None
-            self._buckets[bucket] = BucketEngines(self._memory, opened("denoiser"), opened("vae_decoder"), encoder)
+            with_encoder = "vae_encoder" in self.bundle.engines
+            self._buckets[bucket] = BucketEngines(self._memory, opened, with_encoder=with_encoder)
         self._buckets.move_to_end(bucket)
         return self._buckets[bucket]
 

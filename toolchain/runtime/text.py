@@ -13,7 +13,7 @@ import numpy as np
 from toolchain.bundle import Bundle
 from toolchain.engines import Backend
 from toolchain.engines.memory import Memory
-from toolchain.runtime.engines import BoundEngine, open_engine
+from toolchain.runtime.engines import BoundEngine, closed_on_error, open_engine
 from toolchain.runtime.prompt import PromptTokenizer
 
 log = logging.getLogger("toolchain")
@@ -34,17 +34,13 @@ class TextEncoders:
         self._memory = memory
         # One batch's conditions must not push each other out before they are used.
         least = 2 * max(bucket.batch for bucket in bundle.buckets) + 1
-        self._encoders = {
-            name: _Encoder(
-                name,
-                PromptTokenizer(bundle.path / place),
-                BoundEngine(open_engine(bundle, backend, name, bundle.buckets[0], memory), memory),
-                memory,
-                least,
-            )
-            for name, place in bundle.tokenizers.items()
-        }
+        self._encoders: dict[str, _Encoder] = {}
         self._zeros: Conditions | None = None
+        with closed_on_error(self.close):
+            for name, place in bundle.tokenizers.items():
+                tokenizer = PromptTokenizer(bundle.path / place)
+                engine = BoundEngine(open_engine(bundle, backend, name, bundle.buckets[0], memory), memory)
+                self._encoders[name] = _Encoder(name, tokenizer, engine, memory, least)
 
     @property
     def tokenize_ms(self) -> float:
