@@ -39,7 +39,7 @@ def speed(found: dict[str, Any]) -> Iterator[Row]:
         noise = measured["own_noise"]["share"]
         yield (
             "share of its loop outside the engine; how far the medians of two runs differ",
-            f"{share:.2%}; {noise:.1%}",
+            f"{share:.3%}; {noise:.1%}",
         )
         came, said = ours["grown_mb"], measured["forecast_mb"]
         yield (
