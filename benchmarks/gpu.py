@@ -92,13 +92,17 @@ def gaps(bundle: Path) -> dict[str, float]:
     return {"loop_ms": loop_ms, "steps_ms": steps_ms, "idle_share": 1 - steps_ms / loop_ms}
 
 
-def shapes(backend: str, scratch: Path, against: tuple[str, ...], repeats: int, rounds: int) -> dict[str, Any]:
-    bundle = scratch / f"shapes-{backend}"
+def built(recipe: Recipe, model: Path, scratch: Path) -> tuple[Path, float]:
+    """The bundle and the seconds that its build took."""
     started = time.perf_counter()
-    toolchain.build(shapes_recipe(backend), str(SHAPES), bundle, store=scratch / "store")
-    built = time.perf_counter() - started
+    toolchain.build(recipe, str(model), scratch / recipe.name, store=scratch / "store")
+    return scratch / recipe.name, time.perf_counter() - started
+
+
+def shapes(backend: str, scratch: Path, against: tuple[str, ...], repeats: int, rounds: int) -> dict[str, Any]:
+    bundle, seconds = built(shapes_recipe(backend), SHAPES, scratch)
     return {
-        "build_s": built,
+        "build_s": seconds,
         "device": dict(read_bundle(bundle).device),
         "check": attempt(lambda: check_bundle(bundle, str(SHAPES)).to_json()),
         "steadiness": attempt(lambda: steadiness(bundle, rounds)),
@@ -108,12 +112,9 @@ def shapes(backend: str, scratch: Path, against: tuple[str, ...], repeats: int, 
 
 
 def sdxl(backend: str, model: Path, scratch: Path, against: tuple[str, ...], repeats: int) -> dict[str, Any]:
-    bundle = scratch / f"sdxl-{backend}"
-    started = time.perf_counter()
-    toolchain.build(sdxl_recipe(backend), str(model), bundle, store=scratch / "store")
-    built = time.perf_counter() - started
+    bundle, seconds = built(sdxl_recipe(backend), model, scratch)
     return {
-        "build_s": built,
+        "build_s": seconds,
         "bench": attempt(lambda: measured(bundle, model, against, repeats)),
         "gaps": attempt(lambda: gaps(bundle)),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from toolchain.engines.cuda import call, cudart, describe
 from toolchain.errors import EngineError
+from toolchain.garbage import kept_garbage
 
 if TYPE_CHECKING:
     from toolchain.engines.cuda_loop import StepLoop
@@ -281,18 +281,15 @@ class DeviceMemory:
             call("cudaStreamBeginCapture", self._stream, mode)
         else:
             call("cudaStreamBeginCaptureToGraph", self._stream, into, None, None, 0, mode)
-        self._recording, collecting = True, gc.isenabled()
-        gc.disable()
+        self._recording = True
         try:
-            enqueue()
+            with kept_garbage():
+                enqueue()
         except BaseException:
             code, graph = self._end_capture()
             if not code and into is None:
                 cudart().cudaGraphDestroy(graph)
             raise
-        finally:
-            if collecting:
-                gc.enable()
         code, graph = self._end_capture()
         if code:
             raise EngineError("a capture failed", where="cudaStreamEndCapture", got=describe(code))

@@ -54,13 +54,13 @@ class Precision:
 
     asked   weighted nodes of the graph
     layers  layers of the engine that touch the dtype; empty when the inspector tells no types
-    named   weighted nodes that some layer names
+    named   how many weighted nodes some layer names
     wide    the nodes that asked for the dtype and run in layers that know nothing but float32
     """
 
     asked: Mapping[str, int]
     layers: Mapping[str, int]
-    named: Mapping[str, int]
+    named: int
     wide: Mapping[str, tuple[str, ...]]
 
     def to_json(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def compare_precision(asked: Mapping[str, str], layers: list[Layer]) -> Precisio
         if dtype in SHORT and dtype not in found and "float32" in found:
             wide[dtype] = (*wide.get(dtype, ()), node)
     counted = Counter(dtype for layer in layers for dtype in layer.dtypes)
-    named = Counter(dtype for node, dtype in asked.items() if node in of_node)
+    named = sum(node in of_node for node in asked)
     return Precision(Counter(asked.values()), counted, named, wide)
 
 

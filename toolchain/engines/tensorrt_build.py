@@ -22,9 +22,11 @@ import tensorrt as trt
 
 from toolchain.engines.build_monitor import Monitor
 from toolchain.engines.inspector import asked_dtypes, compare_precision, read_layers, require_precision
+from toolchain.engines.tensorrt_engine import FORMAT, PLAN
 from toolchain.engines.timing_cache import merge_cache, read_cache
 from toolchain.errors import DiffbuildError, EngineError, StoreError
 from toolchain.files import file_digest
+from toolchain.memory import FACTS
 from toolchain.weights import MappedWeights
 
 if TYPE_CHECKING:
@@ -33,8 +35,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[dict[str, Any]], None]
 
-PLAN, FACTS, GRAPH, WEIGHTS = "engine.plan", "engine.json", "graph.onnx", "weights.safetensors"
-FORMAT = 1
+GRAPH, WEIGHTS = "graph.onnx", "weights.safetensors"
 PR_SET_PDEATHSIG = 1
 SEVERITIES = "FEWIV"
 """First letters of trt.ILogger.Severity, from INTERNAL_ERROR (fatal) to VERBOSE."""

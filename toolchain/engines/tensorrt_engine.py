@@ -22,12 +22,13 @@ from toolchain.engines.cuda import free_memory_bytes
 from toolchain.engines.device_memory import ALIGNMENT, DeviceBuffer, DeviceMemory
 from toolchain.engines.forecast import load_warning
 from toolchain.errors import EngineError
+from toolchain.memory import FACTS
 from toolchain.signature import GraphSpec, TensorSpec
 from toolchain.weights import MappedWeights
 
 log = logging.getLogger("toolchain")
 
-PLAN, FACTS = "engine.plan", "engine.json"
+PLAN = "engine.plan"
 FORMAT = 1
 REBUILD = "build it again, from the same recipe"
 LOG_LINES = 8
