@@ -284,6 +284,9 @@ MAKERS = {"sd": make_sd, "sdxl": make_sdxl, "sd3": make_sd3, "flux": make_flux}
 EXPORTS = [
     *((family, part.name, "bfloat16") for family in MAKERS for part in MODELS[family].parts(recipe_for(family=family))),
     *((family, "denoiser", "float16") for family in MAKERS),
+    ("sd3", "text_encoder_3", "float16"),
+    ("sdxl", "text_encoder_2", "float16"),
+    ("sdxl", "vae_encoder", "float16"),
     ("sd", "denoiser", "float32"),
     ("sd", "vae_decoder", "float32"),
 ]

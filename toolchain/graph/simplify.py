@@ -4,6 +4,7 @@
 2. A node whose inputs are small constants is replaced by its value.
 3. A node that a weight feeds is not folded, even where all its inputs are constant: weights have no values here.
 4. Nodes and initializers that nothing uses are removed; equal nodes are merged.
+5. An Einsum that only permutes is a Transpose.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
+from toolchain.graph.einsum import transpose_einsums
 from toolchain.graph.placeholder import is_weight
 
 # A folded value is written into the graph of every bucket, so it must stay small: 4 MiB holds a 1024x1024 mask.
@@ -27,6 +29,7 @@ def simplify(model: ir.Model) -> ir.Model:
     """A simplified copy; the weights are shared with the given model."""
     model = model.clone()
     common.InlinePass()(model)
+    transpose_einsums(model)
     # First as well: equal nodes folded one by one would each leave a copy of the value. FLUX uses its tables 228 times.
     common.CommonSubexpressionEliminationPass()(model)
     for _ in range(2):  # the second round folds what the first one uncovered; a third changed nothing on SD and SDXL
