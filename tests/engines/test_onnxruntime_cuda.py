@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -110,7 +113,7 @@ def gpu() -> Iterator[Any]:
 
 
 @pytest.fixture
-def ort(monkeypatch: pytest.MonkeyPatch) -> Any:
+def ort(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     names = ("SessionOptions", "GraphOptimizationLevel", "get_available_providers")
     stub = SimpleNamespace(
         **{name: getattr(onnxruntime, name) for name in names},
@@ -120,7 +123,9 @@ def ort(monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     for module in (ort_engine, onnxruntime_cuda):
         monkeypatch.setattr(module, "_ort", lambda: stub)
-    return stub
+    onnxruntime_cuda._provider_fails.cache_clear()
+    yield stub
+    onnxruntime_cuda._provider_fails.cache_clear()
 
 
 @pytest.fixture
@@ -196,6 +201,74 @@ def test_a_graph_that_cannot_be_opened_at_all(
     assert caplog.messages == []
 
 
+def test_no_other_error_opens_an_engine_twice(
+    ort: Any, memory: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opens = []
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        opens.append(args)
+        raise RuntimeError("CUDA failure 2: out of memory")
+
+    monkeypatch.setattr(ort, "InferenceSession", refuse)
+    with pytest.raises(EngineError, match="out of memory"):
+        opened(folder, memory)
+    assert len(opens) == 1
+
+
+def test_an_engine_whose_capture_fails_is_launched_without(
+    ort: Any, memory: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Halfway, with the stream still capturing."""
+
+    class Halfway(Session):
+        def run_with_iobinding(self, binding: Binding, options: RunOptions) -> None:
+            from cuda.bindings import runtime
+
+            if options.entries["gpu_graph_id"] != "-1":
+                stream = int(self.providers[0][1]["user_compute_stream"])
+                runtime.cudaStreamBeginCapture(stream, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeGlobal)
+                raise RuntimeError("Graph capture did not complete after 3 runs")
+            super().run_with_iobinding(binding, options)
+
+    monkeypatch.setattr(ort, "InferenceSession", Halfway)
+    engine = opened(folder, memory)
+    states = [memory.zeros((2, 3), np.float32) for _ in range(2)]
+    launch = engine.bind({"state": states[0], "next_state": states[1]})
+    launch()
+    assert memory.read(states[1])[0].tolist() == [[1, 1, 1]] * 2
+    (told,) = caplog.messages
+    assert told.startswith("an engine runs without a CUDA graph")
+    assert "Graph capture did not complete" in told
+    engine.close()
+
+
+def test_nothing_is_allocated_while_it_captures(
+    ort: Any, memory: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = []
+
+    class Slow(Session):
+        def run_with_iobinding(self, binding: Binding, options: RunOptions) -> None:
+            thread.start()
+            time.sleep(0.2)
+            order.append("captured")
+            super().run_with_iobinding(binding, options)
+
+    def allocate() -> None:
+        memory.zeros((4,), np.float32)
+        order.append("allocated")
+
+    thread = threading.Thread(target=allocate)
+    state = memory.zeros((2, 3), np.float32)
+    monkeypatch.setattr(ort, "InferenceSession", Slow)
+    engine = opened(folder, memory)
+    engine.bind({"state": state, "next_state": memory.zeros((2, 3), np.float32), "preview": state})
+    thread.join()
+    assert order == ["captured", "allocated"]
+    engine.close()
+
+
 def test_argmax_gets_floats() -> None:
     """Of token ids, as CLIP has it; ONNX Runtime on the CPU computes the same with and without."""
     tensors = [helper.make_tensor_value_info(n, TensorProto.INT64, s) for n, s in (("ids", [1, 5]), ("place", [1]))]
@@ -226,6 +299,45 @@ def test_bindings_are_at_device_addresses_and_have_graphs_of_their_own(ort: Any,
     assert memory.read(*states)[1].tolist() == [[8, 8, 8]] * 2
     assert [run["gpu_graph_id"] for run in Session.made.runs[2:]] == ["1", "2", "1"]
     engine.close()
+
+
+def test_a_provider_whose_libraries_are_missing(ort: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime has it in its list, and opens sessions on the CPU."""
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(Session, "provides", ("CPUExecutionProvider",))
+    assert "cannot load its CUDA provider: pip install 'diffbuild[cuda]'" in str(BACKEND.available())
+
+
+def test_a_gpu_that_a_session_cannot_use(ort: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("CUDA failure 46: device is busy\nat somewhere")
+
+    monkeypatch.setattr(ort, "InferenceSession", refuse)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    assert BACKEND.available() == "ONNX Runtime cannot use the GPU: CUDA failure 46: device is busy"
+
+
+def test_the_model_of_one_node_is_one() -> None:
+    found = onnx.load_model_from_string(onnxruntime_cuda.NEGATION)
+    onnx.checker.check_model(found)
+    assert [node.op_type for node in found.graph.node] == ["Neg"]
+
+
+@pytest.mark.parametrize(("open_buckets", "needed_mb"), [(None, 300), (1, 200)])
+def test_weights_that_may_not_fit_are_warned_of(
+    ort: Any, gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    open_buckets: int | None, needed_mb: int,
+) -> None:  # fmt: skip
+    """Each open bucket's session has its own copy on the GPU."""
+    monkeypatch.setenv("FAKE_CUDA_MEMORY_MB", "150")
+    folders = [tmp_path / part for part in ("denoiser/1x64x64", "denoiser/1x64x96", "vae_decoder/any")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        with (folder.parent / "weights.safetensors").open("wb") as file:
+            file.truncate(100 << 20)
+    BACKEND.memory(folders, OPTIONS, open_buckets).close()
+    (told,) = caplog.messages
+    assert told.startswith(f"the engines need {needed_mb} MB of GPU memory; 150 MB are free. Keep fewer buckets open")
 
 
 def test_buffers_must_fit(ort: Any, memory: Any, folder: Path) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from toolchain.engines.forecast import OUT_OF_MEMORY
 from toolchain.errors import EngineError
 
 log = logging.getLogger("toolchain")
@@ -55,7 +56,6 @@ CUDA_ERRORS = {
 }
 """By the number in TensorRT's "CUDA initialization failure with error: N"."""
 CUDA_FAILURE = re.compile(r"CUDA initialization failure with error:? (\d+)")
-OUT_OF_MEMORY = re.compile(r"out ?of ?memory|insufficient memory|MEM_ALLOC_FAILED|could not be allocated", re.I)
 NO_KERNEL = re.compile(r"could not find any implementation for node (\{.+?\}|[^\s,)]+?)\.?(?:[\s,)]|$)", re.I | re.M)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from toolchain.engines.cuda import call, cudart, describe
+from toolchain.engines.forecast import FEWER_BUCKETS
 from toolchain.errors import EngineError
 from toolchain.garbage import kept_garbage
 
@@ -27,6 +29,8 @@ ALIGNMENT = 256
 CHUNK_BYTES = 4 << 20
 STAGED_BYTES = 256 << 20
 """What may wait in pinned memory; a write beyond it waits for the GPU first."""
+ALLOCATION = threading.RLock()
+"""Held by whoever allocates or frees: a library that captures in CUDA's global mode keeps others from it with this."""
 CUDA_GRAPHS = ("step", "loop", "off")
 
 
@@ -102,7 +106,8 @@ class _Staging:
         return self._chunks[index][start : start + nbytes].view(dtype).reshape(shape)
 
     def _grow(self, nbytes: int) -> int:
-        address = call("cudaHostAlloc", nbytes, cudart().cudaHostAllocDefault)
+        with ALLOCATION:
+            address = call("cudaHostAlloc", nbytes, cudart().cudaHostAllocDefault)
         self._counters.pinned_bytes += nbytes
         self._chunks.append(np.ctypeslib.as_array((ctypes.c_ubyte * nbytes).from_address(address)))
         self._used.append(0)
@@ -150,6 +155,10 @@ class DeviceMemory:
         """The stream's handle, for libraries that enqueue on it."""
         return int(self._stream)
 
+    @property
+    def closed(self) -> bool:
+        return self._stream is None
+
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceBuffer:
         buffer = self._allocate(tuple(shape), np.dtype(dtype))
         if buffer.nbytes:
@@ -161,12 +170,13 @@ class DeviceMemory:
 
         Raises nothing, like all that frees: after an error CUDA answers every call with it, and closing must go on.
         """
-        if self._stream is None or not buffers:
+        if self.closed or not buffers:
             return
         cudart().cudaStreamSynchronize(self._stream)
-        for buffer in buffers:
-            self.counters.device_bytes -= self._blocks.pop(buffer.address)
-            cudart().cudaFree(buffer.address)
+        with ALLOCATION:
+            for buffer in buffers:
+                self.counters.device_bytes -= self._blocks.pop(buffer.address)
+                cudart().cudaFree(buffer.address)
 
     def write(self, target: DeviceBuffer, value: ArrayLike) -> None:
         """Copies `value`, broadcast and cast to the buffer, into pinned memory, and from there when its turn comes."""
@@ -226,7 +236,8 @@ class DeviceMemory:
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceBuffer:
         nbytes = max(prod(shape) * dtype.itemsize, 1)
         call("cudaSetDevice", 0)  # of this thread, which may be another than the one that opened the memory
-        code, address = cudart().cudaMalloc(nbytes)
+        with ALLOCATION:
+            code, address = cudart().cudaMalloc(nbytes)
         if code == cudart().cudaError_t.cudaErrorMemoryAllocation:
             cudart().cudaGetLastError()  # it would come up again in whatever call is next
             free, total = call("cudaMemGetInfo")
@@ -234,7 +245,7 @@ class DeviceMemory:
                 "the GPU's memory is too small",
                 expected=f"{_mib(nbytes)} free",
                 got=f"{_mib(free)} free of {_mib(total)}, {_mib(self.counters.device_bytes)} used by buffers here",
-                hint="end other processes on this GPU, or put fewer or smaller buckets into the recipe and build again",
+                hint=f"{FEWER_BUCKETS}, or put smaller ones into the recipe",
             )
         if code:
             raise EngineError("a CUDA call failed", where="cudaMalloc", got=describe(code))
@@ -301,6 +312,12 @@ class DeviceMemory:
         cudart().cudaGetLastError()
         return code, graph
 
+    def abandon_capture(self) -> None:
+        """Ends a capture that a library began on the stream and left there when it failed."""
+        code, graph = self._end_capture()
+        if not code:
+            cudart().cudaGraphDestroy(graph)
+
     def instantiate(self, graph: Any) -> Callable[[], None]:
         """The launch of a graph, which is used up."""
         try:
@@ -329,7 +346,7 @@ class DeviceMemory:
 
     def release(self, *launches: Callable[[], None]) -> None:
         """Waits for the GPU, so that what the launches use may go, and destroys the graphs and loops behind them."""
-        if self._stream is None:
+        if self.closed:
             return
         cudart().cudaStreamSynchronize(self._stream)  # errors are the reader's business
         for launch in launches:
@@ -342,7 +359,7 @@ class DeviceMemory:
 
     def close(self) -> None:
         """Waits for the GPU and frees everything. Engines must be closed before it."""
-        if self._stream is None:
+        if self.closed:
             return
         for loop in self._loops.values():
             loop.close()
@@ -352,9 +369,10 @@ class DeviceMemory:
             runtime.cudaGraphExecDestroy(executable)
         for event in self._events:
             runtime.cudaEventDestroy(event)
-        for address in self._blocks:
-            runtime.cudaFree(address)
-        self._staging.close()
+        with ALLOCATION:
+            for address in self._blocks:
+                runtime.cudaFree(address)
+            self._staging.close()
         runtime.cudaStreamDestroy(self._stream)
         self._graphs, self._events, self._blocks, self._stream, self._scratch = {}, [], {}, None, None
         self.counters.device_bytes = 0

@@ -1,11 +1,16 @@
-"""Whether engines will fit into a GPU's memory, said before it runs out."""
+"""Whether engines will fit into a GPU's memory, said before it runs out, and how to tell that it did."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 MB = 1 << 20
+OUT_OF_MEMORY = re.compile(r"out ?of ?memory|insufficient memory|MEM_ALLOC_FAILED|could not be allocated", re.I)
+"""How TensorRT and CUDA say it."""
+FEWER_BUCKETS = "keep fewer buckets open (toolchain.load(..., open_buckets=1)), or end what else uses the GPU"
 
 
 def build_warning(weights_bytes: int, options: Mapping[str, Any], free_bytes: int) -> str | None:
@@ -34,6 +39,11 @@ def load_warning(weights_bytes: int, activation_bytes: int, free_bytes: int) -> 
     if need <= free_bytes:
         return None
     return (
-        f"the engines need {need // MB} MB of GPU memory; {free_bytes // MB} MB are free. Keep fewer buckets open "
-        "(toolchain.load(..., open_buckets=1)), or end what else uses the GPU"
+        f"the engines need {need // MB} MB of GPU memory; {free_bytes // MB} MB are free. "
+        f"{FEWER_BUCKETS[0].upper()}{FEWER_BUCKETS[1:]}"
     )
+
+
+def weight_bytes(component: Path) -> int:
+    """Of the files that a component's engines are filled from: a bundle has them beside the engines."""
+    return sum(file.stat().st_size for file in component.glob("*.safetensors"))

@@ -8,22 +8,39 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.engines.cuda import available, device_facts
-from toolchain.engines.device_memory import DeviceBuffer, DeviceMemory
+from toolchain.engines.cuda import available, device_facts, free_memory_bytes
+from toolchain.engines.device_memory import ALLOCATION, DeviceMemory
+from toolchain.engines.forecast import load_warning, weight_bytes
 from toolchain.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine, Provider, _ort
+from toolchain.engines.places import Places
 from toolchain.errors import EngineError
-from toolchain.signature import GraphSpec, TensorSpec
+from toolchain.signature import GraphSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+log = logging.getLogger("toolchain")
+
 PROVIDER = "CUDAExecutionProvider"
 ON_HOST = {"threads": 1, "session": {"session.use_device_allocator_for_initializers": "1"}}
 """Nothing to compute is left for the host; weights stay out of the arena, which doubles its blocks to make room."""
+
+INSTALL = "pip install 'diffbuild[cuda]'"
+NEGATION = bytes.fromhex(
+    "08 0a 3a 32 0a 0b 0a 01 78 12 01 79 22 03 4e 65 67 12 01 67 5a 0f 0a 01 78 12 0a 0a 08 08 01 12 04 0a 02 08 01 62 "
+    "0f 0a 01 79 12 0a 0a 08 08 01 12 04 0a 02 08 01 42 04 0a 00 10 14"
+)
+"""An ONNX model: y = -x of one float32, opset 20."""
+NO_GRAPH = -1
+"""For ONNX Runtime the number of no graph: a run under it is neither captured nor replayed."""
+REFUSES_GRAPHS = re.compile(r"(cuda|capture|compute) graph|graph capture", re.IGNORECASE)
 
 
 class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
@@ -38,8 +55,8 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         except ImportError as error:
             return f"onnxruntime cannot be imported: {error}"
         if PROVIDER not in ort.get_available_providers():
-            return "this onnxruntime has no CUDA execution provider: pip install onnxruntime-gpu"
-        return available()
+            return f"this onnxruntime has no CUDA execution provider: {INSTALL}"
+        return available() or _provider_fails()
 
     def device(self) -> dict[str, Any]:
         """Kernels are chosen when an engine is opened: graphs optimised for one GPU run on another. EngineError."""
@@ -66,6 +83,13 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         super().build(graph, weights, out, {**options, **ON_HOST}, progress)
 
     def memory(self, folders: Sequence[Path], options: Mapping[str, Any], open_buckets: int | None = None) -> Any:
+        parts = [folder.parent for folder in folders]
+        opened = {part: min(parts.count(part), open_buckets or len(parts)) for part in parts}
+        # Of activations only CUDA's kernels know.
+        weights = sum(count * weight_bytes(part) for part, count in opened.items())
+        warning = load_warning(weights, 0, free_memory_bytes())
+        if warning is not None:
+            log.warning("%s", warning)
         return DeviceMemory("off")
 
     def open(
@@ -88,75 +112,94 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
 
         def session() -> Any:
             providers: list[Provider] = [(PROVIDER, dict(settings)), "CPUExecutionProvider"]
-            return self._session(folder, weights, {**options, **ON_HOST}, providers)
+            with ALLOCATION:
+                return self._session(folder, weights, {**options, **ON_HOST}, providers)
 
         try:
             made = session()
         except EngineError as error:
-            if not options["cuda_graph"]:
+            # It refuses to capture a graph of which one node has no CUDA kernel.
+            if not options["cuda_graph"] or not REFUSES_GRAPHS.search(str(error.got)):
                 raise
-            # It refuses to capture a graph of which one node has no CUDA kernel, and says so in words that change.
             settings["enable_cuda_graph"] = _flag(False)
             made = session()
             memory.warn(f"an engine runs without a CUDA graph: {error.where}: {error.got}")
         made.disable_fallback()  # it would go on with the CPU after an error
-        return OnnxRuntimeCudaEngine(made, spec, folder, memory)
+        return OnnxRuntimeCudaEngine(made, spec, folder, memory, captures=settings["enable_cuda_graph"] == _flag(True))
 
 
 class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
     """A session with static shapes, launched through I/O bindings on the GPU's memory."""
 
-    def __init__(self, session: Any, spec: GraphSpec, folder: Path, memory: DeviceMemory) -> None:
+    def __init__(
+        self, session: Any, spec: GraphSpec, folder: Path, memory: DeviceMemory, captures: bool = True
+    ) -> None:
         super().__init__(session, spec, folder)
         self._memory = memory
-        self._unread: dict[str, DeviceBuffer] = {}
+        self._captures = captures
+        self._places = Places(spec, folder, memory)
         self._bindings: dict[int, Any] = {}  # by the number of its graph
 
     def bind(self, buffers: Mapping[str, Any]) -> Callable[[], None]:
         binding = self._session.io_binding()
-        for tensor in self.spec.inputs:
-            binding.bind_input(*self._place(tensor, buffers.get(tensor.name)))
-        for tensor in self.spec.outputs:
-            binding.bind_output(*self._place(tensor, buffers.get(tensor.name) or self._nowhere(tensor)))
+        places = self._places.of(buffers)
+        for tensors, bind in ((self.spec.inputs, binding.bind_input), (self.spec.outputs, binding.bind_output)):
+            for tensor in tensors:
+                there = places[tensor.name]
+                bind(tensor.name, "cuda", 0, there.dtype, there.shape, there.address)
         number = len(self._bindings) + 1
         self._bindings[number] = binding
-        settings = _ort().RunOptions()
-        settings.add_run_config_entry("gpu_graph_id", str(number))
-        settings.add_run_config_entry("disable_synchronize_execution_providers", "1")
-
-        def launch() -> None:
-            assert self._session is not None, "the engine is closed"
-            try:
-                self._session.run_with_iobinding(self._bindings[number], settings)
-            except Exception as error:  # of onnxruntime's dozen classes
-                got = str(error).strip().splitlines()[0]
-                raise EngineError("ONNX Runtime cannot run the engine", where=self._folder, got=got) from error
-
-        launch()  # allocates and captures
-        self._memory.synchronize()
+        launch = partial(self._launch, number, _settings(number))
+        try:
+            self._start(launch)
+        except EngineError as error:
+            if not self._captures:
+                raise
+            self._memory.abandon_capture()
+            launch = partial(self._launch, number, _settings(NO_GRAPH))
+            self._start(launch)
+            self._memory.warn(f"an engine runs without a CUDA graph: {error.where}: {error.got}")
         return launch
+
+    def _start(self, launch: Callable[[], None]) -> None:
+        """The first launch, which allocates and captures.
+
+        ONNX Runtime captures in CUDA's global mode, in which an allocation by any other thread spoils the capture.
+        """
+        with ALLOCATION:
+            launch()
+            self._memory.synchronize()
+
+    def _launch(self, number: int, settings: Any) -> None:
+        assert self._session is not None, "the engine is closed"
+        try:
+            self._session.run_with_iobinding(self._bindings[number], settings)
+        except Exception as error:  # of onnxruntime's dozen classes
+            got = str(error).strip().splitlines()[0]
+            raise EngineError("ONNX Runtime cannot run the engine", where=self._folder, got=got) from error
 
     def close(self) -> None:
         self._memory.release()
-        self._memory.free(*self._unread.values())
-        self._bindings, self._unread = {}, {}  # bindings hold the session
+        self._places.free()
+        self._bindings = {}  # bindings hold the session
         super().close()
 
-    def _place(self, tensor: TensorSpec, buffer: DeviceBuffer | None) -> tuple[Any, ...]:
-        """What a binding wants to know: name, device and its number, type, shape, address."""
-        expected = f"{tensor.name}: {tensor.dtype} {list(tensor.shape)}"
-        if buffer is None:
-            raise EngineError("a buffer is missing", where=self._folder, expected=expected)
-        if str(buffer.dtype) != tensor.dtype or buffer.shape != tensor.shape:
-            got = f"{buffer.dtype} {list(buffer.shape)}"
-            raise EngineError("a buffer does not fit", where=self._folder, expected=expected, got=got)
-        return tensor.name, "cuda", 0, buffer.dtype, buffer.shape, buffer.address
 
-    def _nowhere(self, tensor: TensorSpec) -> DeviceBuffer:
-        """Where an output goes that nobody asked for: a captured graph wants a fixed address for each."""
-        if tensor.name not in self._unread:
-            self._unread[tensor.name] = self._memory.zeros(tensor.shape, tensor.dtype)
-        return self._unread[tensor.name]
+@cache
+def _provider_fails() -> str | None:
+    """Why a session on the GPU is not one, or None: ONNX Runtime goes on with the CPU where libraries are missing."""
+    _load_libraries()
+    try:
+        found = _ort().InferenceSession(NEGATION, _quiet(), providers=[PROVIDER]).get_providers()
+    except Exception as error:  # of onnxruntime's dozen classes
+        return f"ONNX Runtime cannot use the GPU: {str(error).strip().splitlines()[0]}"
+    return None if PROVIDER in found else f"ONNX Runtime cannot load its CUDA provider: {INSTALL}"
+
+
+def _quiet() -> Any:
+    settings = _ort().SessionOptions()
+    settings.log_severity_level = 3
+    return settings
 
 
 def _float_argmax(model: ir.Model) -> ir.Model:
@@ -171,6 +214,14 @@ def _float_argmax(model: ir.Model) -> ir.Model:
             model.graph.insert_before(node, cast)
             node.replace_input_with(0, made)
     return model
+
+
+def _settings(graph: int) -> Any:
+    """Of a run that replays the CUDA graph of this number, which the first one captures, and does not wait for it."""
+    settings = _ort().RunOptions()
+    settings.add_run_config_entry("gpu_graph_id", str(graph))
+    settings.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return settings
 
 
 def _flag(value: bool) -> str:
