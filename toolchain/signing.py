@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolchain.bundle import MANIFEST, SIGNATURE, Bundle, read_bundle
+from toolchain.bundle import MACHINE_CODE, MANIFEST, SIGNATURE, Bundle, read_bundle
 from toolchain.errors import BundleError, DiffbuildError, SignatureError, UsageError
 from toolchain.files import store_errors, write_atomic
+from toolchain.provenance import built_here
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -119,7 +120,8 @@ def verify_bundle(path: str | Path, key: str | Path | None = None) -> Verdict:
 def open_bundle(path: Path, *, verify: bool = True, trust: str | Path | None = None) -> Bundle:
     """Reads a bundle whose engines are about to run; `verify` compares its files with their digests.
 
-    Raises BundleError, what `require_trusted` raises, and UsageError for a trusted key without `verify`.
+    Engines that are machine code are compared in any case. Raises BundleError, what `require_trusted` raises, and
+    UsageError for a trusted key without `verify`.
     """
     bundle = read_bundle(path)
     if require_trusted(bundle, trust) and not verify:
@@ -130,6 +132,8 @@ def open_bundle(path: Path, *, verify: bool = True, trust: str | Path | None = N
         )
     if verify:
         bundle.verify()
+    elif bundle.backend in MACHINE_CODE:
+        bundle.verify_engines()
     return bundle
 
 
@@ -137,11 +141,20 @@ def require_trusted(bundle: Bundle, trust: str | Path | None = None) -> bool:
     """Compares a bundle's signature with a public key, `trust` or $DIFFBUILD_TRUST; False when neither is given.
 
     To be called before any engine is opened, beside `Bundle.verify`: what is signed is the manifest. Raises
-    SignatureError for a bundle that the key did not sign, and UsageError for a file that is no such key.
+    SignatureError for a bundle that the key did not sign or, without a key, for one whose engines are machine code and
+    that was not built here; UsageError for a file that is no such key.
     """
     key = _trusted_key(trust)
     if key is not None:
         _require_signed(bundle.path, key)
+    elif bundle.backend in MACHINE_CODE and not built_here(bundle):
+        raise SignatureError(
+            "the bundle's engines are machine code, and nobody vouches for it",
+            where=bundle.path,
+            expected=f"a bundle that you built here, or one signed by a trusted key (trust, --trust or ${TRUST})",
+            got="neither",
+            hint="where it was built: diffbuild sign BUNDLE --key private.pem; here: --trust public.pem",
+        )
     return key is not None
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from toolchain.engines.timing_cache import (
-    cache_folder,
     merge_cache,
     only_builder,
     read_cache,
@@ -17,6 +16,7 @@ from toolchain.engines.timing_cache import (
 )
 from toolchain.errors import StoreError
 from toolchain.files import locked
+from toolchain.user_cache import cache_folder
 
 
 def union(there: bytes, mine: bytes) -> bytes:

@@ -7,7 +7,6 @@ which of two equal kernels it picks, never what an engine computes; it is no par
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,21 +14,10 @@ from pathlib import Path
 
 from toolchain.errors import StoreError
 from toolchain.files import locked, store_errors, write_atomic
+from toolchain.user_cache import ELSEWHERE, cache_folder
 
-ELSEWHERE = "set DIFFBUILD_CACHE to a folder that you may write to"
 Combine = Callable[[bytes, bytes], bytes | None]
 """Two caches -> one that holds both, or None where they do not belong together."""
-
-
-def cache_folder() -> Path:
-    """$DIFFBUILD_CACHE, or `diffbuild` in the user's cache folder: what all builds of a user share. StoreError."""
-    chosen = os.environ.get("DIFFBUILD_CACHE")
-    if chosen:
-        return Path(chosen).absolute()
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "diffbuild"
-    except RuntimeError as error:  # a user whom the system does not know, as in some containers
-        raise StoreError("there is no home folder", got=error, hint=ELSEWHERE) from error
 
 
 def timing_cache_path(tensorrt: str, gpu: str, level: int) -> Path:

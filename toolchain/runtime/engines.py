@@ -21,16 +21,14 @@ Array = NDArray[np.generic]
 
 
 def usable_backend(bundle: Bundle) -> Backend:
-    """The bundle's backend. BundleError when its engines were built for another device or version."""
+    """The bundle's backend. BundleError where it cannot run, and for engines of another device or version."""
     backend = backend_of(bundle.backend)
-    reason = backend.available() or backend.refuse(bundle.device, bundle.recipe.to_json()[backend.name])
-    if reason:
-        raise BundleError(
-            "the bundle cannot run here",
-            where=bundle.path,
-            got=reason,
-            hint="build it on this machine, from the same recipe",
-        )
+    reason, hint = backend.available(), "diffbuild doctor tells what each backend needs"
+    if reason is None:
+        reason = backend.refuse(bundle.device, bundle.recipe.to_json()[backend.name])
+        hint = "build it on this machine, from the same recipe"
+    if reason is not None:
+        raise BundleError("the bundle cannot run here", where=bundle.path, got=reason, hint=hint)
     return backend
 
 
