@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -20,13 +20,17 @@ from toolchain.recipe import Bucket, Recipe
 from toolchain.settings import ModelSettings
 from toolchain.signature import GraphSpec
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.sig"
 """Of the manifest, where somebody has signed it: see `toolchain.signing`."""
+MACHINE_CODE = frozenset({"tensorrt"})
+"""Backends whose engines are programs: who opens one runs it."""
 AGAIN = "build the bundle again, or copy it again from where it was built"
 ANY = "any"
 """Stands for the bucket of a component that is the same for all of them."""
+PROFILES = "profiles"
+"""Stands for all buckets of a component whose engine has an optimization profile for each."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +121,16 @@ class Bundle:
         for problem in self.problems():
             raise problem
 
-    def problems(self) -> Iterator[BundleError]:
-        """Everything that `verify` objects to, the largest file first."""
-        jobs = sorted(self.files.items(), key=lambda item: -item[1].size)
+    def verify_engines(self) -> None:
+        """`verify`, of the engines' folders alone."""
+        folders = tuple(f"{e.folder}/" for by in self.engines.values() for e in by.values())
+        for problem in self.problems({name for name in self.files if name.startswith(folders)}):
+            raise problem
+
+    def problems(self, names: Collection[str] | None = None) -> Iterator[BundleError]:
+        """Everything that `verify` objects to, the largest file first; `names` are the files to look at, None: all."""
+        chosen = [item for item in self.files.items() if names is None or item[0] in names]
+        jobs = sorted(chosen, key=lambda item: -item[1].size)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
             for problem in pool.map(lambda job: self._problem(*job), jobs):
                 if problem:

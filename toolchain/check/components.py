@@ -105,7 +105,7 @@ class _Comparison:
         return ends
 
     def decoder(self, feeds: dict[Bucket, list[Feed]]) -> dict[Bucket, list[Feed]]:
-        """The encoder's inputs for each bucket: the reference's pictures, with the noise that samples the posterior."""
+        """The encoder's inputs for each bucket: the reference's pictures, with noise."""
         component = self.family.component("vae_decoder")
         pictures: dict[Bucket, list[Feed]] = {}
         with self._reference(component) as module:
@@ -113,9 +113,12 @@ class _Comparison:
                 outputs = self._compare(component, bucket, module, feeds[bucket])
                 pictures[bucket] = []
                 for feed, output in zip(feeds[bucket], outputs, strict=True):
-                    noise = normal(feed.inputs["latents"].shape, self._generators(bucket.batch))
+                    generators, shape = self._generators(bucket.batch), feed.inputs["latents"].shape
+                    draws: Arrays = {name: normal(shape, generators) for name in ("noise", "start_noise")}
+                    scales: Arrays = {"signal": np.ones(1, np.float32), "sigma": np.full(1, 0.5, np.float32)}
+                    inputs = {"pixels": output["pixels"], **draws, **scales}
                     label = feed.label.replace("final latents", "picture")
-                    pictures[bucket].append(Feed(label, {"pixels": output["pixels"], "noise": noise}))
+                    pictures[bucket].append(Feed(label, inputs))
         return pictures
 
     def encoder(self, feeds: dict[Bucket, list[Feed]]) -> None:

@@ -164,9 +164,13 @@ class T5TextEncoder(nn.Module):
 
 
 class VaeEncoder(nn.Module):
-    """Pixels [B, H, W, 3] uint8 and standard normal noise [B, C, h, w] float32 -> scaled latents [B, C, h, w] float32.
+    """Pixels [B, H, W, 3] uint8 -> what image to image starts from: noised latents [B, C, h, w] float32.
 
-    The noise samples the posterior, as diffusers does with the request's generator.
+    noise        [B, C, h, w] float32, standard normal: samples the posterior, as diffusers does with the request's
+                 generator
+    start_noise  [B, C, h, w] float32, standard normal
+    signal       [1] float32: what the scaled latents are multiplied with
+    sigma        [1] float32: what the start noise is
     """
 
     def __init__(self, vae: nn.Module, scaling_factor: float, shift_factor: float, dtype: str) -> None:
@@ -176,11 +180,12 @@ class VaeEncoder(nn.Module):
         self.shift_factor = shift_factor
         self.dtype: torch.dtype = getattr(torch, dtype)
 
-    def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, noise: Tensor, start_noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
         image = (2 * (pixels.float() / 255) - 1).permute(0, 3, 1, 2)
         posterior = self.vae.encode(image.to(self.dtype), return_dict=False)[0]  # type: ignore[operator]
-        latents: Tensor = posterior.mean.float() + posterior.std.float() * noise
-        return (latents - self.shift_factor) * self.scaling_factor
+        sample: Tensor = posterior.mean.float() + posterior.std.float() * noise
+        latents = (sample - self.shift_factor) * self.scaling_factor
+        return signal * latents + sigma * start_noise
 
 
 class VaeDecoder(nn.Module):

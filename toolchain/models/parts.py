@@ -209,14 +209,14 @@ def vae_decoder() -> Component:
 
 
 def vae_encoder() -> Component:
-    """Pixels [B, H, W, 3] uint8 and noise [B, C, h, w] -> latents [B, C, h, w]: what image to image starts from."""
+    """Pixels [B, H, W, 3] uint8 and two draws of noise -> latents [B, C, h, w]: what image to image starts from."""
 
     def spec(source: ModelSource, bucket: Bucket, recipe: Recipe) -> GraphSpec:
         latents = latent_shape(source, bucket)
+        draws = (TensorSpec(name, "float32", latents) for name in ("noise", "start_noise"))
         pixels = TensorSpec("pixels", "uint8", (bucket.batch, bucket.height, bucket.width, 3))
-        return GraphSpec(
-            (pixels, TensorSpec("noise", "float32", latents)), (TensorSpec("latents", "float32", latents),)
-        )
+        scales = (TensorSpec(name, "float32", (1,)) for name in ("signal", "sigma"))
+        return GraphSpec((pixels, *draws, *scales), (TensorSpec("latents", "float32", latents),))
 
     return _vae("vae_encoder", 0.18215, spec, "VaeEncoder", True)
 

@@ -27,7 +27,7 @@ from toolchain.runtime.loop import denoise
 from toolchain.runtime.noise import Generator
 from toolchain.runtime.request import Options, Request, Size, Texts
 from toolchain.runtime.resolve import resolve
-from toolchain.runtime.start import draw, start_latents, upload
+from toolchain.runtime.start import draw, upload
 from toolchain.runtime.text import Conditions, TextEncoders, place
 from toolchain.sampler.schedulers import parse
 from toolchain.sampler.table import SamplerTable, table_name
@@ -260,7 +260,7 @@ class Pipeline:
         place(memory, engines.inputs, *self._conditions(request, chosen))
         marks.append(memory.mark())
         generators = [Generator(request.seeds[i]) for i in chosen]
-        upload(engines, table, request, start_latents(engines, table, request, chosen, generators))
+        upload(engines, table, request, chosen, generators)
         marks.append(memory.mark())
         done, evaluated = self._denoise(engines, table, generators, callback, timings)
         marks.append(evaluated[-1])

@@ -15,45 +15,14 @@ from toolchain.runtime.request import Request
 from toolchain.sampler.table import SamplerTable
 
 
-def start_latents(
+def upload(
     engines: BucketEngines, table: SamplerTable, request: Request, chosen: list[int], generators: list[Generator]
-) -> F32:
-    """The latents [B, C, h, w] before the first step, for the pictures `chosen`: noise, or a noised image."""
-    shape = engines.latent_shape
-    if request.images is not None:
-        return _noised_image(engines, table, request.images[chosen], generators)
-    if request.latents is None:
-        noise = normal(shape, generators)
-    elif request.latents.shape != (len(request.prompts), *shape[1:]):
-        raise RequestError(
-            "the latents have another shape than the bucket",
-            expected=(len(request.prompts), *shape[1:]),
-            got=request.latents.shape,
-        )
-    else:
-        noise = request.latents[chosen]
-    return noise * np.float32(table.init_noise_sigma)
-
-
-def _noised_image(engines: BucketEngines, table: SamplerTable, images: Array, generators: list[Generator]) -> F32:
-    if table.noising is None:
-        raise RequestError(
-            "this scheduler cannot noise an image", got=table.name, hint="take another one, such as euler or dpm++2m"
-        )
-    assert engines.encoder is not None
-    # The order of the draws is diffusers': the posterior's first, then the noise.
-    encoder_noise = normal(engines.latent_shape, generators)
-    encoded = engines.encoder({"pixels": images, "noise": encoder_noise})["latents"]
-    (latents,) = engines.memory.read(encoded)
-    signal, sigma = (np.float32(x) for x in table.noising)
-    return signal * latents.astype(np.float32) + sigma * normal(engines.latent_shape, generators)
-
-
-def upload(engines: BucketEngines, table: SamplerTable, request: Request, start: F32) -> None:
-    """Everything that the steps of one run read beside the conditions: after this the loop only launches."""
+) -> None:
+    """Everything that the steps of one run read beside the conditions, for the pictures `chosen`: after this the loop
+    only launches."""
     memory, inputs = engines.memory, engines.inputs
+    _place_start(engines, table, request, chosen, generators)
     memory.write(engines.states[0][1:], 0)
-    memory.write(engines.states[0][0], start)
     memory.write(engines.counters[0], 0)
     memory.write(inputs["noise"], 0)
     place_sampler(memory, inputs, table)
@@ -64,6 +33,40 @@ def upload(engines: BucketEngines, table: SamplerTable, request: Request, start:
     }
     place_scales(memory, inputs, scales)
     place_time_ids(memory, inputs, *request.time_ids)
+
+
+def _place_start(
+    engines: BucketEngines, table: SamplerTable, request: Request, chosen: list[int], generators: list[Generator]
+) -> None:
+    """The latents [B, C, h, w] before the first step: noise, or a noised image."""
+    memory, start = engines.memory, engines.states[0][0]
+    shape = engines.latent_shape
+    if request.images is not None:
+        memory.copy(start, _noised_image(engines, table, request.images[chosen], generators))
+        return
+    if request.latents is None:
+        noise = normal(shape, generators)
+    elif request.latents.shape != (len(request.prompts), *shape[1:]):
+        raise RequestError(
+            "the latents have another shape than the bucket",
+            expected=(len(request.prompts), *shape[1:]),
+            got=request.latents.shape,
+        )
+    else:
+        noise = request.latents[chosen]
+    memory.write(start, noise * np.float32(table.init_noise_sigma))
+
+
+def _noised_image(engines: BucketEngines, table: SamplerTable, images: Array, generators: list[Generator]) -> Any:
+    if table.noising is None:
+        raise RequestError(
+            "this scheduler cannot noise an image", got=table.name, hint="take another one, such as euler or dpm++2m"
+        )
+    assert engines.encoder is not None
+    # The order of the draws is diffusers': the posterior's first, then the noise.
+    draws = {name: normal(engines.latent_shape, generators) for name in ("noise", "start_noise")}
+    signal, sigma = table.noising
+    return engines.encoder({"pixels": images, **draws, "signal": signal, "sigma": sigma})["latents"]
 
 
 def place_sampler(memory: Memory, inputs: Mapping[str, Any], table: SamplerTable) -> None:
