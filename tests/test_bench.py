@@ -93,6 +93,15 @@ def test_memory_is_held_against_its_forecast(report: BenchReport) -> None:
     assert "Memory:" not in page(nothing)
 
 
+def test_on_a_gpu_its_memory_counts(report: BenchReport) -> None:
+    ours = replace(report.contenders["diffbuild"], gpu_mb=220.0)
+    on_gpu = replace(report, contenders={**report.contenders, "diffbuild": ours})
+    text = "\n".join(on_gpu.lines())
+    assert ", peak 400 MB, on the GPU 220 MB" in text
+    assert "memory: 220 MB came with the engines; the forecast was 330 MB (+50.0%)" in text
+    assert "220 MB" in page(on_gpu)
+
+
 def test_the_forecast_is_of_the_buckets_that_draw(tiny_bundle: Path) -> None:
     """The others have warmed up alone. A batch of three is three times the bucket of one."""
     bundle = read_bundle(tiny_bundle)
@@ -103,7 +112,10 @@ def test_the_forecast_is_of_the_buckets_that_draw(tiny_bundle: Path) -> None:
         ran = ("text_encoder", f"denoiser {drawn}", f"vae_decoder {drawn}")
         saved = sum(e.activations or 0 for e in found.engines if e.name not in ran)
         assert _forecast_mb(bundle, work) == pytest.approx((found.total - saved) / 1e6)
-    assert _forecast_mb(replace(bundle, device={"kind": "cuda"}), work) is None
+    on_gpu = _forecast_mb(replace(bundle, device={"kind": "cuda"}), work)
+    opened = [e for e in found.engines if e.name in (*ran, f"vae_encoder {drawn}")]
+    block = max(e.activations or 0 for e in opened)
+    assert on_gpu == pytest.approx((sum(e.total for e in opened) + block) / 1e6)
 
 
 def test_a_run_against_diffusers(tiny_bundle: Path, tiny_model: Path, tmp_path: Path) -> None:

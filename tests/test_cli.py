@@ -413,7 +413,7 @@ def test_inspect_of_a_foreign_bundle_says_that_it_cannot_run_here(bundle_copy: P
 
 def test_doctor(tmp_path: Path) -> None:
     text = run("doctor", "--store", tmp_path / "s").stdout
-    assert re.search(r"^backend onnxruntime +works$", text, re.MULTILINE)
+    assert re.search(r"^backend onnxruntime +works: kind cpu, cpu \S+, onnxruntime [\d.]+$", text, re.MULTILINE)
     for part in ("numpy ", str(tmp_path / "s"), "not there yet", "free"):
         assert part in text
     document = run_json("doctor")

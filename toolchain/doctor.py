@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from toolchain.report import megabytes, table
+from toolchain.report import device_line, megabytes, table
 
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "generate": ("numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers", "pillow"),
@@ -29,20 +29,23 @@ def examine(store: Path) -> dict[str, Any]:
     """Everything that `doctor` tells. `works` is whether one backend at least can run here."""
     from toolchain.engines import BACKENDS
     from toolchain.engines.onnxruntime import cpu_features, physical_cores
-    from toolchain.engines.tensorrt import advisory
+    from toolchain.engines.tensorrt import advisory, installed_version
 
     backends = {name: backend.available() for name, backend in BACKENDS.items()}
     libraries = {use: {name: _version(name) for name in names} for use, names in LIBRARIES.items()}
     found, no_gpu = gpus()
     return {
         "works": any(reason is None for reason in backends.values()),
-        "backends": {name: {"works": reason is None, "reason": reason} for name, reason in backends.items()},
+        "backends": {
+            name: {"works": reason is None, "reason": reason, "device": None if reason else BACKENDS[name].device()}
+            for name, reason in backends.items()
+        },
         "versions": {"diffbuild": _version("diffbuild"), "python": platform.python_version()},
         "libraries": libraries,
         "missing": {use: _missing(found) for use, found in libraries.items()},
         "system": _system(),
         "cpu": {"features": cpu_features(), "physical_cores": physical_cores()},
-        "advisories": [line for line in [advisory(libraries["tensorrt"]["tensorrt"])] if line],
+        "advisories": [line for line in [advisory(installed_version())] if line],
         "gpus": found,
         "no_gpu": no_gpu,
         "store": _store(store),
@@ -133,7 +136,8 @@ def doctor_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     ]
     rows += [["gpu", ", ".join(gpu.values())] for gpu in facts["gpus"]] or [["gpu", f"none: {facts['no_gpu']}"]]
     for name, backend in facts["backends"].items():
-        rows.append([f"backend {name}", "works" if backend["works"] else f"cannot run: {backend['reason']}"])
+        works = f"works: {device_line(backend['device'])}" if backend["works"] else f"cannot run: {backend['reason']}"
+        rows.append([f"backend {name}", works])
     for use, found in facts["libraries"].items():
         listed = ", ".join(f"{name} {number}" for name, number in found.items() if number) or "nothing"
         missing = facts["missing"][use]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from toolchain.bundle import ANY, Bundle
+from toolchain.bundle import ANY, PROFILES, Bundle
 from toolchain.signature import GraphSpec
 
 if TYPE_CHECKING:
@@ -87,12 +87,17 @@ class Forecast:
         return None if self.unknown else self.runtime + block + sum(e.total for e in self.engines)
 
     def after(self, drawn: Collection[str]) -> int | None:
-        """The same on the host where all others than these engines, by their names, have run but once, to warm up.
+        """The same where pictures were drawn with these engines, by their names, and no others.
 
-        The block with room for all activations comes with the second run.
+        On the host the others have run once, to warm up: the block with room for all activations comes with the second
+        run. On a GPU they are not open.
         """
-        saved = sum(e.activations or 0 for e in self.engines if e.name not in drawn)
-        return None if self.total is None else self.total - saved
+        others = [e for e in self.engines if e.name not in drawn]
+        if self.total is None:
+            return None
+        if not self.on_gpu:
+            return self.total - sum(e.activations or 0 for e in others)
+        return replace(self, engines=tuple(e for e in self.engines if e.name in drawn)).total
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -106,7 +111,7 @@ class Forecast:
 
 def forecast(bundle: Bundle) -> Forecast:
     """From the manifest and the small files beside the engines."""
-    engines, unknown = [], []
+    engines, unknown, seen = [], [], set()
     for component, entries in bundle.engines.items():
         for bucket, entry in entries.items():
             facts = _facts(bundle.path / entry.folder / FACTS)
@@ -115,7 +120,8 @@ def forecast(bundle: Bundle) -> Forecast:
             if found.activations is None:
                 unknown.append(found.name)
             if facts:
-                engines.append(found)
+                engines.append(replace(found, weights=0) if entry.folder in seen else found)
+            seen.add(entry.folder)  # buckets with one engine share its weights
     on_gpu = bundle.device.get("kind") == "cuda"
     files = [bundle.files.get(f"{folder}/tokenizer.json") for folder in bundle.tokenizers.values()]
     words = TOKENIZER_TIMES * sum(file.size for file in files if file is not None)
@@ -124,7 +130,7 @@ def forecast(bundle: Bundle) -> Forecast:
 
 def planned(plan: Plan) -> list[EngineMemory]:
     """Of what a plan finds in the store: built engines or, where there is none yet, exported graphs."""
-    found = []
+    found, seen = [], set()
     for step in plan.steps:
         if step.stage == "graph":
             label = step.subject.removeprefix(f"{plan.recipe.name} ")
@@ -132,11 +138,14 @@ def planned(plan: Plan) -> list[EngineMemory]:
             signature: Any = step.inputs["signature"]
             weights = _found(plan, f"weights {plan.recipe.name} {component}")
             size = sum(record.size for record in weights.files.values()) if weights else 0
-            for stage, name in (("engine", FACTS), ("graph", GRAPH_FACTS)):
-                artifact = _found(plan, f"{stage} {step.subject}")
-                facts = _facts(artifact.path / name) if artifact else {}
+            shared = f"engine {plan.recipe.name} {component} {PROFILES}"
+            for name, file in ((f"engine {step.subject}", FACTS), (shared, FACTS), (step.name, GRAPH_FACTS)):
+                artifact = _found(plan, name)
+                facts = _facts(artifact.path / file) if artifact else {}
                 if facts:
-                    found.append(_engine(component, bucket, GraphSpec.from_json(signature), facts, size))
+                    engine = _engine(component, bucket, GraphSpec.from_json(signature), facts, size)
+                    found.append(replace(engine, weights=0) if name in seen else engine)
+                    seen.add(name)  # buckets with one engine share its weights
                     break
     return found
 

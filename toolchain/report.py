@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from toolchain.artifacts import Artifact, GcReport, Store
     from toolchain.bundle import Bundle
     from toolchain.memory import EngineMemory, Forecast
-    from toolchain.plan import Plan, Step
+    from toolchain.plan import Plan
     from toolchain.progress import Finished
     from toolchain.runtime.pipeline import Timings
     from toolchain.signing import Signature, Verdict
+    from toolchain.steps import Step
 
 SCHEMA = 1
 """Of every JSON document. Raised when a field goes or changes its meaning, not when one is added."""
@@ -93,6 +94,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     totals = {"hits": len(plan.steps) - plan.misses, "misses": plan.misses}
     memory = [engine.to_json() for engine in planned(plan)]
     where = {"recipe": plan.recipe.name, "model": source, "store": str(plan.store.root)}
+    where |= {"backend": plan.backend.name, "device": plan.backend.device()}
     return {**where, "steps": steps, "memory": memory, **totals}
 
 
@@ -101,6 +103,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 
     revision = f" at {plan.source.revision}" if plan.source.revision else ""
     yield f"recipe {plan.recipe.name}, model {plan.source.name}{revision}, store {plan.store.root}"
+    yield f"engines by {plan.backend.name} for {device_line(plan.backend.device())}"
     rows = []
     for step in plan.steps:
         first, *others = [""] if step.hit else _reasons(step)
@@ -112,6 +115,11 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     if known:
         yield "memory, of what is built or at least exported:"
     yield from memory_lines(known)
+
+
+def device_line(device: Mapping[str, Any]) -> str:
+    """What engines are tied to, in one line."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in device.items())
 
 
 def _reasons(step: Step) -> list[str]:

@@ -19,6 +19,7 @@ class Contender:
     """One line of JSON goes in for each picture and one comes out.
 
     start    milliseconds of the cold start by part, from the process's start to its first picture
+    gpu_mb   what came onto the GPU with it, until then; None for one that runs on the CPU
     picture  the PNG of that first picture
     """
 
@@ -34,6 +35,7 @@ class Contender:
         )
         answer = self._ask(vars(work))
         begun = answer.pop("began")
+        self.gpu_mb: float | None = answer.pop("gpu_mb")
         self.start: dict[str, float] = {"process_ms": (begun - self._started) * 1e3, **answer}
 
     def draw(self, work: Workload) -> dict[str, Any]:
@@ -42,7 +44,7 @@ class Contender:
 
     def finish(self) -> dict[str, Any]:
         """What is only known at the end: peak memory."""
-        return self._ask(None)
+        return {**self._ask(None), "gpu_mb": self.gpu_mb}
 
     def close(self) -> None:
         self._process.kill()

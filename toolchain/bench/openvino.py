@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolchain.bundle import Bundle
 from toolchain.engines.memory import HostMemory
 from toolchain.engines.onnxruntime import physical_cores
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 def plain_graphs(bundle: Bundle, model: Path, out: Path, progress: Callable[[str], None]) -> Path:
@@ -25,6 +28,8 @@ def plain_graphs(bundle: Bundle, model: Path, out: Path, progress: Callable[[str
 
     Raises ModelError, ExportError, WeightsError and StoreError.
     """
+    import onnx_ir as ir
+
     from toolchain.api import default_store
     from toolchain.artifacts import Store
     from toolchain.assemble import copy_file
@@ -41,7 +46,7 @@ def plain_graphs(bundle: Bundle, model: Path, out: Path, progress: Callable[[str
         copy_file(source, weights)  # OpenVINO follows no link out of the graph's folder
         for label in engines:
             graph = built[f"graph {bundle.recipe.name} {component} {label}"]
-            _attach(graph.file("graph.onnx"), weights, graph_of(out, component, label))
+            _attach(plan.backend.prepare(ir.load(graph.file("graph.onnx"))), weights, graph_of(out, component, label))
     return out
 
 
@@ -50,15 +55,14 @@ def graph_of(folder: Path, component: str, label: str) -> Path:
     return folder / f"{component}-{label}.onnx"
 
 
-def _attach(graph: Path, weights: Path, target: Path) -> None:
-    """The graph with its weights as external data: ONNX's own way, which knows offsets into any file."""
+def _attach(model: ir.Model, weights: Path, target: Path) -> None:
+    """A graph with its weights as external data: ONNX's own way, which knows offsets into any file."""
     import onnx_ir as ir
 
     from toolchain.graph.placeholder import is_weight, static_shape
     from toolchain.weights import read_header
 
     places = read_header(weights)
-    model = ir.load(graph)
     for name, value in model.graph.initializers.items():
         if is_weight(value):
             tensor, ref = value.const_value, places[str(name)]

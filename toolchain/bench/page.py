@@ -108,10 +108,10 @@ def _stages(contenders: Mapping[str, Result], images: int) -> Html:
     rows = []
     for name, result in contenders.items():
         times = [_spread(result.stages.get(stage)) for stage in stages]
-        memory = f"{result.peak_mb:.0f} MB" if result.peak_mb is not None else ""
+        memory = [f"{mb:.0f} MB" if mb is not None else "" for mb in (result.peak_mb, result.gpu_mb)]
         rate = images / result.total.median * 1e3
-        rows.append([name, *times, _spread(result.total), f"{rate:.2f}", memory])
-    head = ["", *map(_name, stages), "total", "images/s", "peak memory"]
+        rows.append([name, *times, _spread(result.total), f"{rate:.2f}", *memory])
+    head = ["", *map(_name, stages), "total", "images/s", "peak memory", "on the GPU"]
     return join(table(head, rows), element("p", "Milliseconds: median (p10 to p90)."))
 
 

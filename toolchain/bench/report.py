@@ -25,7 +25,7 @@ class Result:
     """One contender. `start` is its cold start by part; `stages` and `total` are of the rounds, in milliseconds.
 
     peak_mb is resident memory, pages of mapped weight files included, and grown_mb how much of it came with the
-    engines, where that is known.
+    engines, where that is known. gpu_mb is what came onto the GPU until the first picture, and stays there.
     """
 
     start: Mapping[str, float]
@@ -34,6 +34,7 @@ class Result:
     peak_mb: float | None
     counts: Mapping[str, float]
     grown_mb: float | None = None
+    gpu_mb: float | None = None
 
     @property
     def cold_ms(self) -> float:
@@ -47,7 +48,7 @@ class BenchReport:
     ratios       contender -> its time over ours, round by round
     likeness_db  contender -> PSNR of its first picture against ours; infinite where they are equal
     sweeps       what was varied -> points
-    forecast_mb  by how much our memory should have grown, as far as the bundle knows
+    forecast_mb  by how much our memory, on a GPU the GPU's, should have grown, as far as the bundle knows
     """
 
     bundle: str
@@ -68,12 +69,11 @@ class BenchReport:
         ours = next(iter(self.contenders.values()))
         if self.forecast_mb is None:
             return None
-        if ours.grown_mb is None:
+        grown = ours.gpu_mb or ours.grown_mb
+        if grown is None:
             return f"the forecast is {self.forecast_mb:.0f} MB; what came with the engines alone could not be told"
-        error = self.forecast_mb / ours.grown_mb - 1
-        return (
-            f"{ours.grown_mb:.0f} MB came with the engines; the forecast was {self.forecast_mb:.0f} MB ({error:+.1%})"
-        )
+        error = self.forecast_mb / grown - 1
+        return f"{grown:.0f} MB came with the engines; the forecast was {self.forecast_mb:.0f} MB ({error:+.1%})"
 
     def to_json(self) -> dict[str, Any]:
         ratios = {name: asdict(spread(values)) | {"rounds": list(values)} for name, values in self.ratios.items()}
@@ -92,6 +92,7 @@ class BenchReport:
             total = result.total
             rate = images / total.median * 1e3
             memory = f", peak {result.peak_mb:.0f} MB" if result.peak_mb is not None else ""
+            memory += f", on the GPU {result.gpu_mb:.0f} MB" if result.gpu_mb is not None else ""
             yield f"{name}: {_ms(total)} a call, {rate:.2f} images/s{memory}"
             yield "  " + ", ".join(f"{stage.removesuffix('_ms')} {_ms(s)}" for stage, s in result.stages.items())
             if "loop_overhead_ms" in result.counts:
@@ -126,6 +127,7 @@ def summarize(start: Mapping[str, float], rounds: Sequence[Mapping[str, float]],
         total=spread([r["total_ms"] for r in rounds]),
         peak_mb=end["peak_mb"],
         grown_mb=end.get("grown_mb"),
+        gpu_mb=end.get("gpu_mb"),
         counts={key: statistics.median(r[key] for r in rounds) for key in others},
     )
 

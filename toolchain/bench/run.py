@@ -189,12 +189,11 @@ def _sweep(
 
 
 def _forecast_mb(bundle: Bundle, work: Workload) -> float | None:
-    """Of a process that has warmed up every engine and draws with those of the workload."""
+    """Of a process that has warmed up every engine, or on a GPU opened no other, and draws those of the workload."""
     found = forecast(bundle)
-    if found.on_gpu:  # which is no process's resident memory
-        return None
     drawn = {Bucket(batch, *work.size) for batch in bucket_batches(bundle, work.batch, work.size)}
     names = {f"{part} {bucket}" for part in ("denoiser", "vae_decoder") for bucket in drawn}
+    names |= {f"vae_encoder {bucket}" for bucket in drawn} if found.on_gpu else set()
     total = found.after({*bundle.tokenizers, *names})
     return None if total is None else total / 1e6
 

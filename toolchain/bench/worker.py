@@ -26,12 +26,18 @@ class Parts:
     """Milliseconds of one thing after another.
 
     base_bytes  of memory before engines were opened, where somebody noted it
+    gpu_mb      tells what was allocated on the GPU, by whomever, since `watch_gpu`
     """
 
     def __init__(self) -> None:
         self.found: Stages = {}
         self.base_bytes: int | None = None
+        self.gpu_mb: Callable[[], float | None] = lambda: None
         self._last = time.perf_counter()
+
+    def watch_gpu(self, free_bytes: Callable[[], int]) -> None:
+        base = free_bytes()
+        self.gpu_mb = lambda: (base - free_bytes()) / 1e6
 
     def done(self, name: str) -> None:
         now = time.perf_counter()
@@ -53,6 +59,10 @@ def diffbuild(bundle: str, _: str, parts: Parts, *, verify: bool = True) -> Draw
     usable_backend(opened)  # imports the backend's library, whose memory is none of the engines'
     parts.base_bytes = resident_bytes()[0]
     on_host = opened.device["kind"] == "cpu"  # elsewhere a launch returns before the work is done
+    if not on_host:
+        from toolchain.engines.cuda import free_memory_bytes
+
+        parts.watch_gpu(free_memory_bytes)
     # A GPU may not hold every bucket: there the first picture opens what it needs.
     batches = len({bucket.batch for bucket in opened.buckets})
     pipe = Pipeline(opened, warm_up=False, open_buckets=None if on_host else batches)
@@ -105,6 +115,7 @@ def diffusers(bundle: str, model: str, parts: Parts, compiled: bool = False) -> 
     pipeline = reference_pipeline(source, family, recipe)
     on_gpu = opened.device["kind"] == "cuda"
     if on_gpu:
+        parts.watch_gpu(lambda: int(torch.cuda.mem_get_info()[0]))
         pipeline.to("cuda", getattr(torch, recipe.component("denoiser").dtype))
     wait = torch.cuda.synchronize if on_gpu else lambda: None
     network = "unet" if hasattr(pipeline, "unet") else "transformer"
@@ -224,7 +235,7 @@ def main() -> None:
     _, image = draw(first)
     parts.done("first_picture_ms")
     image.save(picture)
-    print(json.dumps({"began": BEGAN, **parts.found}), file=answers, flush=True)
+    print(json.dumps({"began": BEGAN, "gpu_mb": parts.gpu_mb(), **parts.found}), file=answers, flush=True)
     for line in sys.stdin:
         work = json.loads(line)
         answer = ending(parts) if work is None else draw(work)[0]
@@ -234,7 +245,7 @@ def main() -> None:
 def _resume(parts: Parts) -> Parts:
     """The same parts, the clock set anew: waiting for the first workload is nobody's time."""
     fresh = Parts()
-    fresh.found, fresh.base_bytes = parts.found, parts.base_bytes
+    fresh.found, fresh.base_bytes, fresh.gpu_mb = parts.found, parts.base_bytes, parts.gpu_mb
     return fresh
 
 
