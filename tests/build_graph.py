@@ -55,6 +55,24 @@ def write_network(folder: Path, dtype: str = "float16", *, idle: int = 0) -> Non
     write_graph(folder / "graph.onnx", nodes, kind)
 
 
+def write_two_buckets(folder: Path, dtype: str = "float16") -> list[GraphSpec]:
+    """`write_network` as one graph for two and for three rows; the signatures of both."""
+    import onnx_ir as ir
+
+    from toolchain.graph.profiles import merge_buckets
+
+    write_network(folder, dtype)
+    graphs, specs = [], []
+    for rows in (2, 3):
+        graph = ir.load(folder / "graph.onnx")
+        for value in (*graph.graph.inputs, *graph.graph.outputs):
+            value.shape = ir.Shape((rows, 4))
+        graphs.append(graph)
+        specs.append(GraphSpec(*((TensorSpec(name, "float32", (rows, 4)),) for name in "xy")))
+    ir.save(merge_buckets(graphs), folder / "graph.onnx")
+    return specs
+
+
 def write_graph(path: Path, nodes: list[Any], kind: int, opset: int = 20) -> None:
     x, y = (helper.make_tensor_value_info(t.name, TensorProto.FLOAT, t.shape) for t in (*SPEC.inputs, *SPEC.outputs))
     zero = helper.make_tensor("zero", kind, [], [0.0])

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from toolchain.engines.device_memory import DeviceMemory
-from toolchain.engines.tensorrt_engine import TensorRtEngine
+from toolchain.engines.tensorrt_engine import TensorRtEngine, TensorRtMemory
 from toolchain.signature import GraphSpec, TensorSpec
 
 OPTIONS = {"cuda_graph": "step"}
@@ -76,11 +75,11 @@ def write_engine(trt: Any, folder: Path, *, strip: bool = False, **facts: Any) -
     return folder
 
 
-def opened(folder: Path, memory: DeviceMemory, spec: GraphSpec = SPEC, weights: Path | None = None) -> TensorRtEngine:
-    return TensorRtEngine(folder, {} if weights is None else {"weights": weights}, spec, OPTIONS, memory)
+def opened(folder: Path, memory: TensorRtMemory, spec: GraphSpec = SPEC, weights: Path | None = None) -> TensorRtEngine:
+    return TensorRtEngine(folder, {} if weights is None else {"weights": weights}, spec, memory)
 
 
-def bound(engine: TensorRtEngine, memory: DeviceMemory) -> tuple[Any, Any, Any]:
+def bound(engine: TensorRtEngine, memory: TensorRtMemory) -> tuple[Any, Any, Any]:
     """Two states, two counters and the two launches that swap them, as the runtime binds a step."""
     states, counters = ([memory.zeros(t.shape, t.dtype) for _ in range(2)] for t in SPEC.inputs)
     launches = [
@@ -92,7 +91,7 @@ def bound(engine: TensorRtEngine, memory: DeviceMemory) -> tuple[Any, Any, Any]:
     return states, counters, launches
 
 
-def run(engine: TensorRtEngine, memory: DeviceMemory, steps: int) -> tuple[Any, int]:
+def run(engine: TensorRtEngine, memory: TensorRtMemory, steps: int) -> tuple[Any, int]:
     states, counters, launches = bound(engine, memory)
     for index in range(steps):
         launches[index % 2]()

@@ -5,14 +5,19 @@ The pretended GPU runs nothing before it is waited for, so that a wait too few s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from PIL import Image
 
 import toolchain
 from tests.parity import LEAST_PSNR_DB, psnr_db, random_images
@@ -22,10 +27,18 @@ from tests.tiny_flux import make_flux
 from tests.tiny_sd3 import make_sd3
 from tests.tiny_sdxl import make_sdxl
 from toolchain.bundle import read_bundle
+from toolchain.cli import cli
 from toolchain.runtime.pipeline import Pipeline
 from toolchain.trace.record import trace
 
 MODELS: dict[str, Callable[[Path], Path]] = {"sd": make_sd, "sdxl": make_sdxl, "sd3": make_sd3, "flux": make_flux}
+# Between them: another batch, another size, and a size at which SD3 takes all of its positions.
+BUCKETS = {
+    "sd": ["1x64x64", "1x64x96"],
+    "sdxl": ["1x64x64", "2x64x96"],
+    "sd3": ["1x64x64", "1x96x128"],
+    "flux": ["1x64x64", "2x64x64"],
+}
 STOCHASTIC = {"sd": "euler-a", "sdxl": "euler-a", "sd3": None, "flux": None}
 RECIPE = """\
 family = "{family}"
@@ -65,6 +78,19 @@ def requests(family: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+@contextlib.contextmanager
+def warnings_of(name: str) -> Iterator[list[str]]:
+    """What a logger warns of meanwhile."""
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(name).addHandler(handler)
+    try:
+        yield told
+    finally:
+        logging.getLogger(name).removeHandler(handler)
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def both(
     request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest.TempPathFactory
@@ -73,20 +99,48 @@ def both(
     family: str = request.param
     folder = tmp_path_factory.mktemp(family)
     model = MODELS[family](folder / "model")
-    own = {
-        "guided": "false" if family == "flux" else "true",
-        "buckets": '["1x64x64", "1x64x96"]' if family == "sd" else '["1x64x64"]',
-    }
-    for backend in ("onnxruntime", "tensorrt"):
-        (folder / f"{backend}.toml").write_text(RECIPE.format(family=family, backend=backend, **own))
+    own = {"family": family, "guided": "false" if family == "flux" else "true"}
+    host = BUCKETS[family][: 2 if family == "sd" else 1]
+    for backend, buckets in (("onnxruntime", host), ("tensorrt", BUCKETS[family])):
+        text = RECIPE.format(backend=backend, buckets=json.dumps(buckets), **own)
+        (folder / f"{backend}.toml").write_text(text)
+    (folder / "profiles.toml").write_text(f"{text}\n[tensorrt]\nprofile_per_bucket = true\n")
     toolchain.build(folder / "onnxruntime.toml", str(model), folder / "host", store=store)
     pipe = toolchain.load(folder / "host")
     expected = {name: drawn(pipe, **options) for name, options in requests(family).items()}
     pipe.close()
-    with pretended(DIFFBUILD_CACHE=str(folder / "cache")) as trt:
-        toolchain.build(folder / "tensorrt.toml", str(model), folder / "bundle", store=store)
+    with pretended(DIFFBUILD_CACHE=str(folder / "cache")) as trt, warnings_of("toolchain") as told:
+        for name, output in (("tensorrt", "bundle"), ("profiles", "profiles")):
+            command("build", folder / f"{name}.toml", "--model", model, "--store", store, "--output", folder / output)
+        assert told == []  # of nodes that TensorRT's parser may refuse, above all
         yield family, folder / "bundle", expected
         assert trt.violations == []
+
+
+def command(*arguments: object) -> str:
+    """What a command of the command line says; it must succeed."""
+    done = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_the_command_line(both: tuple[str, Path, dict[str, np.ndarray]], store: Path, tmp_path: Path) -> None:
+    """From the plan of what was built to the picture; the build itself is the fixture's."""
+    family, bundle, expected = both
+    folder = bundle.parent
+    said = command("plan", folder / "profiles.toml", "--model", folder / "model", "--store", store)
+    assert "engines by tensorrt for kind cuda, name NVIDIA H200, compute capability 9.0" in said
+    assert " 0 misses" in said
+    assert "backend" in command("inspect", bundle)
+    picture, timeline = tmp_path / "picture.png", tmp_path / "trace.json"
+    command("generate", bundle, PROMPT, "--seed", 3, "--output", picture)
+    drawn_now = np.asarray(Image.open(picture))[None]
+    assert psnr_db(drawn_now, expected["a picture"]) >= LEAST_PSNR_DB
+    command("trace", bundle, "--steps", 2, "--output", timeline)
+    assert json.loads(timeline.read_text())["traceEvents"]
+    if family == "sd":
+        said = command("check", folder / "profiles", "--model", folder / "model")
+        assert "passed" in said
 
 
 def evaluated(family: str, steps: int) -> int:
@@ -130,6 +184,9 @@ def test_a_picture_waits_for_the_gpu_once(both: tuple[str, Path, dict[str, np.nd
         # The prompt is known: the steps, or an even number of them and one more, and the decoder.
         assert counters.launches - before.launches == launches + 1
         assert result.timings.total_ms > 0
+        before = dataclasses.replace(counters)
+        pipe(PROMPT, seed=4, **requests(family)["a picture as the start"])
+        assert counters.synchronisations - before.synchronisations == 1
         pipe.close()
 
 
@@ -180,6 +237,41 @@ def test_a_bucket_that_gives_way_leaves_nothing_behind(both: tuple[str, Path, di
 
     assert runtime._VIOLATIONS == []
     assert runtime._live() == []
+
+
+def test_buckets_that_share_an_engine_draw_as_with_their_own(both: tuple[str, Path, dict[str, np.ndarray]]) -> None:
+    _, bundle, _ = both
+    own, shared = opened(bundle, "loop"), opened(bundle.parent / "profiles", "loop")
+    for bucket in own.bundle.buckets:
+        prompts = [PROMPT, "a blue square"][: bucket.batch]
+        options: dict[str, Any] = {"seed": 3, "size": (bucket.height, bucket.width)}
+        first, second = (pipe(prompts, **options).latents for pipe in (own, shared))
+        np.testing.assert_array_equal(first, second)
+    folders = {entry.folder for entry in shared.bundle.engines["denoiser"].values()}
+    assert folders == {"engines/denoiser/profiles"}
+    assert sorted(plan.folder.name for plan in shared._memory._plans.values() if plan.profiles > 1) == ["profiles"] * 3
+    own.close()
+    shared.close()
+    from cuda.bindings import runtime
+
+    assert runtime._VIOLATIONS == []
+    assert runtime._live() == []
+
+
+def test_a_shared_engine_stays_open_when_a_bucket_gives_way(both: tuple[str, Path, dict[str, np.ndarray]]) -> None:
+    family, bundle, _ = both
+    if family != "sd":
+        pytest.skip("the runtime is the same for every family: one is enough")
+    pipe = Pipeline(opened_as(bundle.parent / "profiles", "loop"), open_buckets=1)
+    held, plans = [], []
+    for _ in range(3):
+        for size in ((64, 64), (64, 96)):
+            drawn(pipe, size=size)
+        held.append(_bytes(pipe))
+        plans.append({id(plan) for plan in pipe._memory._plans.values() if plan.profiles > 1})
+    assert held[0] == held[1] == held[2]
+    assert plans[0] == plans[1] == plans[2]
+    pipe.close()
 
 
 def _bytes(pipe: Pipeline) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from toolchain import progress
-from toolchain.plan import Step
+from toolchain.steps import Step
 
 
 class Bar:

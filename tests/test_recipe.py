@@ -62,7 +62,7 @@ def test_defaults() -> None:
         sampling=Sampling("model", 20, 5.0, ("model",), (20,)),
         onnxruntime=OnnxRuntimeOptions("all", 0),
         onnxruntime_cuda=OnnxRuntimeCudaOptions("all", True, False, True),
-        tensorrt=TensorRtOptions(3, 0, "none", "none", False, -1, "", True, "step"),
+        tensorrt=TensorRtOptions(3, 0, "none", "none", False, False, -1, "", True, "step"),
         check=Check(("a circle",), (0,), 40.0, 0.98, {}),
     )
     assert parse(SMALLEST).component("denoiser") == ComponentRecipe("float32", ())
@@ -98,6 +98,7 @@ workspace_mb = 4096
 tiling_optimization_level = "fast"
 hardware_compatibility_level = "same_compute_capability"
 strip_plan = true
+profile_per_bucket = true
 max_aux_streams = 0
 build_route = "-a=1 -b=2"
 tf32 = false
@@ -127,7 +128,7 @@ def test_every_key() -> None:
     assert recipe.onnxruntime == OnnxRuntimeOptions("basic", 2)
     assert recipe.onnxruntime_cuda == OnnxRuntimeCudaOptions("extended", False, True, False)
     assert recipe.tensorrt == TensorRtOptions(
-        5, 4096, "fast", "same_compute_capability", True, 0, "-a=1 -b=2", False, "loop"
+        5, 4096, "fast", "same_compute_capability", True, True, 0, "-a=1 -b=2", False, "loop"
     )
     assert recipe.check.seeds == (0, 2**64 - 1)
     assert recipe.check.tolerance("denoiser") == Tolerance(0.99, 40.0, 0.5)
@@ -234,7 +235,8 @@ MANY_LINES = [
     "onnxruntime.optimization: unknown value (expected one of 'basic', 'extended', 'all', got 'layout')",
     "onnxruntime.threads: out of range (expected an integer of 0 or more, got -1)",
     "tensorrt.fp16: unknown key (expected one of builder_optimization_level, workspace_mb, tiling_optimization_level, "
-    "hardware_compatibility_level, strip_plan, max_aux_streams, build_route, tf32, cuda_graph, got 'fp16')",
+    "hardware_compatibility_level, strip_plan, profile_per_bucket, max_aux_streams, build_route, tf32, cuda_graph, "
+    "got 'fp16')",
     "tensorrt.builder_optimization_level: out of range (expected an integer from 0 to 5, got 6)",
     "tensorrt.max_aux_streams: out of range (expected an integer of -1 or more, got -2)",
     f"check.prompts: empty (expected {ENTRIES}, got [])",

@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[1] / "toolchain"
 # Each row may import from the rows above it and from itself.
 LAYERS = (
     ("errors", "garbage", "markup"),
-    ("recipe", "settings", "signature", "files", "manifest", "artifacts", "weights"),
-    ("graph", "models", "sampler", "bundle", "signing", "memory"),
+    ("recipe", "settings", "signature", "files", "user_cache", "manifest", "artifacts", "weights"),
+    ("graph", "models", "sampler", "bundle", "provenance", "signing", "memory"),
     ("export", "engines"),
     ("runtime",),
-    ("plan", "assemble", "check"),
+    ("steps", "planner", "plan", "assemble", "check"),
     ("api",),
     ("report", "progress", "pictures", "doctor", "console", "cli_cache", "bench"),
     ("trace", "cli_trace"),

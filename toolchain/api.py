@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from toolchain.artifacts import Store, publish_folder
 from toolchain.bundle import Bundle
 from toolchain.models import resolve_model
-from toolchain.plan import Plan, Step, execute, make_plan
+from toolchain.plan import Plan, execute, make_plan
 from toolchain.recipe import Recipe, load_recipe
+from toolchain.steps import Step
 
 if TYPE_CHECKING:
     from toolchain.check.report import CheckReport

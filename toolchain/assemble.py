@@ -13,11 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from toolchain.artifacts import Artifact, Store, publish_folder
-from toolchain.bundle import ANY, MANIFEST, SIGNATURE, Bundle, EngineEntry, FileEntry, read_bundle
+from toolchain.bundle import ANY, MANIFEST, PROFILES, SIGNATURE, Bundle, EngineEntry, FileEntry, read_bundle
 from toolchain.errors import BundleError, StoreError, UsageError
 from toolchain.files import foreign_files, some
-from toolchain.plan import EXPORT_TOOLS, Plan, Step, execute, tool_versions
+from toolchain.plan import Plan, execute
+from toolchain.provenance import note_built
 from toolchain.signature import GraphSpec
+from toolchain.steps import EXPORT_TOOLS, Step, tool_versions
 
 FOLDERS = ("engines/", "samplers/", "tokenizers/")
 _LOG = logging.getLogger("toolchain")
@@ -39,6 +41,7 @@ def assemble(
     existing = _existing(output) if plan.misses == 0 else None
     if existing is not None and _same(existing, plan) and _complete(existing, plan.store):
         plan.store.register_bundle(output, refs)
+        note_built(existing)
         for step in plan.steps:
             progress(step, "hit")
         return existing
@@ -48,7 +51,9 @@ def assemble(
     plan.store.register_bundle(output, refs)
     if signed:
         _LOG.warning("%s is a new bundle, and no longer signed: diffbuild sign %s --key private.pem", output, output)
-    return read_bundle(output)
+    bundle = read_bundle(output)
+    note_built(bundle)
+    return bundle
 
 
 def check_output(output: Path) -> None:
@@ -145,8 +150,7 @@ class _Writer:
         tokenizers = {c.name: f"tokenizers/{c.tokenizer}" for c in components if c.tokenizer}
         for place in tokenizers.values():
             tokenizer = self.built[f"tokenizer {recipe.name} {Path(place).name}"]
-            for name in tokenizer.files:
-                self._copy(tokenizer, name, folder, f"{place}/{name}")
+            self._copy_all(tokenizer, folder, place)
         checkpoint = {c.name: self._step("weights", c.name).inputs["checkpoint"] for c in components}
         bundle = Bundle(
             path=folder,
@@ -190,15 +194,21 @@ class _Writer:
                 self._copy(artifact, name, folder, weights[role])
         entries = {}
         for bucket in plan.recipe.buckets if owner.per_bucket else [ANY]:
-            artifact = self.built[f"engine {plan.recipe.name} {component} {bucket}"]
-            place = f"engines/{component}/{bucket}"
-            for name in artifact.files:
-                self._copy(artifact, name, folder, f"{place}/{name}")
+            name = f"engine {plan.recipe.name} {component}"
+            label = bucket if f"{name} {bucket}" in self.built else PROFILES
+            place = f"engines/{component}/{label}"
+            self._copy_all(self.built[f"{name} {label}"], folder, place)
             graph = self._step("graph", f"{component} {bucket}")
             signature = graph.inputs["signature"]
             assert isinstance(signature, dict)
             entries[str(bucket)] = EngineEntry(place, weights, GraphSpec.from_json(signature))
         return entries
+
+    def _copy_all(self, artifact: Artifact, folder: Path, target: str) -> None:
+        """Once: several buckets may have one engine."""
+        for name in artifact.files:
+            if f"{target}/{name}" not in self.files:
+                self._copy(artifact, name, folder, f"{target}/{name}")
 
     def _copy(self, artifact: Artifact, name: str, folder: Path, target: str) -> None:
         record = artifact.files[name]

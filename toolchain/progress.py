@@ -15,8 +15,8 @@ import click
 from toolchain.report import subject
 
 if TYPE_CHECKING:
-    from toolchain.plan import Step
     from toolchain.runtime.pipeline import Progress as Evaluation
+    from toolchain.steps import Step
 
 log = logging.getLogger("toolchain")
 

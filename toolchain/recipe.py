@@ -166,6 +166,7 @@ class TensorRtOptions:
     max_aux_streams  -1 leaves the choice to TensorRT
     build_route      knobs of TensorRT 11.1's performance tuner, "-name=value -name=value"
     strip_plan       leave the weights out of the engines; they are filled in from the bundle's when these are opened
+    profile_per_bucket  one engine for all buckets of a component, which share one copy of its weights on the GPU
     tf32             whether float32 products may be rounded; off for a reference
     cuda_graph       how the runtime launches, no part of what is built: one graph per step, one per run, or none
     """
@@ -175,6 +176,7 @@ class TensorRtOptions:
     tiling_optimization_level: Literal["none", "fast", "moderate", "full"] = "none"
     hardware_compatibility_level: Literal["none", "same_compute_capability", "ampere_plus"] = "none"
     strip_plan: bool = False
+    profile_per_bucket: bool = False
     max_aux_streams: Streams = -1
     build_route: str = ""
     tf32: bool = True

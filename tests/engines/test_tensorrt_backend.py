@@ -133,11 +133,13 @@ def test_versions_with_known_flaws(version: str | None, flawed: bool) -> None:
     assert line is None or ("CVE-2026-24268" in line and "10.16.1.11" in line)
 
 
-def test_doctor_tells_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda package: "10.16.1.11" if package == "tensorrt" else "1.0")
-    with pretended():
+def test_doctor_tells_of_them(tmp_path: Path) -> None:
+    with pretended(FAKE_TENSORRT_VERSION="10.16.1.11"):
         facts = doctor.examine(tmp_path)
-        assert facts["backends"]["tensorrt"] == {"works": True, "reason": None}
+        assert facts["backends"]["tensorrt"] == {"works": True, "reason": None, "device": BACKEND.device()}
+        told = "\n".join(doctor.doctor_lines(facts))
+        assert "name NVIDIA H200, compute capability 9.0, sm count 132, memory bytes" in told
+        assert "tensorrt 10.16.1.11" in told
         assert any(line.startswith("warning: TensorRT 10.16.1.11 has known") for line in doctor.doctor_lines(facts))
 
 

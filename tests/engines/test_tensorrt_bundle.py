@@ -143,6 +143,16 @@ def test_a_second_build_is_all_hits(
     assert misses(toolchain.plan_build(recipe(tmp_path), str(tiny_model), store=own_store)) == []
 
 
+def test_another_backend_exports_nothing_anew(
+    bundle: toolchain.Bundle, own_store: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    path = recipe(tmp_path, old='"tensorrt"', new='"onnxruntime"')
+    path.write_text(path.read_text().replace('dtype = "bfloat16"', 'dtype = "float16"'))  # its kernels lack bfloat16
+    found = misses(toolchain.plan_build(path, str(tiny_model), store=own_store))
+    assert [name for name in found if name.startswith("graph")] == ["graph tiny vae_decoder 1x64x64"]
+    assert "weights tiny denoiser" in found  # which each backend wants turned its own way
+
+
 def test_how_it_is_run_rebuilds_nothing(
     bundle: toolchain.Bundle, own_store: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -196,8 +206,9 @@ def test_what_fails_while_it_is_opened_leaves_nothing_on_the_gpu(
 
     from toolchain.engines.device_memory import DeviceMemory
     from toolchain.engines.tensorrt_engine import TensorRtEngine
+    from toolchain.engines.tensorrt_plan import OpenPlan
 
-    for owner, name in ((DeviceMemory, "_allocate"), (TensorRtEngine, "bind"), (TensorRtEngine, "_deserialize")):
+    for owner, name in ((DeviceMemory, "_allocate"), (TensorRtEngine, "bind"), (OpenPlan, "_deserialize")):
         plain = getattr(owner, name)
         for failing in itertools.count():
             calls = itertools.count()

@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 
 from tests.pretend import pretended
 from tests.step_engine import OPTIONS, SPEC, STATE, WEIGHT, bound, expected, opened, run, write_engine
-from toolchain.engines.device_memory import DeviceMemory
-from toolchain.engines.tensorrt_engine import open_memory, read_facts
+from toolchain.engines.tensorrt_engine import TensorRtMemory, open_memory
+from toolchain.engines.tensorrt_plan import read_facts
 from toolchain.errors import DiffbuildError, EngineError
 
 
@@ -38,8 +38,8 @@ def _rules_are_kept(trt: Any) -> Iterator[None]:
 
 
 @pytest.fixture
-def memory(trt: Any) -> Iterator[DeviceMemory]:
-    made = DeviceMemory()
+def memory(trt: Any) -> Iterator[TensorRtMemory]:
+    made = TensorRtMemory()
     yield made
     made.close()
 
@@ -50,7 +50,7 @@ def folder(trt: Any, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("steps", [1, 4, 7])
-def test_two_bindings_swap_their_states(folder: Path, memory: DeviceMemory, steps: int) -> None:
+def test_two_bindings_swap_their_states(folder: Path, memory: TensorRtMemory, steps: int) -> None:
     engine = opened(folder, memory)
     state, counter = run(engine, memory, steps)
     np.testing.assert_array_equal(state, expected(steps))
@@ -63,7 +63,7 @@ def test_two_bindings_swap_their_states(folder: Path, memory: DeviceMemory, step
 @pytest.mark.parametrize("failure", ["", "conditional"])
 def test_a_whole_run_is_one_launch(folder: Path, failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_CUDA_FAIL", failure)
-    memory = DeviceMemory("loop")
+    memory = TensorRtMemory("loop")
     engine = opened(folder, memory)
     states, counters, launches = bound(engine, memory)
     memory.loop(*launches)(6)
@@ -81,7 +81,7 @@ def test_without_cuda_graphs_the_result_is_the_same(
     folder: Path, trt: Any, failure: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("FAKE_CUDA_FAIL", failure)
-    memory = DeviceMemory("off" if failure == "off" else "step")
+    memory = TensorRtMemory("off" if failure == "off" else "step")
     engine = opened(folder, memory)
     state, _ = run(engine, memory, 3)
     np.testing.assert_array_equal(state, expected(3))
@@ -91,7 +91,7 @@ def test_without_cuda_graphs_the_result_is_the_same(
     memory.close()
 
 
-def test_a_thousand_launches_allocate_nothing(folder: Path, memory: DeviceMemory) -> None:
+def test_a_thousand_launches_allocate_nothing(folder: Path, memory: TensorRtMemory) -> None:
     engine = opened(folder, memory)
     states, counters, launches = bound(engine, memory)
     before = vars(memory.counters).copy()
@@ -106,10 +106,10 @@ def test_a_thousand_launches_allocate_nothing(folder: Path, memory: DeviceMemory
     engine.close()
 
 
-def test_outputs_that_nobody_wants_share_a_buffer(folder: Path, memory: DeviceMemory) -> None:
+def test_outputs_that_nobody_wants_share_a_buffer(folder: Path, memory: TensorRtMemory) -> None:
     engine = opened(folder, memory)
     bound(engine, memory)
-    assert list(engine._unread) == ["preview"]
+    assert list(engine._places._unread) == ["preview"]
     one = memory.zeros((2, 4), np.float16)
     states, counters, _ = bound(engine, memory)
     ends = {"next_state": states[1], "next_step": counters[1], "preview": one}
@@ -177,34 +177,36 @@ class TestStripped:
         save_file({"a": np.uint8([1, 2, 3]), "weight": WEIGHT}, tmp_path / "weights.safetensors")
         return tmp_path / "weights.safetensors"
 
-    def test_weights_come_from_the_weight_file(self, folder: Path, weights: Path, memory: DeviceMemory) -> None:
+    def test_weights_come_from_the_weight_file(self, folder: Path, weights: Path, memory: TensorRtMemory) -> None:
         engine = opened(folder, memory, weights=weights)
         np.testing.assert_array_equal(run(engine, memory, 3)[0], expected(3))
         engine.close()
 
-    def test_a_weight_file_of_another_model(self, folder: Path, memory: DeviceMemory, tmp_path: Path) -> None:
+    def test_a_weight_file_of_another_model(self, folder: Path, memory: TensorRtMemory, tmp_path: Path) -> None:
         save_file({"weights": WEIGHT}, tmp_path / "other.safetensors")
         with pytest.raises(DiffbuildError, match=r"no tensor 'weight'(.|\n)*did you mean 'weights'"):
             opened(folder, memory, weights=tmp_path / "other.safetensors")
 
-    def test_a_weight_of_another_size(self, folder: Path, memory: DeviceMemory, tmp_path: Path) -> None:
+    def test_a_weight_of_another_size(self, folder: Path, memory: TensorRtMemory, tmp_path: Path) -> None:
         save_file({"weight": WEIGHT[:2]}, tmp_path / "other.safetensors")
         with pytest.raises(EngineError, match="cannot fill the engine with its weights"):
             opened(folder, memory, weights=tmp_path / "other.safetensors")
 
     def test_weights_that_stay_missing(
-        self, folder: Path, weights: Path, memory: DeviceMemory, monkeypatch: pytest.MonkeyPatch, trt: Any
+        self, folder: Path, weights: Path, memory: TensorRtMemory, monkeypatch: pytest.MonkeyPatch, trt: Any
     ) -> None:
         monkeypatch.setattr(trt.OnnxParserRefitter, "refit_model_proto", lambda self: True)
         with pytest.raises(EngineError, match="no weights for weight and 1 in all"):
             opened(folder, memory, weights=weights)
 
-    def test_a_plan_that_holds_its_weights(self, trt: Any, weights: Path, memory: DeviceMemory, tmp_path: Path) -> None:
+    def test_a_plan_that_holds_its_weights(
+        self, trt: Any, weights: Path, memory: TensorRtMemory, tmp_path: Path
+    ) -> None:
         folder = write_engine(trt, tmp_path / "whole", stripped=True)
         with pytest.raises(EngineError, match="cannot fill the engine with its weights"):
             opened(folder, memory, weights=weights)
 
-    def test_its_graph_is_missing(self, folder: Path, weights: Path, memory: DeviceMemory) -> None:
+    def test_its_graph_is_missing(self, folder: Path, weights: Path, memory: TensorRtMemory) -> None:
         (folder / "graph.onnx").unlink()
         with pytest.raises(EngineError, match=r"cannot be read(.|\n)*graph\.onnx"):
             opened(folder, memory, weights=weights)
@@ -220,16 +222,17 @@ class TestStripped:
         ("outputs", lambda t: replace(t[0], shape=(4, 2))),
     ],
 )
-def test_an_engine_of_another_signature(folder: Path, memory: DeviceMemory, side: str, change: Any) -> None:
+def test_an_engine_of_another_signature(folder: Path, memory: TensorRtMemory, side: str, change: Any) -> None:
     tensors = getattr(SPEC, side)
     spec = replace(SPEC, **{side: (change(tensors), *tensors[1:])})
     with pytest.raises(EngineError) as caught:
         opened(folder, memory, spec)
-    assert f"other {side} than its manifest" in caught.value.what
+    assert "other inputs or outputs than its manifest" in caught.value.what
     assert len(caught.value.expected) == len(caught.value.got) == 1  # the difference alone
+    assert caught.value.got[0].startswith(f"{side.removesuffix('s')} ")
 
 
-def test_buffers_must_fit(folder: Path, memory: DeviceMemory) -> None:
+def test_buffers_must_fit(folder: Path, memory: TensorRtMemory) -> None:
     engine = opened(folder, memory)
     state, step = memory.zeros((2, 4), np.float32), memory.zeros((1,), np.int64)
     wrong: list[tuple[str, Mapping[str, Any]]] = [
@@ -246,7 +249,7 @@ def test_buffers_must_fit(folder: Path, memory: DeviceMemory) -> None:
     engine.close()
 
 
-def test_a_damaged_plan(folder: Path, memory: DeviceMemory) -> None:
+def test_a_damaged_plan(folder: Path, memory: TensorRtMemory) -> None:
     plan = folder / "engine.plan"
     whole = plan.read_bytes()
     plan.write_bytes(b"x" * len(whole))
@@ -285,9 +288,9 @@ def test_a_damaged_description(folder: Path, text: str | None, message: str) -> 
         open_memory([folder], OPTIONS)
 
 
-def test_code_for_the_host_is_not_run(folder: Path, memory: DeviceMemory) -> None:
+def test_code_for_the_host_is_not_run(folder: Path, memory: TensorRtMemory) -> None:
     engine = opened(folder, memory)
-    assert engine._runtime.engine_host_code_allowed is False
+    assert engine._plan._runtime.engine_host_code_allowed is False
     engine.close()
 
 
@@ -300,7 +303,7 @@ def test_code_for_the_host_is_not_run(folder: Path, memory: DeviceMemory) -> Non
     ],
 )
 def test_failures_of_tensorrt_tell_its_words(
-    folder: Path, memory: DeviceMemory, failure: str, message: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path, memory: TensorRtMemory, failure: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_TENSORRT_FAIL", failure)
     with pytest.raises(EngineError, match=message):
@@ -308,7 +311,7 @@ def test_failures_of_tensorrt_tell_its_words(
 
 
 def test_a_context_that_cannot_be_made(
-    folder: Path, memory: DeviceMemory, trt: Any, monkeypatch: pytest.MonkeyPatch
+    folder: Path, memory: TensorRtMemory, trt: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = opened(folder, memory)
     monkeypatch.setattr(trt.ICudaEngine, "create_execution_context", lambda self, strategy: None)
@@ -318,35 +321,35 @@ def test_a_context_that_cannot_be_made(
 
 
 def test_warnings_of_tensorrt_are_passed_on(
-    folder: Path, memory: DeviceMemory, trt: Any, caplog: pytest.LogCaptureFixture
+    folder: Path, memory: TensorRtMemory, trt: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = opened(folder, memory)
     with caplog.at_level(logging.DEBUG, "toolchain"):
-        engine._log.log(trt.ILogger.Severity.INFO, "chatter")
-        engine._log.log(trt.ILogger.Severity.WARNING, "across devices\n")
-        engine._log.log(trt.ILogger.Severity.ERROR, "broken")
+        engine._plan._log.log(trt.ILogger.Severity.INFO, "chatter")
+        engine._plan._log.log(trt.ILogger.Severity.WARNING, "across devices\n")
+        engine._plan._log.log(trt.ILogger.Severity.ERROR, "broken")
     assert caplog.messages == ["TensorRT: across devices"]
-    assert list(engine._log.lines) == ["across devices", "broken"]
+    assert list(engine._plan._log.lines) == ["across devices", "broken"]
     engine.close()
 
 
 def test_tensors_that_tensorrt_wants_on_the_host(
-    folder: Path, memory: DeviceMemory, trt: Any, monkeypatch: pytest.MonkeyPatch
+    folder: Path, memory: TensorRtMemory, trt: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trt.ICudaEngine, "get_tensor_location", lambda self, name: trt.TensorLocation.HOST)
-    with pytest.raises(EngineError, match="host FLOAT"):
+    with pytest.raises(EngineError, match="host float32"):
         opened(folder, memory)
 
 
 @pytest.mark.parametrize("mode", ["step", "off"])
 @pytest.mark.parametrize("memory_first", [False, True])
 def test_closing_frees_everything_in_order(folder: Path, memory_first: bool, mode: str) -> None:
-    memory = DeviceMemory(mode)
+    memory = TensorRtMemory(mode)
     engine = opened(folder, memory)
     _, _, launches = bound(engine, memory)
     launches[0]()  # on its way when everything is closed
     freed: list[str] = []
-    things = {"runtime": engine._runtime, "engine": engine._engine, "context": engine._bindings[0].context}
+    things = {"runtime": engine._plan._runtime, "engine": engine._plan.engine, "context": engine._bindings[0].context}
     for name, thing in things.items():
         weakref.finalize(thing, freed.append, name)
     del things, thing

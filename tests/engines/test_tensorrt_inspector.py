@@ -106,6 +106,16 @@ def test_an_opaque_layer_for_a_whole_graph_is_not_judged() -> None:
         judged({str(i): "float16" for i in range(9)}, whole)
 
 
+def test_an_opaque_layer_that_names_its_nodes_is_not_judged() -> None:
+    """Between the ends of a graph in float32 it may compute in anything."""
+    asked = {str(i): "float16" for i in range(20)}
+    whole = layer("{ForeignNode[0...19]}", "Float", "Float", nodes=tuple(asked))
+    found = compare_precision(asked, read_layers({"Layers": [whole]}))
+    require_precision(found, "graph.onnx")
+    assert found.opaque
+    assert found.named == 20
+
+
 def test_bfloat16_in_float16_is_not_bfloat16() -> None:
     with pytest.raises(EngineError, match="the graph's bfloat16"):
         judged({"first": "bfloat16"}, layer("first", "Half", "Half"))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.device_contract import DeviceContract, Make, swap
+from tests.device_contract import DeviceContract, Make, ShiftRegister, swap
 from toolchain.engines import cuda
 from toolchain.engines.device_memory import DeviceMemory
 
@@ -34,6 +34,14 @@ def make() -> Iterator[Make]:
 
 class TestRealGpu(DeviceContract):
     pass
+
+
+def test_the_driver_takes_the_loop(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """Unrolled steps, the way out where it refuses, would pass everything else."""
+    memory = make("loop")
+    steps = memory.loop(*ShiftRegister(memory).launches)
+    assert steps is not None
+    assert steps._while is not None, caplog.messages
 
 
 def test_facts_of_the_gpu() -> None:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.profile_contract import check_two_buckets
 from tests.step_engine import WEIGHT, bound, expected, opened, run, write_engine
 from toolchain.engines import cuda
-from toolchain.engines.device_memory import DeviceMemory
+from toolchain.engines.tensorrt_engine import TensorRtMemory
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +37,14 @@ def folder(request: pytest.FixtureRequest, trt: Any, tmp_path_factory: pytest.Te
 
 
 @pytest.fixture(params=["step", "off"])
-def memory(request: pytest.FixtureRequest, trt: Any) -> Iterator[DeviceMemory]:
-    made = DeviceMemory(request.param)
+def memory(request: pytest.FixtureRequest, trt: Any) -> Iterator[TensorRtMemory]:
+    made = TensorRtMemory(request.param)
     yield made
     made.close()
 
 
 @pytest.mark.parametrize("steps", [1, 4, 7])
-def test_two_bindings_swap_their_states(folder: Path, memory: DeviceMemory, steps: int) -> None:
+def test_two_bindings_swap_their_states(folder: Path, memory: TensorRtMemory, steps: int) -> None:
     engine = opened(folder, memory, weights=folder.parent / "weights.safetensors")
     state, counter = run(engine, memory, steps)
     np.testing.assert_allclose(state, expected(steps), rtol=1e-3)
@@ -52,7 +53,7 @@ def test_two_bindings_swap_their_states(folder: Path, memory: DeviceMemory, step
     engine.close()
 
 
-def test_a_thousand_launches_allocate_nothing(folder: Path, memory: DeviceMemory) -> None:
+def test_a_thousand_launches_allocate_nothing(folder: Path, memory: TensorRtMemory) -> None:
     engine = opened(folder, memory, weights=folder.parent / "weights.safetensors")
     _, counters, launches = bound(engine, memory)
     launches[0]()
@@ -66,14 +67,22 @@ def test_a_thousand_launches_allocate_nothing(folder: Path, memory: DeviceMemory
     engine.close()
 
 
-def test_a_whole_run_is_one_launch(folder: Path, trt: Any) -> None:
-    memory = DeviceMemory("loop")
+def test_a_whole_run_is_one_launch(folder: Path, trt: Any, caplog: pytest.LogCaptureFixture) -> None:
+    memory = TensorRtMemory("loop")
     engine = opened(folder, memory, weights=folder.parent / "weights.safetensors")
     states, counters, launches = bound(engine, memory)
-    memory.loop(*launches)(6)
+    steps = memory.loop(*launches)
+    steps(6)
     state, counter = memory.read(states[0], counters[0])
     np.testing.assert_allclose(state, expected(6), rtol=1e-3)
     assert counter[0] == 6
     assert memory.counters.launches == 1
+    assert steps._while is not None, caplog.messages  # unrolled steps would be one launch as well
     engine.close()
     memory.close()
+
+
+@pytest.mark.parametrize("strip_plan", [False, True])
+@pytest.mark.parametrize("cuda_graph", ["step", "off"])
+def test_two_buckets_share_an_engine(trt: Any, tmp_path: Path, cuda_graph: str, strip_plan: bool) -> None:
+    check_two_buckets(tmp_path, cuda_graph=cuda_graph, strip_plan=strip_plan)

@@ -67,7 +67,10 @@ class Backend(Protocol):
         """What cannot be built here under these options, each "option: reason". Raises EngineError like `device`."""
 
     def prepare(self, graph: ir.Model) -> ir.Model:
-        """The graph in the form that this backend wants its weights in."""
+        """An exported graph in the form that `build` takes, with weights as this backend wants them."""
+
+    def merges(self, options: Mapping[str, Any]) -> bool:
+        """Whether one engine serves all buckets of a component under these options, built from their merged graph."""
 
     def packs(self, options: Mapping[str, Any]) -> bool:
         """Whether `pack` has anything to do under these options."""

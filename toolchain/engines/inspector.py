@@ -33,10 +33,11 @@ SPELLINGS = (
     ("int8", r"\bint8"),
 )
 NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
-
+PROFILE = re.compile(r" \[profile \d+\]$")
+"""What the names of an engine with several optimization profiles end in."""
 
 OPAQUE = 10
-"""Nodes for each layer, from where on layers without names stand for whole graphs."""
+"""Nodes for each layer, from where on layers stand for whole graphs."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Precision:
     layers: Mapping[str, int]
     named: int
     wide: Mapping[str, tuple[str, ...]]
+
+    @property
+    def opaque(self) -> bool:
+        """Whether the layers stand for whole graphs, of which they show no more than the ends."""
+        return OPAQUE * sum(self.layers.values()) <= sum(self.asked.values())
 
     def to_json(self) -> dict[str, Any]:
         wide = {dtype: list(names) for dtype, names in self.wide.items()}
@@ -115,7 +121,7 @@ def read_layers(information: Mapping[str, Any]) -> list[Layer]:
 def _nodes(entry: Mapping[str, Any]) -> tuple[str, ...]:
     """A layer's nodes: from its metadata, or else from its name, which joins theirs with " + "."""
     named = NODE.findall(str(entry.get("Metadata") or ""))
-    return tuple(named or str(entry.get("Name")).split(" + "))
+    return tuple(named or PROFILE.sub("", str(entry.get("Name"))).split(" + "))
 
 
 def compare_precision(asked: Mapping[str, str], layers: list[Layer]) -> Precision:
@@ -139,13 +145,12 @@ def require_precision(precision: Precision, where: object) -> None:
 
     Single layers are not held against it: one that is fused with the casts at the border of a graph shows float32 on
     both sides. It is an error when more than half of the nodes lost their dtype, or no layer at all touches it. A few
-    layers that name no node and stand for a whole graph are forgiven: they show nothing but the graph's own ends.
+    layers that stand for a whole graph are forgiven: they show nothing but the graph's own ends.
     """
     for dtype in sorted(SHORT & precision.asked.keys()):
         asked, wide = precision.asked[dtype], precision.wide.get(dtype, ())
-        opaque = not precision.named and OPAQUE * sum(precision.layers.values()) <= asked
-        lost = dtype not in precision.layers and not opaque
-        if precision.layers and (lost or 2 * len(wide) > asked):
+        lost = dtype not in precision.layers or 2 * len(wide) > asked
+        if precision.layers and lost and not precision.opaque:
             counts = ", ".join(f"{count} in {name}" for name, count in sorted(precision.layers.items()))
             raise EngineError(
                 f"TensorRT built the engine in another precision than the graph's {dtype}",

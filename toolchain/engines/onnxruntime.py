@@ -119,6 +119,9 @@ class OnnxRuntimeBackend:
 
         return transpose_weights(graph)
 
+    def merges(self, options: Mapping[str, Any]) -> bool:
+        return False
+
     def packs(self, options: Mapping[str, Any]) -> bool:
         return bool(options["optimization"] == "all")  # the level whose layout pass reorders convolution weights
 

@@ -39,7 +39,8 @@ class TensorRtBackend:
         try:
             self.device()
         except EngineError as error:
-            return f"{error.what}: {error.got}" if error.got else error.what
+            text = f"{error.what}: {error.got}" if error.got else error.what
+            return f"{text} ({INSTALL})" if error.hint == INSTALL else text
         return None
 
     def device(self) -> dict[str, Any]:
@@ -74,6 +75,9 @@ class TensorRtBackend:
         from toolchain.graph.opset import allow_bfloat16
 
         return allow_bfloat16(graph)
+
+    def merges(self, options: Mapping[str, Any]) -> bool:
+        return bool(options["profile_per_bucket"])
 
     def packs(self, options: Mapping[str, Any]) -> bool:
         return False
@@ -119,7 +123,7 @@ class TensorRtBackend:
     ) -> Any:
         from toolchain.engines.tensorrt_engine import TensorRtEngine
 
-        return TensorRtEngine(folder, weights, spec, options, memory)
+        return TensorRtEngine(folder, weights, spec, memory)
 
 
 def tensorrt_version() -> str:
@@ -129,6 +133,14 @@ def tensorrt_version() -> str:
     except (ImportError, OSError) as error:  # the binding without its libraries, too
         raise EngineError("TensorRT cannot be imported", got=error, hint=INSTALL) from error
     return str(tensorrt.__version__)
+
+
+def installed_version() -> str | None:
+    """Of whatever package brought TensorRT; None where there is none."""
+    try:
+        return tensorrt_version()
+    except EngineError:
+        return None
 
 
 def numbers(version: str) -> tuple[int, ...]:

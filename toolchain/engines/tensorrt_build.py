@@ -2,7 +2,9 @@
 
 Runs in a process of its own, `python -m toolchain.engines.tensorrt_build JOB.json`; `builder_process` starts it and
 says what the two tell each other. One path serves TensorRT 10.13 to 11.x: networks are strongly typed, no precision
-flag is ever set, and what only some versions have is asked for by name.
+flag is ever set, and what only some versions have is asked for by name. It is TensorRT's own interface: Polygraphy's
+loaders hand over no weights from memory, know neither REFIT_IDENTICAL nor build routes, and join timing caches that do
+not belong together.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,7 @@ import tensorrt as trt
 
 from toolchain.engines.build_monitor import Monitor
 from toolchain.engines.inspector import asked_dtypes, compare_precision, read_layers, require_precision
-from toolchain.engines.tensorrt_engine import FORMAT, PLAN
+from toolchain.engines.tensorrt_plan import FORMAT, PLAN
 from toolchain.engines.timing_cache import merge_cache, read_cache
 from toolchain.errors import DiffbuildError, EngineError, StoreError
 from toolchain.files import file_digest
@@ -150,6 +152,7 @@ def _build_plan(
         kept = _parse(network, model, job, weights, Path(scratch), logger)
         _decompose_attention(network)
         config = _configure(builder, options)
+        _add_profiles(builder, config, model)
         config.progress_monitor = monitor
         cache = _load_timing_cache(config, job["timing_cache"], say)
         plan = builder.build_serialized_network(network, config)
@@ -269,6 +272,20 @@ def _configure(builder: Any, options: Mapping[str, Any]) -> Any:
     return config
 
 
+def _add_profiles(builder: Any, config: Any, model: ir.Model) -> None:
+    """A profile for each bucket of a graph with dynamic shapes, at that bucket's shapes alone."""
+    from toolchain.graph.profiles import read_profiles
+
+    for number, shapes in enumerate(read_profiles(model)):
+        profile = builder.create_optimization_profile()
+        for name, shape in shapes.items():
+            profile.set_shape(name, shape, shape, shape)
+        if number:
+            profile.extra_memory_target = 0.0  # no weights in another layout beside those of the first
+        if config.add_optimization_profile(profile) < 0:
+            raise EngineError("TensorRT does not take the shapes of a bucket", got=shapes)
+
+
 def _load_timing_cache(config: Any, place: str | None, say: Say) -> Any:
     """Gives the builder what was measured before; a cache that it does not take is left out and later replaced."""
     if place is None:
@@ -313,17 +330,33 @@ def _inspect(
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise EngineError("TensorRT cannot open the engine that it built", where=graph)
-    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     try:
-        layers = read_layers(json.loads(text, strict=False))
+        layers = [
+            layer for text in _descriptions(engine, model) for layer in read_layers(json.loads(text, strict=False))
+        ]
     except ValueError as error:  # an engine is worth more than its description
         say({"warning": f"what TensorRT's inspector says is not JSON ({error})"})
         layers = []
     precision = compare_precision(asked_dtypes(model), layers)
     require_precision(precision, graph)
-    if precision.asked and not (precision.layers and precision.named):
+    if precision.asked and (not precision.named or precision.opaque):
         say({"warning": "TensorRT's inspector tells no types of the graph's nodes; the precision is not verified"})
     return {"activation_bytes": int(engine.device_memory_size_v2), "precision": precision.to_json()}
+
+
+def _descriptions(engine: Any, model: ir.Model) -> Iterator[str]:
+    """The inspector's words, profile by profile: of a dynamic shape it tells the type once a context has fixed it."""
+    from toolchain.graph.profiles import read_profiles
+
+    inspector = engine.create_engine_inspector()
+    for number, shapes in enumerate(read_profiles(model) or [{}]):
+        if shapes:
+            context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            context.set_optimization_profile_async(number, 0)
+            for name, shape in shapes.items():
+                context.set_input_shape(name, shape)
+            inspector.execution_context = context
+        yield inspector.get_engine_information(trt.LayerInformationFormat.JSON)
 
 
 def _forecast(weights: MappedWeights, options: Mapping[str, Any], say: Say) -> None:

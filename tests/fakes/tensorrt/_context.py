@@ -75,7 +75,19 @@ class IExecutionContext(Made):
 
     @property
     def active_optimization_profile(self) -> int:
-        return 0
+        return self._profile
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        """Forgets all shapes; the shapes and an enqueue must follow on the same stream."""
+        if not 0 <= profile_index < self._engine.num_optimization_profiles:
+            raise RuntimeError(f"no optimization profile {profile_index}")
+        cuda = _cuda() if int(stream_handle) else None
+        if cuda and cuda._capturing(int(stream_handle)):
+            violate("an optimization profile was set inside a capture")
+        self._unchanged_in_graphs("the optimization profile")
+        self._profile, self._warm = int(profile_index), False
+        self._shapes = {n: tuple(t["shape"]) for n, t in self._engine._tensors().items()}
+        return True
 
     def _unchanged_in_graphs(self, what: str) -> None:
         if len(self._captured):
@@ -99,7 +111,7 @@ class IExecutionContext(Made):
         fits = len(asked) == len(tensor["shape"]) and all(
             want in (-1, got) for want, got in zip(tensor["shape"], asked, strict=True)
         )
-        low, _, high = self._engine.get_tensor_profile_shape(name, 0)
+        low, _, high = self._engine.get_tensor_profile_shape(name, self._profile)
         if -1 in tensor["shape"]:
             fits = fits and all(a <= b <= c for a, b, c in zip(low, asked, high, strict=True))
         if not tensor["input"] or not fits:
@@ -114,11 +126,19 @@ class IExecutionContext(Made):
 
     def get_tensor_shape(self, name: str) -> Dims:
         self._engine._tensor(name)
-        return Dims(self._shapes[name])
+        return Dims(self._bound_shapes()[name])
 
     def infer_shapes(self) -> list[str]:
         inputs = [t["name"] for t in self._engine._header["inputs"]]
         return [name for name in inputs if -1 in self._shapes[name]]
+
+    def _bound_shapes(self) -> dict[str, tuple[int, ...]]:
+        """With those of the outputs, once all inputs have one."""
+        dynamic = any(-1 in t["shape"] for t in self._engine._header["outputs"])
+        if not dynamic or self.infer_shapes():
+            return self._shapes
+        inputs = {t["name"]: (t["dtype"], self._shapes[t["name"]]) for t in self._engine._header["inputs"]}
+        return self._shapes | self._engine._output_shapes(inputs)
 
     def set_device_memory(self, memory: int, size: int) -> None:
         need = self._engine.device_memory_size_v2
@@ -176,8 +196,9 @@ class IExecutionContext(Made):
             violate("captured before the context was run once with these shapes and this device memory")
 
     def _bound(self) -> dict[str, tuple[int, DataType, tuple[int, ...], bool]]:
-        """Addresses, types and shapes as they are now. Output shapes of a dynamic engine follow from the run."""
+        """Addresses, types and shapes as they are now."""
+        shapes = self._bound_shapes()
         return {
-            name: (self._addresses[name], DataType[t["dtype"]], self._shapes[name], t["input"])
+            name: (self._addresses[name], DataType[t["dtype"]], shapes[name], t["input"])
             for name, t in self._engine._tensors().items()
         }

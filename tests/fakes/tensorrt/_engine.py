@@ -66,7 +66,12 @@ class Runtime(Native):
             return self._report.error(found)
         header, body = found
         return ICudaEngine._make(
-            runtime=weakref.ref(self), report=self._report, header=header, model=load_proto(body), executable=None
+            runtime=weakref.ref(self),
+            report=self._report,
+            header=header,
+            model=load_proto(body),
+            executable=None,
+            shapes={},
         )
 
 
@@ -157,6 +162,7 @@ class ICudaEngine(Made):
             strategy=strategy,
             report=self._report,
             addresses={},
+            profile=0,
             shapes={n: tuple(t["shape"]) for n, t in self._tensors().items()},
             block=(0, 0),
             warm=False,
@@ -188,13 +194,22 @@ class ICudaEngine(Made):
         return copy
 
     def _run(self, tensors: dict[str, Any]) -> None:
+        self._opened().run(tensors)
+
+    def _output_shapes(self, inputs: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+        key = json.dumps(inputs)
+        if key not in self._shapes:
+            self._shapes[key] = self._opened().output_shapes(inputs)
+        return self._shapes[key]
+
+    def _opened(self) -> Executable:
         if self._missing():
             violate("an engine of a stripped plan was run without its weights: refit it first")
         if self._executable is None:
             copy = type(self._model)()
             copy.CopyFrom(self._model)
             self._executable = Executable(copy)
-        self._executable.run(tensors)
+        return self._executable
 
     def _missing(self) -> list[str]:
         wanted = self._header["weights"]
@@ -258,11 +273,13 @@ class EngineInspector(Made):
         layer = header["layers"][index]
         if header["verbosity"] != "DETAILED":
             return layer["name"]
+        profile = self._context.active_optimization_profile if self._context is not None else 0
+        known = self._context is not None and not self._context.infer_shapes()
         return {
-            "Name": layer["name"],
+            "Name": layer["name"] + (f" [profile {profile}]" if profile else ""),
             "LayerType": layer["type"].title().replace("_", ""),
-            "Inputs": [_tensor(t) for t in layer["inputs"]],
-            "Outputs": [_tensor(t) for t in layer["outputs"]],
+            "Inputs": [_tensor(t, known) for t in layer["inputs"]],
+            "Outputs": [_tensor(t, known) for t in layer["outputs"]],
             "TacticName": "fake_onnxruntime",
             "StreamId": 0,
             "Metadata": f"[ONNX Layer: {layer['name']}]",
@@ -284,9 +301,12 @@ class EngineInspector(Made):
         ]
 
 
-def _tensor(tensor: dict[str, Any]) -> dict[str, Any]:
-    """11.x has format and type under keys of their own (migration guide; trt-samples' inspector reads "Datatype")."""
-    kind = NAMES[tensor["dtype"]]
+def _tensor(tensor: dict[str, Any], known: bool) -> dict[str, Any]:
+    """11.x has format and type under keys of their own (migration guide; trt-samples' inspector reads "Datatype").
+
+    Of a dynamic shape neither is told but in a context with all shapes set (header of IEngineInspector).
+    """
+    kind = NAMES[tensor["dtype"]] if known or -1 not in tensor["shape"] else "N/A due to dynamic shapes"
     entry = {"Name": tensor["name"], "Location": "Device", "Dimensions": tensor["shape"]}
     if at_least(11):
         return entry | {"Format": "Row major linear format (kLINEAR)", "Datatype": kind}

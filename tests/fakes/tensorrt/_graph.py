@@ -186,6 +186,15 @@ class Executable:
         )
         self._inputs = [i.name for i in self._session.get_inputs()]
 
+    def output_shapes(self, inputs: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+        feeds = {
+            name: np.zeros(shape, np.float32 if dtype == "BF16" else NUMPY[dtype])
+            for name, (dtype, shape) in inputs.items()
+            if name in self._inputs
+        }
+        names = [o.name for o in self._session.get_outputs()]
+        return {name: value.shape for name, value in zip(names, self._session.run(names, feeds), strict=True)}
+
     def run(self, tensors: dict[str, tuple[int, DataType, tuple[int, ...], bool]]) -> None:
         """name -> (address, dtype, shape, whether it is an input); writes the outputs where they are bound."""
         feeds = {n: _load(*tensors[n][:3]) for n in self._inputs}

@@ -1,0 +1,194 @@
+"""The numbered cases of `merge_buckets`, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from toolchain.errors import ExportError
+from toolchain.graph import OPSET
+from toolchain.graph.placeholder import placeholder
+from toolchain.graph.profiles import merge_buckets, read_profiles
+
+F32, I64 = ir.DataType.FLOAT, ir.DataType.INT64
+Build = Callable[[int, int], ir.Model]
+
+
+def value(name: str, shape: Sequence[int], dtype: ir.DataType = F32) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+
+
+def constant(name: str, array: Any) -> ir.Value:
+    tensor = ir.tensor(np.asarray(array), name=name)
+    return ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+
+
+def model(
+    nodes: list[ir.Node], inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], initializers: Sequence[ir.Value] = ()
+) -> ir.Model:
+    graph = ir.Graph(
+        inputs, outputs, nodes=nodes, initializers=initializers, opset_imports={"": OPSET}, name="denoiser"
+    )
+    return ir.Model(graph, ir_version=10)
+
+
+def flattened(batch: int, width: int) -> ir.Model:
+    """y = reshape(x * scale, [batch, width * 3]) + bias: a shape, a number and an array depend on the bucket."""
+    x, y = value("x", (batch, width, 3)), value("y", (batch, 3 * width))
+    scale = constant("scale", np.float32(batch))
+    target = constant("target", np.int64([batch, 3 * width]))
+    bias = constant("bias", np.arange(3 * width, dtype=np.float32)[None] + batch)
+    scaled = ir.node("Mul", [x, scale], outputs=[value("scaled", (batch, width, 3))], name="scale_it")
+    flat = ir.node("Reshape", [scaled.outputs[0], target], outputs=[value("flat", (batch, 3 * width))], name="flatten")
+    moved = ir.node("Add", [flat.outputs[0], bias], outputs=[y], name="move")
+    return model([scaled, flat, moved], [x], [y], [scale, target, bias])
+
+
+def run(made: ir.Model, **inputs: Any) -> list[Any]:
+    session = onnxruntime.InferenceSession(ir.to_proto(made).SerializeToString(), providers=["CPUExecutionProvider"])
+    return list(session.run(None, inputs))
+
+
+def agree(build: Build, buckets: Sequence[tuple[int, int]], merged: ir.Model) -> None:
+    """At each bucket's shapes the merged graph computes what the bucket's own computes."""
+    for bucket in buckets:
+        own = build(*bucket)
+        rng = np.random.default_rng(0)
+        inputs = {str(v.name): rng.standard_normal(v.shape.numpy(), np.float32) for v in own.graph.inputs}
+        for expected, found in zip(run(own, **inputs), run(merged, **inputs), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "buckets", [[(1, 4), (2, 4)], [(1, 4), (1, 6), (2, 4)], [(2, 6), (1, 6), (1, 4), (3, 2)], [(1, 4), (4, 1)]]
+)
+def test_2_constants_are_those_of_the_bucket(buckets: list[tuple[int, int]]) -> None:
+    merged = merge_buckets([flattened(*bucket) for bucket in buckets])
+    agree(flattened, buckets, merged)
+    assert read_profiles(merged) == [{"x": (batch, width, 3)} for batch, width in buckets]
+    assert merged.graph.name == "denoiser"
+
+
+def test_2_sizes_that_do_not_differ_stay_constants() -> None:
+    """What TensorRT must know: 3 in [batch, width, 3], and the whole shape where batches alone differ."""
+    merged = merge_buckets([flattened(1, 4), flattened(2, 4)])
+    (x,) = merged.graph.inputs
+    assert [d if isinstance(d, int) else str(d) for d in x.shape] == ["x_0", 4, 3]
+    reshape = next(node for node in merged.graph if node.op_type == "Reshape")
+    concat = reshape.inputs[1].producer()
+    assert concat.op_type == "Concat"
+    assert concat.inputs[1].const_value.numpy().tolist() == [12]
+    # The batch is read off the input itself, and not looked up.
+    assert concat.inputs[0].producer().inputs[0].producer().op_type == "Shape"
+
+
+def test_2_shapes_are_computed_of_layers_that_tensorrt_takes_for_them() -> None:
+    merged = merge_buckets([flattened(1, 4), flattened(1, 6), flattened(2, 4)])
+    made = [node for node in merged.graph if str(node.name).startswith("bucket")]
+    arithmetic = {"Add", "Sub", "Mul", "Min", "Max"}
+    assert {node.op_type for node in made} <= {"Shape", "Gather", "Concat", "Slice", "Reshape"} | arithmetic
+    small = [c.const_value for name, c in merged.graph.initializers.items() if name.startswith("bucket")]
+    assert all(c.size <= 64 for c in small if c.dtype == I64)
+
+
+def with_weight(batch: int, width: int) -> ir.Model:
+    x, y = value("x", (batch, width)), value("y", (batch, width))
+    weight = ir.Value(name="w", shape=ir.Shape((1,)), type=ir.TensorType(F32), const_value=placeholder("w", F32, (1,)))
+    return model([ir.node("Mul", [x, weight], outputs=[y], name="weigh")], [x], [y], [weight])
+
+
+def test_1_weights_are_shared() -> None:
+    merged = merge_buckets([with_weight(1, 4), with_weight(2, 4)])
+    weights = [v.name for v in merged.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
+    assert weights == ["w"]
+
+
+def repeated(batch: int, width: int) -> ir.Model:
+    """y = x - expand(x[:1]), without the Expand for one row; z = -y[:, :4], without the Slice for four columns."""
+    x, y, z = value("x", (batch, width)), value("y", (batch, width)), value("z", (batch, 4))
+    first = constant("first", np.int64([0])), constant("one", np.int64([1])), constant("axis", np.int64([0]))
+    row = ir.node("Slice", [x, *first], outputs=[value("row", (1, width))], name="row_of")
+    shape = constant("shape", np.int64([batch, width]))
+    spread = ir.node("Expand", [row.outputs[0], shape], outputs=[value("spread", (batch, width))], name="spread_it")
+    nodes = [row] if batch == 1 else [row, spread]
+    nodes.append(ir.node("Sub", [x, nodes[-1].outputs[0]], outputs=[y], name="less"))
+    four, columns = constant("four", np.int64([4])), constant("columns", np.int64([1]))
+    if width > 4:
+        nodes.append(
+            ir.node("Slice", [y, first[0], four, columns], outputs=[value("part", (batch, 4))], name="part_of")
+        )
+    nodes.append(ir.node("Neg", [nodes[-1].outputs[0]], outputs=[z], name="turn"))
+    return model(nodes, [x], [y, z], [*first, shape, four, columns])
+
+
+@pytest.mark.parametrize("buckets", list(itertools.permutations([(1, 4), (2, 4), (1, 6), (3, 8)], 3)))
+def test_3_a_node_that_does_nothing_in_some_buckets(buckets: tuple[tuple[int, int], ...]) -> None:
+    merged = merge_buckets([repeated(*bucket) for bucket in buckets])
+    agree(repeated, buckets, merged)
+
+
+def unary(kind: str, batch: int, width: int, **attributes: Any) -> ir.Model:
+    x, y = value("x", (batch, width)), value("y", (batch, width))
+    return model([ir.node(kind, [x], attributes, outputs=[y], name=f"{kind}_1")], [x], [y])
+
+
+def other_weight(name: str, shape: tuple[int, ...], batch: int) -> ir.Model:
+    x, y = value("x", (batch, 4)), value("y", (batch, 4))
+    held = placeholder(name, F32, shape)
+    weight = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(F32), const_value=held)
+    return model([ir.node("Mul", [x, weight], outputs=[y], name="weigh")], [x], [y], [weight])
+
+
+def longer(batch: int) -> ir.Model:
+    made = unary("Neg", batch, 4)
+    (first,) = made.graph
+    second = ir.node("Neg", [first.outputs[0]], outputs=[value("z", (batch, 4))], name="again")
+    made.graph.append(second)
+    return made
+
+
+def other_input(batch: int, name: str = "x", rank: int = 2) -> ir.Model:
+    x = value(name, (batch, 4, 1)[:rank])
+    return model([ir.node("Neg", [x], outputs=[value("y", (batch, 4, 1)[:rank])], name="n")], [x], [value("y", (1,))])
+
+
+def reading(which: int, batch: int) -> ir.Model:
+    xs = [value("a", (batch, 4)), value("b", (batch, 4))]
+    return model([ir.node("Neg", [xs[which]], outputs=[y := value("y", (batch, 4))], name="n")], xs, [y])
+
+
+REFUSED: dict[str, tuple[list[Callable[[], ir.Model]], str]] = {
+    "another operator": ([lambda: unary("Neg", 1, 4), lambda: unary("Abs", 2, 4)], r"nodes .*(.|\n)*Neg Neg_1 and Abs"),
+    "another attribute": (
+        [lambda: unary("Softmax", 1, 4, axis=0), lambda: unary("Softmax", 2, 4, axis=1)],
+        r"nodes(.|\n)*Softmax_1",
+    ),
+    "one node more": ([lambda: unary("Neg", 1, 4), lambda: longer(2)], "nothing and Neg again"),
+    "another weight": ([lambda: other_weight("v", (1,), 1), lambda: other_weight("w", (1,), 2)], "inputs(.|\n)*weigh"),
+    "a weight's shape": (
+        [lambda: other_weight("w", (1,), 1), lambda: other_weight("w", (4,), 2)],
+        "inputs(.|\n)*weigh",
+    ),
+    "an input's name": ([lambda: other_input(1), lambda: other_input(2, "u")], "ends of the graph"),
+    "an input's rank": ([lambda: other_input(1), lambda: other_input(2, rank=3)], "ends of the graph"),
+    "another wire": ([lambda: reading(0, 1), lambda: reading(1, 2)], "inputs(.|\n)*Neg n"),
+    "the same shapes": ([lambda: unary("Neg", 1, 4), lambda: unary("Neg", 1, 4)], "no input tells them apart"),
+    "too many buckets": ([lambda i=i: unary("Neg", i + 1, 4) for i in range(65)], "too many buckets"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_4_what_differs_in_another_way(case: str) -> None:
+    builds, message = REFUSED[case]
+    with pytest.raises(ExportError, match=message):
+        merge_buckets([build() for build in builds])
+
+
+def test_a_graph_of_one_bucket_has_no_profiles() -> None:
+    assert read_profiles(flattened(1, 4)) == []

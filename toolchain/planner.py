@@ -1,0 +1,266 @@
+"""What a build has to do, component by component: the steps of a plan."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from toolchain.artifacts import Artifact, Json, Store, content_key
+from toolchain.bundle import ANY, PROFILES
+from toolchain.engines import Backend
+from toolchain.errors import EngineError, ExportError
+from toolchain.export.safetensors import find_weights, read_folder
+from toolchain.models import Component, Family, ModelSource
+from toolchain.recipe import Bucket, Recipe
+from toolchain.sampler.schedulers import parse
+from toolchain.sampler.table import table_name
+from toolchain.settings import ModelSettings
+from toolchain.steps import EXPORT_TOOLS, Built, Step, Within, code_digest, tool_versions
+
+GRAPH = "graph.onnx"
+
+
+class Planner:
+    """Collects the steps of one plan; a step may use the keys of the steps before it."""
+
+    def __init__(self, recipe: Recipe, source: ModelSource, family: Family, backend: Backend, store: Store) -> None:
+        self.recipe, self.source, self.family, self.backend, self.store = recipe, source, family, backend, store
+        self.steps: list[Step] = []
+        self.guided = recipe.classifier_free_guidance
+        self.options: dict[str, Any] = recipe.to_json()[backend.name]
+
+    def add(
+        self,
+        stage: str,
+        subject: str,
+        inputs: dict[str, Json],
+        run: Callable[[Built, Path, Within], None],
+        needs: Sequence[str] = (),
+    ) -> str:
+        inputs = {"code": code_digest(stage), **inputs}
+        key = content_key(stage, inputs)
+        hit = self.store.lookup(stage, key) is not None
+        # One subject per model and recipe, so that `explain` compares like with like.
+        name = f"{self.recipe.name} {subject}"
+        changed = [] if hit else self.store.explain(stage, name, inputs)
+        self.steps.append(Step(stage, name, key, inputs, hit, tuple(changed), run, tuple(needs)))
+        return key
+
+    def name(self, stage: str, subject: str) -> str:
+        return f"{stage} {self.recipe.name} {subject}"
+
+    def key(self, stage: str, subject: str) -> str:
+        return next(s.key for s in self.steps if s.name == self.name(stage, subject))
+
+    def buckets(self, component: Component) -> dict[str, Bucket]:
+        """Bucket by its name in artifacts and bundles."""
+        if not component.per_bucket:
+            return {ANY: self.recipe.buckets[0]}
+        return {str(bucket): bucket for bucket in self.recipe.buckets}
+
+    def graphs(self, component: Component) -> None:
+        recipe = self.recipe.component(component.name)
+        for label, bucket in self.buckets(component).items():
+            spec = component.spec(self.source, bucket, self.recipe)
+            inputs: dict[str, Json] = {
+                "config": _config_digest(self.source.config(component.folder)),
+                "signature": spec.to_json(),
+                "recipe": _json(recipe),
+                # Of the denoiser alone: a text encoder is the same with and without guidance.
+                "guided": self.guided and component.name == "denoiser",
+                "tools": tool_versions(EXPORT_TOOLS),
+            }
+
+            def run(
+                _: Built, folder: Path, within: Within, component: Component = component, bucket: Bucket = bucket
+            ) -> None:
+                _export(self, component, bucket, folder)
+
+            self.add("graph", f"{component.name} {label}", inputs, run)
+
+    def engines(self, component: Component) -> None:
+        folder = self.source.path / component.folder
+        files = find_weights(folder)
+        labels = list(self.buckets(component))
+        first = self.name("graph", f"{component.name} {labels[0]}")
+        inputs: dict[str, Json] = {
+            "component": component.name,  # both halves of a VAE come from one checkpoint
+            "checkpoint": {f.name: self.store.digest_of(f) for f in files},
+            "config": _config_digest(self.source.config(component.folder)),
+            "recipe": _json(self.recipe.component(component.name)),
+            "backend": self.backend.name,
+            "tools": tool_versions(EXPORT_TOOLS),
+        }
+
+        def run(built: Built, out: Path, within: Within) -> None:
+            _weights(self, folder, built[first], out)
+
+        shared: dict[str, Json] = {"weights": self.add("weights", component.name, inputs, run, [first])}
+        if not self.steps[-1].hit:
+            read_folder(folder)  # a damaged or half-downloaded file is found now, not after the export
+        if self.backend.packs(self.options):
+            # Made from the first bucket, and so the same for whatever buckets follow it.
+            shared["packed"] = self.tied("packed", component, labels[0], dict(shared))
+        if len(labels) > 1 and self.backend.merges(self.options):
+            self.merged(component, labels)
+            labels = [PROFILES]
+        for label in labels:
+            self.tied("engine", component, label, shared)
+
+    def merged(self, component: Component, labels: Sequence[str]) -> None:
+        """One graph for the buckets `labels`, from theirs."""
+        subjects = [f"{component.name} {label}" for label in labels]
+        names = [self.name("graph", subject) for subject in subjects]
+        inputs: dict[str, Json] = {
+            "graphs": [self.key("graph", subject) for subject in subjects],
+            "tools": tool_versions(("onnx-ir",)),
+        }
+
+        def run(built: Built, out: Path, within: Within) -> None:
+            with _named(f"merged {component.name}"):
+                _merge([built[name].file(GRAPH) for name in names], out / GRAPH)
+
+        self.add("merged", f"{component.name} {PROFILES}", inputs, run, names)
+
+    def tied(self, stage: str, component: Component, label: str, shared: dict[str, Json]) -> str:
+        """A step of the backend: from one graph and the weight files `shared`, role -> key."""
+        source = "merged" if label == PROFILES else "graph"
+        graph = self.name(source, f"{component.name} {label}")
+        roles = {role: self.name(role, component.name) for role in shared}
+        inputs: dict[str, Json] = {
+            "backend": self.backend.name,
+            "device": self.backend.device(),
+            "options": {k: v for k, v in self.options.items() if k not in self.backend.run_options},
+            **shared,
+            "graph": self.key(source, f"{component.name} {label}"),
+        }
+
+        subject = component.name if stage == "packed" else f"{component.name} {label}"
+
+        def run(built: Built, out: Path, within: Within) -> None:
+            files = {role: _only_file(built[name]) for role, name in roles.items()}
+            with _named(f"{stage} {subject}"), tempfile.TemporaryDirectory(prefix="diffbuild-") as scratch:
+                prepared = Path(scratch) / GRAPH
+                _prepare(self, built[graph], prepared)
+                if stage == "packed":
+                    self.backend.pack(prepared, files, out, self.options)
+                else:
+                    self.backend.build(prepared, files, out, self.options, within)
+
+        return self.add(stage, subject, inputs, run, [graph, *roles.values()])
+
+    def tokenizers(self) -> None:
+        from toolchain.models.tokenizers import write_tokenizer
+
+        for component in self.family.parts(self.recipe):
+            if component.tokenizer is None:
+                continue
+            folder, cls = self.source.path / component.tokenizer, self.source.class_of(component.tokenizer)
+            ids = component.spec(self.source, self.recipe.buckets[0], self.recipe).input("ids")
+            files = sorted(f for f in folder.glob("*") if f.suffix in (".json", ".txt", ".model"))
+            inputs: dict[str, Json] = {
+                "files": {f.name: self.store.digest_of(f) for f in files},
+                "class": cls,
+                "length": ids.shape[1],
+                "tools": tool_versions(("transformers", "tokenizers")),
+            }
+
+            def run(
+                _: Built, out: Path, within: Within, folder: Path = folder, cls: str = cls, length: int = ids.shape[1]
+            ) -> None:
+                write_tokenizer(folder, cls, length, out)
+
+            self.add("tokenizer", component.tokenizer, inputs, run)
+
+    def samplers(self) -> None:
+        settings = self.family.settings(self.source)
+        sizes = dict.fromkeys(settings.tokens(b.height, b.width) for b in self.recipe.buckets)
+        for spec, steps in self.recipe.sampling.tables:
+            skips = [settings.skipped_steps(steps, strength) for strength in self.recipe.sampling.strengths]
+            for tokens, skip in itertools.product(sizes, dict.fromkeys([0, *skips])):
+                if skip < steps:  # a strength may be too small for the shortest schedules
+                    self.sampler(parse(spec).canonical, steps, tokens, skip, settings)
+
+    def sampler(self, spec: str, steps: int, tokens: int, skip: int, settings: ModelSettings) -> None:
+        inputs: dict[str, Json] = {
+            "scheduler": spec,
+            "steps": steps,
+            "tokens": tokens,
+            "skip": skip,
+            "linear_sigmas": settings.linear_sigmas,
+            "config": _config_digest(settings.scheduler),
+            "tools": tool_versions(("diffusers", "torch")),
+        }
+
+        def run(_: Built, out: Path, within: Within) -> None:
+            from toolchain.sampler.compile import compile_table
+
+            linear = settings.linear_sigmas
+            table = compile_table(spec, steps, settings.scheduler, skip=skip, tokens=tokens, linear_sigmas=linear)
+            (out / "table.json").write_text(json.dumps(table.to_json()))
+
+        self.add("sampler", table_name(spec, steps, tokens=tokens, skip=skip), inputs, run)
+
+
+def _json(value: Any) -> Json:
+    data: Json = json.loads(json.dumps(asdict(value)))
+    return data
+
+
+def _config_digest(config: Mapping[str, Any]) -> str:
+    """Names and library versions in a config change nothing that is compiled."""
+    kept = {k: v for k, v in config.items() if k not in ("_name_or_path", "_diffusers_version", "transformers_version")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _named(step: str) -> Iterator[None]:
+    """An error tells which of the recipe's engines it was: a backend knows files alone."""
+    try:
+        yield
+    except (EngineError, ExportError) as error:
+        what = f"{step}: {error.what}"
+        kind = type(error)
+        raise kind(what, where=error.where, expected=error.expected, got=error.got, hint=error.hint) from error
+
+
+def _only_file(artifact: Artifact) -> Path:
+    (name,) = artifact.files
+    return artifact.file(name)
+
+
+def _export(planner: Planner, component: Component, bucket: Bucket, folder: Path) -> None:
+    from toolchain.export.capture import capture, write_graph
+
+    write_graph(capture(component, planner.source, planner.recipe, bucket), folder)
+
+
+def _merge(graphs: Sequence[Path], out: Path) -> None:
+    import onnx_ir as ir
+
+    from toolchain.graph.profiles import merge_buckets
+
+    ir.save(merge_buckets([ir.load(path) for path in graphs]), out)
+
+
+def _prepare(planner: Planner, graph: Artifact, out: Path) -> None:
+    """Writes a graph in the backend's form: quick, and so no artifact of its own."""
+    import onnx_ir as ir
+
+    ir.save(planner.backend.prepare(ir.load(graph.file(GRAPH))), out)
+
+
+def _weights(planner: Planner, checkpoint: Path, graph: Artifact, out: Path) -> None:
+    import onnx_ir as ir
+
+    from toolchain.export.weights import find_tensors, weight_uses, write_weights
+
+    uses = weight_uses(planner.backend.prepare(ir.load(graph.file(GRAPH))))
+    write_weights(uses, find_tensors(uses, read_folder(checkpoint), checkpoint), out / "weights.safetensors")
