@@ -103,8 +103,11 @@ def real_size(found: dict[str, Any]) -> Iterator[Row]:
 
 
 def host_work(found: dict[str, Any]) -> Iterator[Row]:
-    step = found["steps"]["the same noise"]["us_per_step"]
-    yield "host work per step of a GPU's loop, on a pretended GPU whose launches return at once", f"{step:.0f} µs"
+    step, fresh = (found["steps"][kind]["us_per_step"] for kind in ("the same noise", "fresh noise in every step"))
+    yield (
+        "host work per step of a GPU's loop, on a pretended GPU whose launches return at once",
+        f"{step:.0f} µs; with fresh noise in every step, drawn for {found['bucket']}, {fresh:.0f} µs",
+    )
 
 
 def score(found: dict[str, Any]) -> Iterator[Row]:
