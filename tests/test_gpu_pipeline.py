@@ -131,7 +131,8 @@ def test_the_command_line(both: tuple[str, Path, dict[str, np.ndarray]], store: 
     said = command("plan", folder / "profiles.toml", "--model", folder / "model", "--store", store)
     assert "engines by tensorrt for kind cuda, name NVIDIA H200, compute capability 9.0" in said
     assert " 0 misses" in said
-    assert "backend" in command("inspect", bundle)
+    sizes = json.loads(command("inspect", folder / "profiles", "--json"))["components"]["denoiser"]["bytes"]
+    assert sizes.keys() == {"weights", "profiles"}
     picture, timeline = tmp_path / "picture.png", tmp_path / "trace.json"
     command("generate", bundle, PROMPT, "--seed", 3, "--output", picture)
     drawn_now = np.asarray(Image.open(picture))[None]
@@ -276,6 +277,16 @@ def test_a_shared_engine_stays_open_when_a_bucket_gives_way(both: tuple[str, Pat
 
 def _bytes(pipe: Pipeline) -> tuple[int, int]:
     return pipe._memory.counters.device_bytes, pipe._memory.counters.pinned_bytes
+
+
+def test_a_trace_of_a_shared_engine_names_the_bucket(both: tuple[str, Path, dict[str, np.ndarray]]) -> None:
+    family, bundle, _ = both
+    if family != "sd":
+        pytest.skip("the runtime is the same for every family: one is enough")
+    traced = trace(opened_as(bundle.parent / "profiles", "step"), {"prompt": PROMPT, "steps": 2, "size": (64, 96)})
+    named = {span.name for span in traced.of("engine")}
+    assert {"denoiser 1x64x96", "vae_decoder 1x64x96"} <= named
+    assert not any("64x64" in name for name in named)
 
 
 def test_a_trace_has_the_times_of_the_stream(both: tuple[str, Path, dict[str, np.ndarray]]) -> None:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "toolchain"
 # Each row may import from the rows above it and from itself.
 LAYERS = (
-    ("errors", "garbage", "markup"),
+    ("errors", "garbage", "markup", "wrapping"),
     ("recipe", "settings", "signature", "files", "user_cache", "manifest", "artifacts", "weights"),
     ("graph", "models", "sampler", "bundle", "provenance", "signing", "memory"),
     ("export", "engines"),

@@ -160,11 +160,12 @@ def _buckets(bundle: Bundle) -> list[str]:
 
 
 def _component_bytes(bundle: Bundle, component: str) -> dict[str, int]:
-    """Bytes of a component: by role for the weight files that all buckets share, by bucket for the engines."""
+    """Bytes of a component: by role for the weight files that buckets share, by bucket or "profiles" for engines."""
     sizes: dict[str, int] = {}
-    for bucket, entry in bundle.engines[component].items():
+    for entry in bundle.engines[component].values():
         sizes |= {role: bundle.files[name].size for role, name in entry.weights.items()}
-        sizes[bucket] = sum(f.size for name, f in bundle.files.items() if name.startswith(f"{entry.folder}/"))
+        engine = Path(entry.folder).name
+        sizes[engine] = sum(f.size for name, f in bundle.files.items() if name.startswith(f"{entry.folder}/"))
     return sizes
 
 

@@ -83,7 +83,7 @@ class OpenVino:
         self.name = bundle.backend
         self._core = openvino.Core()
         self._graphs = {
-            bundle.path / entry.folder: graph_of(graphs, component, label)
+            (bundle.path / entry.folder, entry.spec): graph_of(graphs, component, label)
             for component, engines in bundle.engines.items()
             for label, entry in engines.items()
         }
@@ -108,11 +108,12 @@ class OpenVino:
             "INFERENCE_PRECISION_HINT": "f32",
             "INFERENCE_NUM_THREADS": str(options.get("threads") or physical_cores()),
         }
+        graph = self._graphs[folder, spec]
         try:
-            return OpenVinoEngine(self._core.compile_model(str(self._graphs[folder]), "CPU", settings), spec)
+            return OpenVinoEngine(self._core.compile_model(str(graph), "CPU", settings), spec)
         except RuntimeError as error:
-            where, got = self._graphs[folder], str(error).strip().splitlines()[-1]
-            raise EngineError("OpenVINO cannot compile the graph", where=where, got=got) from error
+            got = str(error).strip().splitlines()[-1]
+            raise EngineError("OpenVINO cannot compile the graph", where=graph, got=got) from error
 
 
 class OpenVinoEngine:

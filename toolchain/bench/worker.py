@@ -13,8 +13,8 @@ BEGAN = time.time()  # before anything else is imported
 
 import json  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
-from contextlib import contextmanager  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from contextlib import AbstractContextManager  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -149,12 +149,11 @@ def diffusers(bundle: str, model: str, parts: Parts, compiled: bool = False) -> 
     return draw
 
 
-@contextmanager
-def _timed(owner: Any, name: str, found: Stages, key: str, wait: Callable[[], None]) -> Iterator[None]:
+def _timed(owner: Any, name: str, found: Stages, key: str, wait: Callable[[], None]) -> AbstractContextManager[None]:
     """Adds the time of every call of a method to `found`; `wait` waits for work that was only enqueued."""
-    plain = getattr(owner, name)
+    from toolchain.wrapping import wrapped
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def around(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         wait()
         started = time.perf_counter()
         try:
@@ -163,11 +162,7 @@ def _timed(owner: Any, name: str, found: Stages, key: str, wait: Callable[[], No
             wait()
             found[key] = found.get(key, 0.0) + (time.perf_counter() - started) * 1e3
 
-    setattr(owner, name, call)
-    try:
-        yield
-    finally:
-        setattr(owner, name, plain)
+    return wrapped(owner, name, around)
 
 
 def compile_(bundle: str, model: str, parts: Parts) -> Draw:

@@ -24,6 +24,7 @@ from toolchain.runtime.prompt import PromptTokenizer
 from toolchain.signature import GraphSpec
 from toolchain.trace.operators import Launch, read_profile
 from toolchain.trace.report import Span, Trace
+from toolchain.wrapping import wrapped
 
 STAGES = ("text", "upload", "denoise", "decode")
 """Between the marks that a run hands to `Timings.add`; upload is drawing the noise, encoding an image and uploading."""
@@ -84,9 +85,9 @@ class _Recorder:
     @contextmanager
     def attached(self) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(_wrapped(backend_of(self.bundle.backend), "open", self._open))
-            stack.enter_context(_wrapped(PromptTokenizer, "encode", self._encode))
-            stack.enter_context(_wrapped(Timings, "add", self._add))
+            stack.enter_context(wrapped(backend_of(self.bundle.backend), "open", self._open))
+            stack.enter_context(wrapped(PromptTokenizer, "encode", self._encode))
+            stack.enter_context(wrapped(Timings, "add", self._add))
             yield
 
     @contextmanager
@@ -109,7 +110,7 @@ class _Recorder:
             component if bucket == ANY else f"{component} {bucket}"
             for component, entries in self.bundle.engines.items()
             for bucket, entry in entries.items()
-            if self.bundle.path / entry.folder == folder
+            if self.bundle.path / entry.folder == folder and entry.spec == spec  # buckets may share an engine
         )
         self.memory = memory
         profile = {"profile": str(self.profiles / name.replace(" ", "-"))} if self.profiles else {}
@@ -224,24 +225,6 @@ class _Engine:
 
     def close(self) -> None:
         self._engine.close()
-
-
-@contextmanager
-def _wrapped(owner: Any, name: str, around: Callable[..., Any]) -> Iterator[None]:
-    """Calls of `owner.name` become calls of `around`, which gets the plain function first."""
-    plain, own = getattr(owner, name), name in vars(owner)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return around(plain, *args, **kwargs)
-
-    setattr(owner, name, call)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, plain)
-        else:
-            delattr(owner, name)
 
 
 def _nvtx() -> tuple[Callable[[str], AbstractContextManager[Any]], str]:
