@@ -79,6 +79,15 @@ def test_changed_weights_change_weights_and_engines_but_no_graph(
     assert any("checkpoint" in line for line in plan.step("weights tiny denoiser").changed)
 
 
+def test_keys_name_the_family_and_the_component(built: dict[str, str], tiny_recipe: Path) -> None:
+    """SD's and SDXL's first text encoders may have one config, and different wrappers: they give other layers."""
+    plan = toolchain.plan_build(tiny_recipe, **built)  # type: ignore[arg-type]
+    for step in plan.steps:
+        if step.stage in ("graph", "weights"):
+            component = step.subject.split(" ")[1]
+            assert (step.inputs["family"], step.inputs["component"]) == ("sd", component)
+
+
 def test_a_second_bucket_writes_no_weight_again(
     tiny_bundle: Path, store: Path, tiny_recipe: Path, tiny_model: Path
 ) -> None:

@@ -70,6 +70,8 @@ class Planner:
         for label, bucket in self.buckets(component).items():
             spec = component.spec(self.source, bucket, self.recipe)
             inputs: dict[str, Json] = {
+                "family": self.family.name,  # whose wrapper it is, around networks that others have too
+                "component": component.name,
                 "config": _config_digest(self.source.config(component.folder)),
                 "signature": spec.to_json(),
                 "recipe": _json(recipe),
@@ -91,6 +93,7 @@ class Planner:
         labels = list(self.buckets(component))
         first = self.name("graph", f"{component.name} {labels[0]}")
         inputs: dict[str, Json] = {
+            "family": self.family.name,
             "component": component.name,  # both halves of a VAE come from one checkpoint
             "checkpoint": {f.name: self.store.digest_of(f) for f in files},
             "config": _config_digest(self.source.config(component.folder)),
