@@ -8,12 +8,23 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 from toolchain.artifacts import Artifact, Store, publish_folder
-from toolchain.bundle import ANY, MANIFEST, PROFILES, SIGNATURE, Bundle, EngineEntry, FileEntry, read_bundle
+from toolchain.bundle import (
+    ANY,
+    MACHINE_CODE,
+    MANIFEST,
+    PROFILES,
+    SIGNATURE,
+    Bundle,
+    EngineEntry,
+    FileEntry,
+    read_bundle,
+)
 from toolchain.errors import BundleError, StoreError, UsageError
 from toolchain.files import foreign_files, some
 from toolchain.plan import Plan, execute
@@ -41,19 +52,24 @@ def assemble(
     existing = _existing(output) if plan.misses == 0 else None
     if existing is not None and _same(existing, plan) and _complete(existing, plan.store):
         plan.store.register_bundle(output, refs)
-        note_built(existing)
+        _note(existing)
         for step in plan.steps:
             progress(step, "hit")
         return existing
     built = execute(plan, progress, within)
     signed = (output / SIGNATURE).exists()
-    publish_folder(output, _Writer(plan, built).fill, owns=_owns(output))
+    publish_folder(output, _Writer(plan, built, copy_file).fill, owns=_owns(output))
     plan.store.register_bundle(output, refs)
     if signed:
         _LOG.warning("%s is a new bundle, and no longer signed: diffbuild sign %s --key private.pem", output, output)
     bundle = read_bundle(output)
-    note_built(bundle)
+    _note(bundle)
     return bundle
+
+
+def _note(bundle: Bundle) -> None:
+    if bundle.backend in MACHINE_CODE:
+        note_built(bundle)
 
 
 def check_output(output: Path) -> None:
@@ -100,15 +116,17 @@ def _owns(output: Path) -> Callable[[str], bool]:
 
 
 def _same(bundle: Bundle, plan: Plan) -> bool:
-    """Whether artifacts and what lies in the manifest beside them are the plan's: defaults of sampling, say."""
-    wanted = {step.name: step.key for step in plan.steps if step.stage != "graph"}
-    model = (bundle.model["name"], bundle.model["revision"])
-    return (
-        dict(bundle.artifacts) == wanted
-        and bundle.settings == plan.family.settings(plan.source)
-        and bundle.recipe == plan.recipe
-        and model == (plan.source.name, plan.source.revision)
-    )
+    """Whether the manifest is the one that this plan would write now, with the digests that the store knows.
+
+    Versions of what built it may differ: what they decide is in the keys.
+    """
+    built = {step.name: plan.store.lookup(step.stage, step.key) for step in plan.steps}
+    found = {name: artifact for name, artifact in built.items() if artifact is not None}
+    if len(found) < len(built):
+        return False
+    wanted = _Writer(plan, found, lambda source, target: None).bundle(bundle.path)
+    first, second = (json.dumps(b.to_json(), sort_keys=True) for b in (bundle, replace(wanted, tools=bundle.tools)))
+    return first == second
 
 
 def _existing(output: Path) -> Bundle | None:
@@ -131,11 +149,27 @@ def _complete(bundle: Bundle, store: Store) -> bool:
 
 
 class _Writer:
-    def __init__(self, plan: Plan, built: dict[str, Artifact]) -> None:
-        self.plan, self.built = plan, built
+    """Puts a bundle together; `copy` is given a file of the store and its place in the bundle."""
+
+    def __init__(self, plan: Plan, built: dict[str, Artifact], copy: Callable[[Path, Path], None]) -> None:
+        self.plan, self.built, self._copy_file = plan, built, copy
         self.files: dict[str, FileEntry] = {}
 
     def fill(self, folder: Path) -> None:
+        bundle = self.bundle(folder)
+        (folder / MANIFEST).write_text(json.dumps(bundle.to_json(), indent=1) + "\n", encoding="utf-8")
+        try:
+            bundle.verify()  # the store checks sizes on lookup, and digests only when it is asked to
+        except BundleError as error:
+            raise StoreError(
+                "an artifact in the store is damaged",
+                where=self.plan.store.root,
+                got=f"{error.what}: {error.where}",
+                hint=f"diffbuild cache verify --quarantine --store {self.plan.store.root}, then build again",
+            ) from error
+
+    def bundle(self, folder: Path) -> Bundle:
+        """Copies every file to its place below `folder`, and says what the manifest must."""
         plan = self.plan
         recipe = plan.recipe
         components = plan.family.parts(recipe)
@@ -152,7 +186,7 @@ class _Writer:
             tokenizer = self.built[f"tokenizer {recipe.name} {Path(place).name}"]
             self._copy_all(tokenizer, folder, place)
         checkpoint = {c.name: self._step("weights", c.name).inputs["checkpoint"] for c in components}
-        bundle = Bundle(
+        return Bundle(
             path=folder,
             model={"name": plan.source.name, "revision": plan.source.revision, "checkpoint": checkpoint}
             | {"pipeline": plan.source.index["_class_name"]},
@@ -168,16 +202,6 @@ class _Writer:
             artifacts={step.name: step.key for step in plan.steps if step.stage != "graph"},
             tools={"diffbuild": version("diffbuild")} | {k: str(v) for k, v in tool_versions(EXPORT_TOOLS).items()},
         )
-        (folder / MANIFEST).write_text(json.dumps(bundle.to_json(), indent=1) + "\n", encoding="utf-8")
-        try:
-            bundle.verify()  # the store checks sizes on lookup, and digests only when it is asked to
-        except BundleError as error:
-            raise StoreError(
-                "an artifact in the store is damaged",
-                where=plan.store.root,
-                got=f"{error.what}: {error.where}",
-                hint=f"diffbuild cache verify --quarantine --store {plan.store.root}, then build again",
-            ) from error
 
     def _step(self, stage: str, subject: str) -> Step:
         return self.plan.step(f"{stage} {self.plan.recipe.name} {subject}")
@@ -212,15 +236,14 @@ class _Writer:
 
     def _copy(self, artifact: Artifact, name: str, folder: Path, target: str) -> None:
         record = artifact.files[name]
-        path = folder / target
-        path.parent.mkdir(parents=True, exist_ok=True)
-        copy_file(artifact.file(name), path)
+        self._copy_file(artifact.file(name), folder / target)
         self.files[target] = FileEntry(record.sha256, record.size)
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """A copy that shares its blocks with the source where the filesystem can; never a hard link, so that changing a
-    bundle cannot change the store."""
+    """A copy, in a new folder where need be, that shares its blocks with the source where the filesystem can; never a
+    hard link, so that changing a bundle cannot change the store."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as read, target.open("wb") as write:
         if sys.platform == "linux":
             import fcntl

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -58,6 +58,8 @@ class Bundle:
     tokenizers text encoder -> folder
     artifacts  "stage/subject" -> key of every artifact that it was put together from
     tools      versions of what built it
+    digest     sha256 of the manifest that was read
+    vouched    whether somebody vouched for it, which machine code needs: see `toolchain.signing`
     """
 
     path: Path
@@ -73,6 +75,8 @@ class Bundle:
     files: Mapping[str, FileEntry]
     artifacts: Mapping[str, str]
     tools: Mapping[str, str]
+    digest: str = ""
+    vouched: bool = False
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -123,7 +127,7 @@ class Bundle:
 
     def verify_engines(self) -> None:
         """`verify`, of the engines' folders alone."""
-        folders = tuple(f"{e.folder}/" for by in self.engines.values() for e in by.values())
+        folders = tuple(f"{PurePosixPath(e.folder)}/" for by in self.engines.values() for e in by.values())
         for problem in self.problems({name for name in self.files if name.startswith(folders)}):
             raise problem
 
@@ -166,7 +170,8 @@ def read_bundle(path: Path) -> Bundle:
     """Reads and checks `bundle.json`, and which files lie beside it; reads no other file. Raises BundleError."""
     manifest = path / MANIFEST
     try:
-        data = json.loads(manifest.read_text(encoding="utf-8"))
+        text = manifest.read_bytes()
+        data = json.loads(text)
     except FileNotFoundError:
         found = "no such folder" if not path.exists() else f"no {MANIFEST} in it"
         raise BundleError(
@@ -186,7 +191,7 @@ def read_bundle(path: Path) -> Bundle:
             hint="update diffbuild" if newer else "build the bundle again",
         )
     try:
-        bundle = _structure(path, data)
+        bundle = replace(_structure(path, data), digest=hashlib.sha256(text).hexdigest())
     except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
         raise BundleError(
             f"{MANIFEST} is damaged", where=manifest, got=f"{type(error).__name__}: {error}", hint=AGAIN

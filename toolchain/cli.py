@@ -39,7 +39,7 @@ trust_option = click.option(
     "--trust",
     type=click.Path(path_type=Path),
     metavar="PUBLIC.pem",
-    help="Refuse a bundle that this key did not sign.  [default: $DIFFBUILD_TRUST, or any bundle]",
+    help="Refuse a bundle that this key did not sign.  [default: $DIFFBUILD_TRUST]",
 )
 new_file = click.Path(dir_okay=False, path_type=Path)
 

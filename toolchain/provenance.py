@@ -6,13 +6,12 @@ user's cache folder, by the sha256 of their manifests, which list every file wit
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from pathlib import Path
 
-from toolchain.bundle import MANIFEST, Bundle
-from toolchain.errors import BundleError, StoreError
+from toolchain.bundle import Bundle
+from toolchain.errors import StoreError
 from toolchain.files import write_atomic
 from toolchain.user_cache import cache_folder
 
@@ -32,17 +31,13 @@ def note_built(bundle: Bundle) -> None:
 
 
 def built_here(bundle: Bundle) -> bool:
-    """Whether the bundle's manifest is one that was noted. Raises BundleError for one that cannot be read."""
+    """Whether the bundle's manifest is one that was noted."""
     try:
         return _note(bundle).exists()
-    except StoreError:
-        return False  # no cache folder, and no notes
+    except (StoreError, OSError):
+        return False  # no cache folder, or one that may not be read, and no notes
 
 
 def _note(bundle: Bundle) -> Path:
-    path = bundle.path / MANIFEST
-    try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise BundleError(f"{MANIFEST} cannot be read", where=path, got=error) from error
-    return cache_folder() / "built" / digest
+    assert bundle.digest, "a bundle that was read knows its manifest's digest"
+    return cache_folder() / "built" / bundle.digest

@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,7 +134,7 @@ def open_bundle(path: Path, *, verify: bool = True, trust: str | Path | None = N
         bundle.verify()
     elif bundle.backend in MACHINE_CODE:
         bundle.verify_engines()
-    return bundle
+    return replace(bundle, vouched=True)
 
 
 def require_trusted(bundle: Bundle, trust: str | Path | None = None) -> bool:
@@ -146,16 +146,23 @@ def require_trusted(bundle: Bundle, trust: str | Path | None = None) -> bool:
     """
     key = _trusted_key(trust)
     if key is not None:
-        _require_signed(bundle.path, key)
+        _require_signed(bundle.path, key, bundle.digest)
     elif bundle.backend in MACHINE_CODE and not built_here(bundle):
         raise SignatureError(
             "the bundle's engines are machine code, and nobody vouches for it",
             where=bundle.path,
             expected=f"a bundle that you built here, or one signed by a trusted key (trust, --trust or ${TRUST})",
             got="neither",
-            hint="where it was built: diffbuild sign BUNDLE --key private.pem; here: --trust public.pem",
+            hint=f"where it was built: diffbuild sign BUNDLE --key private.pem; here: {TRUST}=public.pem. If you built "
+            "it here and the note is lost with the cache, build it once more: every step is a hit",
         )
     return key is not None
+
+
+def vouch(bundle: Bundle) -> None:
+    """For a bundle that was only read: what `open_bundle` asks of machine code. Raises what it raises."""
+    require_trusted(bundle)
+    bundle.verify_engines()
 
 
 def _trusted_key(path: str | Path | None) -> Ed25519PublicKey | None:
@@ -164,12 +171,15 @@ def _trusted_key(path: str | Path | None) -> Ed25519PublicKey | None:
     return None if named is None else _public_key(Path(named))
 
 
-def _require_signed(folder: Path, key: Ed25519PublicKey) -> None:
-    signature = read_signature(folder)
+def _require_signed(folder: Path, key: Ed25519PublicKey, digest: str | None = None) -> None:
+    """`digest` is that of the manifest that was read before and will be gone by."""
+    signature, manifest = read_signature(folder), _read(folder / MANIFEST)
     if signature is None:
         got = "no signature"
-    elif (reason := signature.refuse(_read(folder / MANIFEST), key)) is not None:
+    elif (reason := signature.refuse(manifest, key)) is not None:
         got = reason
+    elif digest not in (None, hashlib.sha256(manifest).hexdigest()):
+        got = f"{MANIFEST} was changed while it was read"
     else:
         return
     raise SignatureError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 import toolchain
 from tests.pretend import pretended
 from toolchain.cli import cli
-from toolchain.errors import EngineError
+from toolchain.errors import BundleError, EngineError, SignatureError
+from toolchain.runtime.pipeline import Pipeline
 
 RECIPE = """\
 family = "sd"
@@ -156,6 +159,35 @@ def test_a_rewritten_manifest_is_not_one_that_was_built_here(bundle: Path) -> No
     code, said = generate(bundle)
     assert code == 1
     assert "nobody vouches for it" in said
+
+
+def test_a_build_with_nothing_to_do_vouches_for_no_other_bundle(
+    bundle: Path, built: Path, tiny_model: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle from elsewhere may name the keys of this store's artifacts, and hold what it likes."""
+    monkeypatch.setenv("DIFFBUILD_CACHE", str(tmp_path / "cache"))
+    name = "engines/denoiser/1x64x64/engine.plan"
+    honest = (bundle / name).read_bytes()
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    (bundle / name).write_bytes(b"evil")
+    manifest["files"][name] = {"sha256": hashlib.sha256(b"evil").hexdigest(), "size": 4}
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    assert generate(bundle)[0] == 1
+    toolchain.build(built.parent / "refused.toml", str(tiny_model), bundle, store=store)
+    assert (bundle / name).read_bytes() == honest
+    assert generate(bundle)[0] == 0
+
+
+def test_a_pipeline_over_a_bundle_that_was_only_read(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `load` asks is asked below it as well."""
+    flipped(bundle / "engines" / "denoiser" / "1x64x64" / "engine.plan")
+    with pytest.raises(BundleError, match="a file of the bundle was changed"):
+        Pipeline(toolchain.read_bundle(bundle))
+    monkeypatch.setenv("DIFFBUILD_CACHE", str(tmp_path / "of somebody else"))
+    with pytest.raises(SignatureError, match="nobody vouches for it"):
+        Pipeline(toolchain.read_bundle(bundle))
 
 
 def test_a_build_whose_cache_cannot_be_written_says_what_that_means(

@@ -9,19 +9,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from toolchain.bundle import Bundle
+from toolchain.bundle import MACHINE_CODE, Bundle
 from toolchain.engines import Backend, Engine, backend_of
 from toolchain.engines.memory import Memory
 from toolchain.errors import BundleError
 from toolchain.recipe import Bucket
 from toolchain.signature import TensorSpec
+from toolchain.signing import vouch
 
 F32 = NDArray[np.float32]
 Array = NDArray[np.generic]
 
 
 def usable_backend(bundle: Bundle) -> Backend:
-    """The bundle's backend. BundleError where it cannot run, and for engines of another device or version."""
+    """The bundle's backend. BundleError where it cannot run, for engines of another device or version, and for machine
+    code that nobody vouches for."""
     backend = backend_of(bundle.backend)
     reason, hint = backend.available(), "diffbuild doctor tells what each backend needs"
     if reason is None:
@@ -29,6 +31,8 @@ def usable_backend(bundle: Bundle) -> Backend:
         hint = "build it on this machine, from the same recipe"
     if reason is not None:
         raise BundleError("the bundle cannot run here", where=bundle.path, got=reason, hint=hint)
+    if bundle.backend in MACHINE_CODE and not bundle.vouched:
+        vouch(bundle)
     return backend
 
 
