@@ -114,9 +114,10 @@ def repeated(batch: int, width: int) -> ir.Model:
     x, y, z = value("x", (batch, width)), value("y", (batch, width)), value("z", (batch, 4))
     first = constant("first", np.int64([0])), constant("one", np.int64([1])), constant("axis", np.int64([0]))
     row = ir.node("Slice", [x, *first], outputs=[value("row", (1, width))], name="row_of")
-    shape = constant("shape", np.int64([batch, width]))
-    spread = ir.node("Expand", [row.outputs[0], shape], outputs=[value("spread", (batch, width))], name="spread_it")
-    nodes = [row] if batch == 1 else [row, spread]
+    shape, spread = constant("shape", np.int64([batch, width])), value("spread", (batch, width))
+    nodes = [row]
+    if batch > 1:
+        nodes.append(ir.node("Expand", [row.outputs[0], shape], outputs=[spread], name="spread_it"))
     nodes.append(ir.node("Sub", [x, nodes[-1].outputs[0]], outputs=[y], name="less"))
     four, columns = constant("four", np.int64([4])), constant("columns", np.int64([1]))
     if width > 4:
@@ -163,6 +164,25 @@ def reading(which: int, batch: int) -> ir.Model:
     return model([ir.node("Neg", [xs[which]], outputs=[y := value("y", (batch, 4))], name="n")], xs, [y])
 
 
+def turned(batch: int, crossed: bool) -> ir.Model:
+    """p = -x, q = |x|, or the other way round under the same names."""
+    x, p, q = value("x", (batch, 4)), value("p", (batch, 4)), value("q", (batch, 4))
+    ends = (q, p) if crossed else (p, q)
+    nodes = [ir.node(kind, [x], outputs=[end], name=kind) for kind, end in zip(("Neg", "Abs"), ends, strict=True)]
+    return model(nodes, [x], [p, q])
+
+
+def filled(batch: int, dtype: Any) -> ir.Model:
+    """y = x + what one pattern of bits means in a dtype."""
+    x, y = value("x", (batch,)), value("y", (batch,))
+    bits = ir.tensor(np.array([0x3F800000], np.int32).view(dtype), name="bits")
+    one = constant("one", np.int64([1]))
+    made = value("made", (1,), ir.DataType.from_numpy(np.dtype(dtype)))
+    fill = ir.node("ConstantOfShape", [one], {"value": bits}, outputs=[made], name="fill")
+    cast = ir.node("Cast", [made], {"to": F32}, outputs=[value("c", (1,))], name="cast")
+    return model([fill, cast, ir.node("Add", [x, cast.outputs[0]], outputs=[y], name="add")], [x], [y], [one])
+
+
 REFUSED: dict[str, tuple[list[Callable[[], ir.Model]], str]] = {
     "another operator": ([lambda: unary("Neg", 1, 4), lambda: unary("Abs", 2, 4)], r"nodes .*(.|\n)*Neg Neg_1 and Abs"),
     "another attribute": (
@@ -178,6 +198,8 @@ REFUSED: dict[str, tuple[list[Callable[[], ir.Model]], str]] = {
     "an input's name": ([lambda: other_input(1), lambda: other_input(2, "u")], "ends of the graph"),
     "an input's rank": ([lambda: other_input(1), lambda: other_input(2, rank=3)], "ends of the graph"),
     "another wire": ([lambda: reading(0, 1), lambda: reading(1, 2)], "inputs(.|\n)*Neg n"),
+    "crossed outputs": ([lambda: turned(1, False), lambda: turned(2, True)], "outputs of their graphs differ"),
+    "an attribute's type": ([lambda: filled(1, np.float32), lambda: filled(2, np.int32)], "nodes(.|\n)*fill"),
     "the same shapes": ([lambda: unary("Neg", 1, 4), lambda: unary("Neg", 1, 4)], "no input tells them apart"),
     "too many buckets": ([lambda i=i: unary("Neg", i + 1, 4) for i in range(65)], "too many buckets"),
 }
@@ -188,6 +210,65 @@ def test_4_what_differs_in_another_way(case: str) -> None:
     builds, message = REFUSED[case]
     with pytest.raises(ExportError, match=message):
         merge_buckets([build() for build in builds])
+
+
+def alone(batch: int, width: int) -> ir.Model:
+    """y = x + expand(r, x.shape) + expand(c, x.shape), each Expand left out where it does nothing."""
+    x, y = value("x", (batch, width)), value("y", (batch, width))
+    one, shape = constant("one", np.float32([[1]])), constant("shape", np.int64([batch, width]))
+    row, column = value("r", (1, width)), value("c", (batch, 1))
+    nodes, terms = [], []
+    for name, source, small in (("row", row, batch == 1), ("column", column, width == 1)):
+        made = value(f"{name}_all", (batch, width))
+        if not small:
+            nodes.append(ir.node("Expand", [source, shape], outputs=[made], name=f"expand_{name}"))
+        terms.append(source if small else made)
+    total = ir.node("Add", terms, outputs=[value("t", (batch, width))], name="sum")
+    nodes += [total, ir.node("Mul", [x, one], outputs=[value("u", (batch, width))], name="same")]
+    nodes.append(ir.node("Add", [nodes[-1].outputs[0], total.outputs[0]], outputs=[y], name="all"))
+    return model(nodes, [x, row, column], [y], [one, shape])
+
+
+def test_3_two_such_nodes_of_one_name() -> None:
+    buckets = [(1, 1), (2, 1), (1, 3), (4, 2)]
+    agree(alone, buckets, merge_buckets([alone(*bucket) for bucket in buckets]))
+
+
+def indexed(batch: int) -> ir.Model:
+    """y = x[:, table], the table of the bucket: integers that are no shape."""
+    x, y = value("x", (batch, 100)), value("y", (batch, 90))
+    table = constant("table", np.roll(np.arange(90), batch))
+    return model([ir.node("Gather", [x, table], {"axis": 1}, outputs=[y], name="pick")], [x], [y], [table])
+
+
+def test_2_a_long_vector_of_integers_is_no_shape() -> None:
+    merged = merge_buckets([indexed(1), indexed(2)])
+    agree(lambda batch, _: indexed(batch), [(1, 0), (2, 0)], merged)
+    assert not any(node.op_type == "Concat" for node in merged.graph)
+
+
+def test_sizes_that_go_together_have_one_name() -> None:
+    """An engine may take two inputs of equal sizes for equal, and nothing for broadcast."""
+    merged = merge_buckets([alone(1, 2), alone(2, 3)])
+    dims = {v.name: [str(d) for d in v.shape] for v in (*merged.graph.inputs, *merged.graph.outputs)}
+    assert dims == {"x": ["x_0", "x_1"], "r": ["1", "x_1"], "c": ["x_0", "1"], "y": ["x_0", "x_1"]}
+
+
+def pictured(batch: int) -> ir.Model:
+    """y = x + float(mean of p), p being uint8."""
+    p, x, y = value("p", (batch, 2), ir.DataType.UINT8), value("x", (batch, 4)), value("y", (batch, 4))
+    wide = ir.node("Cast", [p], {"to": F32}, outputs=[value("w", (batch, 2))], name="widen")
+    shape, target = constant("shape", np.int64([batch, 2, 1])), value("s", (batch, 2, 1))
+    turned_ = ir.node("Reshape", [wide.outputs[0], shape], outputs=[target], name="reshape")
+    mean = ir.node("ReduceMax", [turned_.outputs[0]], {"keepdims": 0}, outputs=[value("m", ())], name="mean")
+    nodes = [wide, turned_, mean, ir.node("Add", [x, mean.outputs[0]], outputs=[y], name="add")]
+    return model(nodes, [p, x], [y], [shape])
+
+
+def test_2_no_shape_is_taken_of_uint8() -> None:
+    """TensorRT has uint8 at its ends alone, and for a Cast."""
+    merged = merge_buckets([pictured(1), pictured(2)])
+    assert [node.inputs[0].name for node in merged.graph if node.op_type == "Shape"] == ["x"]
 
 
 def test_a_graph_of_one_bucket_has_no_profiles() -> None:

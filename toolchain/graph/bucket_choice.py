@@ -1,7 +1,7 @@
 """Values that a graph for several buckets chooses by the shapes of its inputs.
 
-Everything here is computed of shapes and consists of the layers that TensorRT takes for that: Shape, Gather, Concat and
-integer arithmetic, on no more than 64 elements. That is also how many buckets there may be.
+What is chosen of shapes is made of the layers that TensorRT takes for that: Shape, Gather, Concat and integer
+arithmetic, on no more than 64 elements. That is also how many buckets there may be.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from toolchain.errors import ExportError
 
 Shapes = Sequence[tuple[int, ...]]
 MOST = 64
+RANK = 8
+"""The longest vector of integers that is taken for a shape."""
 
 
 class BucketChoice:
@@ -30,13 +32,15 @@ class BucketChoice:
         self.nodes: list[ir.Node] = []
         self.constants: list[ir.Value] = []
         self._made: dict[Any, ir.Value] = {}
+        # TensorRT takes no shape of uint8.
+        told = [(v, shapes) for v, shapes in zip(inputs, zip(*buckets, strict=True), strict=True) if v.dtype != UINT8]
         self._sizes = {
             sizes: (value, axis)
-            for value, shapes in zip(inputs, zip(*buckets, strict=True), strict=True)
+            for value, shapes in told
             for axis, sizes in enumerate(zip(*shapes, strict=True))
             if len(set(sizes)) > 1
         }
-        self._number = self._count(inputs, buckets)
+        self._number = self._count(told)
 
     def of(self, arrays: Sequence[NDArray[Any]]) -> ir.Value:
         """The constant of the bucket at hand. All have one dtype and one rank; ExportError otherwise."""
@@ -49,7 +53,7 @@ class BucketChoice:
                 self._made[key] = self._constant(first)
             elif len({a.shape for a in arrays}) > 1:
                 self._made[key] = self._piece(arrays)
-            elif first.dtype == np.int64 and first.ndim == 1:
+            elif first.dtype == np.int64 and first.ndim == 1 and first.size <= RANK:
                 sizes = [self._size(numbers) for numbers in zip(*map(np.ndarray.tolist, arrays), strict=True)]
                 self._made[key] = self._node("Concat", sizes, axis=0)
             else:
@@ -77,16 +81,15 @@ class BucketChoice:
         piece = self._node("Slice", [whole, *bounds, self._constant(np.zeros(1, np.int64))])
         return self._node("Reshape", [piece, self.of([np.array(a.shape, np.int64) for a in arrays])])
 
-    def _count(self, inputs: Sequence[ir.Value], buckets: Sequence[Shapes]) -> ir.Value:
+    def _count(self, inputs: Sequence[tuple[ir.Value, Shapes]]) -> ir.Value:
         """The number of the bucket, int64 []: sum over buckets of number * (1 - min(1, |code - code of the bucket|)).
 
         The code is one number made of the sizes of an input that is of another shape in each bucket.
         """
-        columns = list(zip(*buckets, strict=True))
-        chosen = next((i for i, shapes in enumerate(columns) if len(set(shapes)) == len(shapes)), None)
+        chosen = next(((value, shapes) for value, shapes in inputs if len(set(shapes)) == len(shapes)), None)
         if chosen is None:
             raise ExportError("the buckets cannot share an engine: no input tells them apart by its shape")
-        value, sizes = inputs[chosen], np.array(columns[chosen], np.int64)
+        value, sizes = chosen[0], np.array(chosen[1], np.int64)
         axes = [axis for axis in range(sizes.shape[1]) if len(set(sizes[:, axis])) > 1]
         scales = [int(np.prod(sizes[:, axes[:i]].max(axis=0) + 1)) for i in range(len(axes))]
         terms = [
@@ -134,4 +137,4 @@ class BucketChoice:
         return made
 
 
-INT64 = ir.TensorType(ir.DataType.INT64)
+INT64, UINT8 = ir.TensorType(ir.DataType.INT64), ir.DataType.UINT8

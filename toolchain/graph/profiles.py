@@ -12,6 +12,7 @@ An engine made of it has one optimization profile for each bucket, and all of th
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,15 +49,23 @@ class _Merge:
         self._known: dict[Values, ir.Value] = {}
         self._weights: dict[str, ir.Value] = {}
         self._nodes: list[ir.Node] = []
-        self._inputs = [self._end(values) for values in self._columns([g.inputs for g in self._graphs], "inputs")]
+        self._taken: set[ir.Node] = set()
+        self._sizes: dict[tuple[int, ...], str] = {}
+        inputs = self._columns([g.inputs for g in self._graphs], "inputs")
+        self._inputs = [self._end(values, ir.Value(name=values[0].name)) for values in inputs]
         self._choice = BucketChoice(self._inputs, [[_shape(v) for v in g.inputs] for g in self._graphs])
 
     def model(self) -> ir.Model:
-        rows = [[node for node in graph if node.op_type != "Constant"] for graph in self._graphs]
+        rows = [deque(node for node in graph if node.op_type != "Constant") for graph in self._graphs]
         while any(rows):
-            taken = self._row([row[0] if row else None for row in rows])
-            rows = [row[1:] if took else row for row, took in zip(rows, taken, strict=True)]
-        outputs = [self._end(values) for values in self._columns([g.outputs for g in self._graphs], "outputs")]
+            for row, took in zip(rows, self._row([row[0] if row else None for row in rows]), strict=True):
+                if took:
+                    row.popleft()
+        outputs = []
+        for values in self._columns([g.outputs for g in self._graphs], "outputs"):
+            if values not in self._known:
+                raise _differ(values, "the outputs")
+            outputs.append(self._end(values, self._known[values]))
         first = self._models[0]
         graph = ir.Graph(
             self._inputs,
@@ -66,18 +75,19 @@ class _Merge:
             opset_imports=first.opset_imports,
             name=first.graph.name,
         )
-        dynamic = [i for i, value in enumerate(self._inputs) if not _of(value.shape).is_static()]
+        dynamic = [i for i, v in enumerate(self._inputs) if v.shape is not None and not v.shape.is_static()]
         shapes = [{str(g.inputs[i].name): _shape(g.inputs[i]) for i in dynamic} for g in self._graphs]
         return ir.Model(graph, ir_version=first.ir_version, metadata_props={PROFILES: json.dumps(shapes)})
 
-    def _end(self, values: Values) -> ir.Value:
-        """An input, or an output that some node has made, with names for the sizes that differ."""
+    def _end(self, values: Values, made: ir.Value) -> ir.Value:
+        """What stands for an input or an output, with names for the sizes that differ: the same for the same sizes."""
         first = values[0]
         if len({(v.name, v.dtype, len(_shape(v))) for v in values}) > 1:
             raise _differ(values, "the ends of the graph")
-        sizes = zip(*map(_shape, values), strict=True)
-        dims = [size[0] if len(set(size)) == 1 else f"{first.name}_{axis}" for axis, size in enumerate(sizes)]
-        made = self._known.get(values) or ir.Value(name=first.name)
+        dims: list[int | str] = []
+        for axis, size in enumerate(zip(*map(_shape, values), strict=True)):
+            same = len(set(size)) == 1
+            dims.append(size[0] if same else self._sizes.setdefault(size, f"{first.name}_{axis}"))
         made.name, made.shape, made.type = first.name, ir.Shape(dims), first.type
         self._known[values] = made
         return made
@@ -89,40 +99,56 @@ class _Merge:
 
     def _row(self, heads: Sequence[ir.Node | None]) -> list[bool]:
         """Merges the next node of every graph, or of those that have it, and says which graphs it was taken from."""
-        kinds = {node.op_type if node is not None else "" for node in heads}
-        optional = sorted(kinds & STILL.keys())
-        if len(kinds) == 1:
-            self._node([node for node in heads if node is not None])
-        elif optional:
-            heads = [node if node is not None and node.op_type == optional[0] else None for node in heads]
-            self._node_of_some(heads)
+        nodes = [node for node in heads if node is not None]
+        if len(nodes) == len(heads) and len({n.op_type for n in nodes}) == 1 and self._are_one(nodes):
+            self._node(nodes)
         else:
-            raise _differ(heads, "the nodes")
-        return [node is not None for node in heads]
+            nodes = self._node_of_some(heads)
+        self._taken.update(nodes)
+        return [node in nodes for node in heads]
+
+    def _are_one(self, nodes: Sequence[ir.Node]) -> bool:
+        """Whether nodes that some graphs may lack are one node, and not different ones."""
+        read = tuple(node.inputs[0] for node in nodes if node.inputs and node.inputs[0] is not None)
+        return nodes[0].op_type not in STILL or read in self._known or not any(read[0] is key[0] for key in self._known)
 
     def _node(self, nodes: Sequence[ir.Node]) -> None:
-        if len({(n.domain, len(n.inputs), len(n.outputs), _attributes(n)) for n in nodes}) > 1:
+        alike = {(n.domain, len(n.inputs), *(v.dtype for v in n.outputs), _attributes(n)) for n in nodes}
+        if len(alike) > 1:
             raise _differ(nodes, "the nodes")
         inputs = [self._operand(values, nodes[0]) for values in zip(*(n.inputs for n in nodes), strict=True)]
         self._append(nodes[0], inputs, list(zip(*(n.outputs for n in nodes), strict=True)))
 
-    def _node_of_some(self, nodes: Sequence[ir.Node | None]) -> None:
-        """A node that some graphs have; in the others its input stands for its output."""
-        there = next(node for node in nodes if node is not None)
-        read = [None if node is None else node.inputs[0] for node in nodes]
-        source = next((k for k in self._known if all(v in (None, w) for v, w in zip(read, k, strict=True))), None)
-        if source is None:
-            raise _differ(nodes, "the nodes")
-        still = STILL[there.op_type]
+    def _node_of_some(self, heads: Sequence[ir.Node | None]) -> list[ir.Node]:
+        """Merges a node that some graphs have next, and others not at all: there its input stands for its output."""
+        there, nodes, source = self._some(heads)
         rest = [
-            still(there, _shape(value)) if node is None else [_constant(v) for v in node.inputs[1:]]
+            STILL[there.op_type](there, _shape(value)) if node is None else [_constant(v) for v in node.inputs[1:]]
             for node, value in zip(nodes, source, strict=True)
         ]
         if any(array is None for arrays in rest for array in arrays) or len({len(arrays) for arrays in rest}) > 1:
             raise _differ(nodes, "the inputs")
         chosen = [self._choice.of(arrays) for arrays in zip(*rest, strict=True)]
         outputs = tuple(v if node is None else node.outputs[0] for node, v in zip(nodes, source, strict=True))
-        self._append(there, [self._known[source], *chosen], [outputs], "_of_some")
+        self._append(there, [self._known[source], *chosen], [outputs], f"_of_some_{len(self._nodes)}")
+        return [node for node in nodes if node is not None]
+
+    def _some(self, heads: Sequence[ir.Node | None]) -> tuple[ir.Node, list[ir.Node | None], Values]:
+        """Such a node, all graphs' next nodes that are it, and what it reads in each of them."""
+        for index, first in enumerate(heads):
+            if first is None or first.op_type not in STILL:
+                continue
+            for source in (key for key in self._known if key[index] is first.inputs[0]):
+                pairs = zip(heads, source, strict=True)
+                nodes = [n if n is not None and _reads(n, first.op_type, v) else None for n, v in pairs]
+                lacking = [v for n, v in zip(nodes, source, strict=True) if n is None]
+                if not any(self._comes(first.op_type, value) for value in lacking):
+                    return first, nodes, source
+        raise _differ(heads, "the nodes")
+
+    def _comes(self, kind: str, source: ir.Value) -> bool:
+        """Whether a graph has such a node still to come."""
+        return any(_reads(use.node, kind, source) and use.node not in self._taken for use in source.uses())
 
     def _append(
         self, like: ir.Node, inputs: Sequence[ir.Value | None], outputs: Sequence[Values], suffix: str = ""
@@ -170,13 +196,14 @@ STILL = {"Expand": _expand_nothing, "Slice": _slice_nothing}
 """Nodes that a graph lacks where they do nothing -> the inputs with which they do nothing."""
 
 
-def _of(shape: ir.Shape | None) -> ir.Shape:
-    assert shape is not None, "a bucket's graph knows its shapes"
-    return shape
+def _reads(node: ir.Node, kind: str, source: ir.Value) -> bool:
+    return node.op_type == kind and node.inputs[0] is source
 
 
 def _shape(value: ir.Value) -> tuple[int, ...]:
-    return tuple(_of(value.shape).numpy())
+    if value.shape is None or not value.shape.is_static():
+        raise _differ([value], "a shape is not known, as the shapes")
+    return tuple(value.shape.numpy())
 
 
 def _constant(value: ir.Value | None) -> NDArray[Any] | None:
@@ -187,11 +214,12 @@ def _constant(value: ir.Value | None) -> NDArray[Any] | None:
 
 def _attributes(node: ir.Node) -> tuple[Any, ...]:
     """What can be compared and hashed of a node's attributes."""
-    texts = {}
+    found: dict[str, Any] = {}
     for name, attribute in node.attributes.items():
         value = attribute.value
-        texts[name] = value.numpy().tobytes() if isinstance(value, ir.TensorProtocol) else repr(value)
-    return (node.op_type, *sorted(texts.items()))
+        tensor = isinstance(value, ir.TensorProtocol)
+        found[name] = (value.dtype, tuple(value.shape), value.numpy().tobytes()) if tensor else repr(value)
+    return (node.op_type, *sorted(found.items()))
 
 
 def _differ(those: Sequence[ir.Node | ir.Value | None], what: str) -> ExportError:
