@@ -123,9 +123,9 @@ def ort(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     )
     for module in (ort_engine, onnxruntime_cuda):
         monkeypatch.setattr(module, "_ort", lambda: stub)
-    onnxruntime_cuda._provider_fails.cache_clear()
+    onnxruntime_cuda._require_provider.cache_clear()
     yield stub
-    onnxruntime_cuda._provider_fails.cache_clear()
+    onnxruntime_cuda._require_provider.cache_clear()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -139,6 +140,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         self._captures = captures
         self._places = Places(spec, folder, memory)
         self._bindings: dict[int, Any] = {}  # by the number of its graph
+        self._begun: set[tuple[int, int]] = set()  # numbers of bindings and of threads that have launched them
 
     def bind(self, buffers: Mapping[str, Any]) -> Callable[[], None]:
         binding = self._session.io_binding()
@@ -172,6 +174,15 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
 
     def _launch(self, number: int, settings: Any) -> None:
         assert self._session is not None, "the engine is closed"
+        begun = (number, threading.get_ident())
+        if begun in self._begun:
+            self._run(number, settings)
+            return
+        with ALLOCATION:  # each thread captures for itself
+            self._run(number, settings)
+        self._begun.add(begun)
+
+    def _run(self, number: int, settings: Any) -> None:
         try:
             self._session.run_with_iobinding(self._bindings[number], settings)
         except Exception as error:  # of onnxruntime's dozen classes
@@ -181,19 +192,31 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
     def close(self) -> None:
         self._memory.release()
         self._places.free()
-        self._bindings = {}  # bindings hold the session
-        super().close()
+        with ALLOCATION:
+            self._bindings = {}  # bindings hold the session
+            super().close()
+
+
+def _provider_fails() -> str | None:
+    """Why a session on the GPU is not one, or None."""
+    try:
+        _require_provider()
+    except EngineError as error:
+        return f"{error.what}: {error.got or error.hint}"
+    return None
 
 
 @cache
-def _provider_fails() -> str | None:
-    """Why a session on the GPU is not one, or None: ONNX Runtime goes on with the CPU where libraries are missing."""
+def _require_provider() -> None:
+    """EngineError unless a session works: ONNX Runtime goes on with the CPU where libraries are missing."""
     _load_libraries()
     try:
         found = _ort().InferenceSession(NEGATION, _quiet(), providers=[PROVIDER]).get_providers()
     except Exception as error:  # of onnxruntime's dozen classes
-        return f"ONNX Runtime cannot use the GPU: {str(error).strip().splitlines()[0]}"
-    return None if PROVIDER in found else f"ONNX Runtime cannot load its CUDA provider: {INSTALL}"
+        got = str(error).strip().splitlines()[0]
+        raise EngineError("ONNX Runtime cannot use the GPU", got=got) from error
+    if PROVIDER not in found:
+        raise EngineError("ONNX Runtime cannot load its CUDA provider", hint=INSTALL)
 
 
 def _quiet() -> Any:

@@ -334,8 +334,8 @@ def _inspect(
         layers = [
             layer for text in _descriptions(engine, model) for layer in read_layers(json.loads(text, strict=False))
         ]
-    except ValueError as error:  # an engine is worth more than its description
-        say({"warning": f"what TensorRT's inspector says is not JSON ({error})"})
+    except (ValueError, RuntimeError) as error:  # an engine is worth more than its description
+        say({"warning": f"TensorRT's inspector cannot be asked, or what it says is not JSON ({error})"})
         layers = []
     precision = compare_precision(asked_dtypes(model), layers)
     require_precision(precision, graph)
@@ -352,9 +352,11 @@ def _descriptions(engine: Any, model: ir.Model) -> Iterator[str]:
     for number, shapes in enumerate(read_profiles(model) or [{}]):
         if shapes:
             context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-            context.set_optimization_profile_async(number, 0)
-            for name, shape in shapes.items():
-                context.set_input_shape(name, shape)
+            if context is None or not context.set_optimization_profile_async(number, 0):
+                raise ValueError(f"it has no context for profile {number}")
+            refused = [name for name, shape in shapes.items() if not context.set_input_shape(name, shape)]
+            if refused:
+                raise ValueError(f"it does not take the shapes of profile {number}")
             inspector.execution_context = context
         yield inspector.get_engine_information(trt.LayerInformationFormat.JSON)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.engines.cuda import free_memory_bytes
-from toolchain.engines.device_memory import ALIGNMENT, DeviceBuffer, DeviceMemory
+from toolchain.engines.device_memory import ALIGNMENT, ALLOCATION, DeviceBuffer, DeviceMemory
 from toolchain.engines.forecast import load_warning, weight_bytes
 from toolchain.engines.places import Places
 from toolchain.engines.tensorrt_plan import OpenPlan, read_facts
@@ -28,7 +28,8 @@ class TensorRtMemory(DeviceMemory):
     def take(self, folder: Path, weights: Mapping[str, Path]) -> OpenPlan:
         """The plan of a folder, opened once for all who use it at the same time."""
         if folder not in self._plans:
-            self._plans[folder] = OpenPlan(folder, weights)
+            with ALLOCATION:
+                self._plans[folder] = OpenPlan(folder, weights)
         self._plans[folder].users += 1
         return self._plans[folder]
 
@@ -80,7 +81,8 @@ class TensorRtEngine:
 
     def bind(self, buffers: Mapping[str, DeviceBuffer]) -> Callable[[], None]:
         assert self._plan is not None, "the engine is closed"
-        context = self._context(self._plan, self._places.of(buffers))
+        with ALLOCATION:
+            context = self._context(self._plan, self._places.of(buffers))
         binding = _Binding(context, self._memory.stream, self._plan.failure)
         self._bindings.append(binding)
         launch = self._memory.capture(binding)
