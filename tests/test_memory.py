@@ -20,9 +20,9 @@ from toolchain.artifacts import Store
 from toolchain.cli import cli
 from toolchain.memory import RUNTIME_BYTES, TOKENIZER_TIMES, EngineMemory, Forecast, forecast, planned
 
-TEXT = EngineMemory("text_encoder", "any", 100, 10, 1, activations=20, arena=44, built=True)
-SMALL = EngineMemory("denoiser", "1x64x64", 1000, 100, 2, activations=200, arena=440, built=True)
-LARGE = EngineMemory("denoiser", "2x64x96", 1000, 100, 4, activations=600, arena=1320, built=True)
+TEXT = EngineMemory("text_encoder", "any", 100, 10, 1, activations=20, arena=44, built=True, source="t")
+SMALL = EngineMemory("denoiser", "1x64x64", 1000, 100, 2, activations=200, arena=440, built=True, source="s")
+LARGE = EngineMemory("denoiser", "2x64x96", 1000, 100, 4, activations=600, arena=1320, built=True, source="l")
 ENGINES = (TEXT, SMALL, LARGE)
 
 
@@ -48,6 +48,14 @@ def test_an_engine_that_only_warmed_up_has_no_block_for_all_of_its_activations()
 def test_on_a_gpu_the_largest_activations_serve_all() -> None:
     engines = tuple(replace(e, session=0, arena=0) for e in ENGINES)
     assert Forecast(engines, (), on_gpu=True, runtime=0).total == 101 + 1002 + 1004 + 600
+
+
+def test_buckets_of_one_engine_share_its_weights() -> None:
+    small, large = (replace(e, source="engines/denoiser/profiles", arena=0) for e in (SMALL, LARGE))
+    found = Forecast((small, large), (), on_gpu=True, runtime=0)
+    assert found.total == 1000 + (100 + 2) + (100 + 4) + 600
+    assert found.after({large.name}) == 1000 + 100 + 4 + 600
+    assert found.after({small.name}) == 1000 + 100 + 2 + 200
 
 
 def test_a_sum_with_a_gap_is_none() -> None:

@@ -40,6 +40,7 @@ class EngineMemory:
     activations  the most that lives between the nodes at once; None where nobody could tell
     arena        what stays allocated for activations after several runs; 0 where engines share a block
     built        False for an exported graph, of which weights and activations are those before a backend changes it
+    source       what it is opened from: those of one source share its weights
     """
 
     component: str
@@ -50,6 +51,7 @@ class EngineMemory:
     activations: int | None
     arena: int
     built: bool
+    source: str
 
     @property
     def name(self) -> str:
@@ -84,7 +86,9 @@ class Forecast:
     def total(self) -> int | None:
         """Of the whole process, or of the GPU. None where an engine is unknown."""
         block = max((e.activations or 0 for e in self.engines), default=0) if self.on_gpu else 0
-        return None if self.unknown else self.runtime + block + sum(e.total for e in self.engines)
+        weights = {e.source: e.weights for e in self.engines}
+        engines = sum(e.total - e.weights for e in self.engines) + sum(weights.values())
+        return None if self.unknown else self.runtime + block + engines
 
     def after(self, drawn: Collection[str]) -> int | None:
         """The same where pictures were drawn with these engines, by their names, and no others.
@@ -111,17 +115,16 @@ class Forecast:
 
 def forecast(bundle: Bundle) -> Forecast:
     """From the manifest and the small files beside the engines."""
-    engines, unknown, seen = [], [], set()
+    engines, unknown = [], []
     for component, entries in bundle.engines.items():
         for bucket, entry in entries.items():
             facts = _facts(bundle.path / entry.folder / FACTS)
             size = sum(bundle.files[name].size for name in entry.weights.values())
-            found = _engine(component, bucket, entry.spec, facts, size)
+            found = _engine(component, bucket, entry.spec, facts, size, entry.folder)
             if found.activations is None:
                 unknown.append(found.name)
             if facts:
-                engines.append(replace(found, weights=0) if entry.folder in seen else found)
-            seen.add(entry.folder)  # buckets with one engine share its weights
+                engines.append(found)
     on_gpu = bundle.device.get("kind") == "cuda"
     files = [bundle.files.get(f"{folder}/tokenizer.json") for folder in bundle.tokenizers.values()]
     words = TOKENIZER_TIMES * sum(file.size for file in files if file is not None)
@@ -130,7 +133,7 @@ def forecast(bundle: Bundle) -> Forecast:
 
 def planned(plan: Plan) -> list[EngineMemory]:
     """Of what a plan finds in the store: built engines or, where there is none yet, exported graphs."""
-    found, seen = [], set()
+    found = []
     for step in plan.steps:
         if step.stage == "graph":
             label = step.subject.removeprefix(f"{plan.recipe.name} ")
@@ -143,9 +146,8 @@ def planned(plan: Plan) -> list[EngineMemory]:
                 artifact = _found(plan, name)
                 facts = _facts(artifact.path / file) if artifact else {}
                 if facts:
-                    engine = _engine(component, bucket, GraphSpec.from_json(signature), facts, size)
-                    found.append(replace(engine, weights=0) if name in seen else engine)
-                    seen.add(name)  # buckets with one engine share its weights
+                    spec = GraphSpec.from_json(signature)
+                    found.append(_engine(component, bucket, spec, facts, size, _place(name, plan.recipe.name)))
                     break
     return found
 
@@ -165,7 +167,15 @@ def _facts(path: Path) -> dict[str, int]:
     return {name: n for name, n in found.items() if isinstance(n, int)} if isinstance(found, dict) else {}
 
 
-def _engine(component: str, bucket: str, spec: GraphSpec, facts: Mapping[str, int], weight_bytes: int) -> EngineMemory:
+def _place(step: str, recipe: str) -> str:
+    """Where a bundle of the recipe would have an engine."""
+    component, label = step.partition(f" {recipe} ")[2].split(" ")
+    return f"engines/{component}/{label}"
+
+
+def _engine(
+    component: str, bucket: str, spec: GraphSpec, facts: Mapping[str, int], weight_bytes: int, source: str
+) -> EngineMemory:
     """From what ONNX Runtime's backend wrote down, or TensorRT's, whose plan holds the weights, or a graph's export.
 
     weight_bytes  of the component's files, which a stripped plan is filled from
@@ -180,4 +190,5 @@ def _engine(component: str, bucket: str, spec: GraphSpec, facts: Mapping[str, in
         activations=facts.get("activation_bytes"),
         arena=facts.get("arena_bytes", 0),
         built="weight_bytes" not in facts,
+        source=source,
     )

@@ -185,7 +185,10 @@ def forecast_lines(found: Forecast) -> Iterator[str]:
     if found.total is None:
         yield f"memory forecast: none, as too little is written down of {', '.join(found.unknown)}"
     elif found.on_gpu:
-        yield f"memory forecast: {megabytes(found.total)} of the GPU; the engines take turns with their activations"
+        yield (
+            f"memory forecast: {megabytes(found.total)} of the GPU; the engines take turns with their activations, and "
+            "buckets of one engine share its weights"
+        )
     else:
         rest = f"{megabytes(found.runtime)} of it for tokenizers and libraries"
         yield f"memory forecast: {megabytes(found.total)} once every bucket has drawn, {rest}"
