@@ -7,6 +7,7 @@ answer at once.
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -197,10 +198,10 @@ def generate(
 
     pictures.check_picture_output(output)
     started = time.perf_counter()
-    pipe = load(bundle, verify=not no_verify, trust=trust, warm_up=False, open_buckets=1)
-    load_ms = (time.perf_counter() - started) * 1e3
-    with progress.evaluations() as shown:
-        drawn = pictures.draw(pipe, request, shown)
+    with closing(load(bundle, verify=not no_verify, trust=trust, warm_up=False, open_buckets=1)) as pipe:
+        load_ms = (time.perf_counter() - started) * 1e3
+        with progress.evaluations() as shown:
+            drawn = pictures.draw(pipe, request, shown)
     images = pictures.save(drawn, output)
     document = {"images": images, "load_ms": load_ms, "timings": vars(drawn.result.timings)}
     answer(as_json, lambda: document, lambda: report.generate_lines(images, drawn.result.timings, load_ms))
