@@ -102,6 +102,18 @@ def real_size(found: dict[str, Any]) -> Iterator[Row]:
         )
 
 
+def merges(found: dict[str, Any]) -> Iterator[Row]:
+    models = found["models"]
+    names = ", ".join(PUBLISHED[name] for name in models)
+    seconds = ", ".join(f"{m['seconds']:.1f}" for m in models.values())
+    refused = sum(len(m["refused"]) for m in models.values())
+    count = {len(m["buckets"]) for m in models.values()}
+    yield (
+        f"the denoisers of {' or '.join(map(str, count))} buckets made one graph, real size: {names}",
+        f"{seconds} s; {refused} nodes that TensorRT's parser would refuse by its tables",
+    )
+
+
 def host_work(found: dict[str, Any]) -> Iterator[Row]:
     step, fresh = (found["steps"][kind]["us_per_step"] for kind in ("the same noise", "fresh noise in every step"))
     yield (
@@ -121,6 +133,7 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
     "cpu": ("benchmarks/cpu.py", cpu),
     "export_scale": ("benchmarks/export_scale.py", exports),
     "real_size_numerics": ("benchmarks/real_size_numerics.py", real_size),
+    "merge_scale": ("benchmarks/merge_scale.py", merges),
     "host_work": ("benchmarks/host_work.py", host_work),
     "shapes-score": ("examples/shapes/evaluate.py", score),
 }
