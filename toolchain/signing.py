@@ -123,7 +123,11 @@ def open_bundle(path: Path, *, verify: bool = True, trust: str | Path | None = N
     Engines that are machine code are compared in any case. Raises BundleError, what `require_trusted` raises, and
     UsageError for a trusted key without `verify`.
     """
-    bundle = read_bundle(path)
+    return admit(read_bundle(path), verify=verify, trust=trust)
+
+
+def admit(bundle: Bundle, *, verify: bool = True, trust: str | Path | None = None) -> Bundle:
+    """`open_bundle` for a bundle that was read: the same one, vouched for. Raises what it raises."""
     if require_trusted(bundle, trust) and not verify:
         raise UsageError(
             "a signature says nothing of files that are not compared",

@@ -49,12 +49,13 @@ def diffbuild(bundle: str, _: str, parts: Parts, *, verify: bool = True) -> Draw
     from toolchain.bundle import read_bundle
     from toolchain.runtime.engines import usable_backend
     from toolchain.runtime.pipeline import Pipeline
+    from toolchain.signing import admit
 
     parts.done("imports_ms")
     opened = read_bundle(Path(bundle))
     parts.done("manifest_ms")
     if verify:
-        opened.verify()
+        opened = admit(opened)
         parts.done("verify_ms")
     usable_backend(opened)  # imports the backend's library, whose memory is none of the engines'
     parts.base_bytes = resident_bytes()[0]
