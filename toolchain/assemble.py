@@ -16,7 +16,6 @@ from pathlib import Path
 from toolchain.artifacts import Artifact, Store, publish_folder
 from toolchain.bundle import (
     ANY,
-    MACHINE_CODE,
     MANIFEST,
     PROFILES,
     SIGNATURE,
@@ -52,7 +51,7 @@ def assemble(
     existing = _existing(output) if plan.misses == 0 else None
     if existing is not None and _same(existing, plan) and _complete(existing, plan.store):
         plan.store.register_bundle(output, refs)
-        _note(existing)
+        note_built(existing)
         for step in plan.steps:
             progress(step, "hit")
         return existing
@@ -63,13 +62,8 @@ def assemble(
     if signed:
         _LOG.warning("%s is a new bundle, and no longer signed: diffbuild sign %s --key private.pem", output, output)
     bundle = read_bundle(output)
-    _note(bundle)
+    note_built(bundle)
     return bundle
-
-
-def _note(bundle: Bundle) -> None:
-    if bundle.backend in MACHINE_CODE:
-        note_built(bundle)
 
 
 def check_output(output: Path) -> None:

@@ -96,12 +96,10 @@ class Forecast:
         On the host the others have run once, to warm up: the block with room for all activations comes with the second
         run. On a GPU they are not open.
         """
-        others = [e for e in self.engines if e.name not in drawn]
-        if self.total is None:
-            return None
-        if not self.on_gpu:
-            return self.total - sum(e.activations or 0 for e in others)
-        return replace(self, engines=tuple(e for e in self.engines if e.name in drawn)).total
+        if self.on_gpu:
+            return replace(self, engines=tuple(e for e in self.engines if e.name in drawn)).total
+        saved = sum(e.activations or 0 for e in self.engines if e.name not in drawn)
+        return None if self.total is None else self.total - saved
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -141,13 +139,13 @@ def planned(plan: Plan) -> list[EngineMemory]:
             signature: Any = step.inputs["signature"]
             weights = _found(plan, f"weights {plan.recipe.name} {component}")
             size = sum(record.size for record in weights.files.values()) if weights else 0
-            shared = f"engine {plan.recipe.name} {component} {PROFILES}"
-            for name, file in ((f"engine {step.subject}", FACTS), (shared, FACTS), (step.name, GRAPH_FACTS)):
-                artifact = _found(plan, name)
+            told = (("engine", bucket, FACTS), ("engine", PROFILES, FACTS), ("graph", bucket, GRAPH_FACTS))
+            for stage, place, file in told:
+                artifact = _found(plan, f"{stage} {plan.recipe.name} {component} {place}")
                 facts = _facts(artifact.path / file) if artifact else {}
                 if facts:
                     spec = GraphSpec.from_json(signature)
-                    found.append(_engine(component, bucket, spec, facts, size, _place(name, plan.recipe.name)))
+                    found.append(_engine(component, bucket, spec, facts, size, f"engines/{component}/{place}"))
                     break
     return found
 
@@ -165,12 +163,6 @@ def _facts(path: Path) -> dict[str, int]:
     except (OSError, ValueError):
         return {}
     return {name: n for name, n in found.items() if isinstance(n, int)} if isinstance(found, dict) else {}
-
-
-def _place(step: str, recipe: str) -> str:
-    """Where a bundle of the recipe would have an engine."""
-    component, label = step.partition(f" {recipe} ")[2].split(" ")
-    return f"engines/{component}/{label}"
 
 
 def _engine(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolchain.artifacts import Artifact, Json, Store, content_key
 from toolchain.bundle import ANY, PROFILES
@@ -23,6 +23,9 @@ from toolchain.sampler.schedulers import parse
 from toolchain.sampler.table import table_name
 from toolchain.settings import ModelSettings
 from toolchain.steps import EXPORT_TOOLS, Built, Step, Within, code_digest, tool_versions
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 GRAPH = "graph.onnx"
 
@@ -148,14 +151,16 @@ class Planner:
         subject = component.name if stage == "packed" else f"{component.name} {label}"
 
         def run(built: Built, out: Path, within: Within) -> None:
+            import onnx_ir as ir
+
             files = {role: _only_file(built[name]) for role, name in roles.items()}
             with _named(f"{stage} {subject}"), tempfile.TemporaryDirectory(prefix="diffbuild-") as scratch:
-                prepared = Path(scratch) / GRAPH
-                _prepare(self, built[graph], prepared)
+                path = Path(scratch) / GRAPH
+                ir.save(prepared(self.backend, built[graph]), path)
                 if stage == "packed":
-                    self.backend.pack(prepared, files, out, self.options)
+                    self.backend.pack(path, files, out, self.options)
                 else:
-                    self.backend.build(prepared, files, out, self.options, within)
+                    self.backend.build(path, files, out, self.options, within)
 
         return self.add(stage, subject, inputs, run, [graph, *roles.values()])
 
@@ -253,17 +258,15 @@ def _merge(graphs: Sequence[Path], out: Path) -> None:
     ir.save(merge_buckets([ir.load(path) for path in graphs]), out)
 
 
-def _prepare(planner: Planner, graph: Artifact, out: Path) -> None:
-    """Writes a graph in the backend's form: quick, and so no artifact of its own."""
+def prepared(backend: Backend, graph: Artifact) -> ir.Model:
+    """An exported graph in the backend's form: quick, and so no artifact of its own."""
     import onnx_ir as ir
 
-    ir.save(planner.backend.prepare(ir.load(graph.file(GRAPH))), out)
+    return backend.prepare(ir.load(graph.file(GRAPH)))
 
 
 def _weights(planner: Planner, checkpoint: Path, graph: Artifact, out: Path) -> None:
-    import onnx_ir as ir
-
     from toolchain.export.weights import find_tensors, weight_uses, write_weights
 
-    uses = weight_uses(planner.backend.prepare(ir.load(graph.file(GRAPH))))
+    uses = weight_uses(prepared(planner.backend, graph))
     write_weights(uses, find_tensors(uses, read_folder(checkpoint), checkpoint), out / "weights.safetensors")

@@ -10,7 +10,7 @@ import logging
 import os
 from pathlib import Path
 
-from toolchain.bundle import Bundle
+from toolchain.bundle import MACHINE_CODE, Bundle
 from toolchain.errors import StoreError
 from toolchain.files import write_atomic
 from toolchain.user_cache import cache_folder
@@ -19,7 +19,12 @@ log = logging.getLogger("toolchain")
 
 
 def note_built(bundle: Bundle) -> None:
-    """Notes that a bundle was built here. A warning where that cannot be written: the bundle is there all the same."""
+    """Notes that a bundle was built here, if its engines are machine code.
+
+    A warning where that cannot be written: the bundle is there all the same.
+    """
+    if bundle.backend not in MACHINE_CODE:
+        return
     try:
         note = _note(bundle)
         if not note.exists():

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import toolchain
 from tests.pretend import pretended
+from tests.test_signing import write_pair
 from toolchain.cli import cli
 from toolchain.errors import BundleError, EngineError, SignatureError
 from toolchain.runtime.pipeline import Pipeline
@@ -143,14 +143,10 @@ def test_a_bundle_from_elsewhere_needs_a_signature(
     assert code == 1
     assert "the bundle's engines are machine code, and nobody vouches for it" in said
     assert "diffbuild sign BUNDLE --key private.pem" in said
-    key = Ed25519PrivateKey.generate()
-    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    private, public = tmp_path / "private.pem", tmp_path / "public.pem"
-    private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
-    public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
-    assert CliRunner().invoke(cli, ["sign", str(bundle), "--key", str(private)]).exit_code == 0
+    keys = write_pair(tmp_path / "keys", Ed25519PrivateKey.generate())
+    assert CliRunner().invoke(cli, ["sign", str(bundle), "--key", str(keys.private)]).exit_code == 0
     assert generate(bundle)[0] == 1  # signed by somebody, whom nobody trusts
-    assert generate(bundle, "--trust", public)[0] == 0
+    assert generate(bundle, "--trust", keys.public)[0] == 0
 
 
 def test_a_rewritten_manifest_is_not_one_that_was_built_here(bundle: Path) -> None:

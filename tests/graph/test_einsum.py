@@ -6,7 +6,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from tests.graph.test_profiles import model, run, value
+from tests.graph.test_profiles import model, run
+from tests.graph.test_simplify import value
 from toolchain.graph.einsum import transpose_einsums
 
 

@@ -11,22 +11,13 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from tests.graph.test_simplify import F32, constant, value, weight
 from toolchain.errors import ExportError
 from toolchain.graph import OPSET
-from toolchain.graph.placeholder import placeholder
 from toolchain.graph.profiles import merge_buckets, read_profiles
 
-F32, I64 = ir.DataType.FLOAT, ir.DataType.INT64
+I64 = ir.DataType.INT64
 Build = Callable[[int, int], ir.Model]
-
-
-def value(name: str, shape: Sequence[int], dtype: ir.DataType = F32) -> ir.Value:
-    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-
-
-def constant(name: str, array: Any) -> ir.Value:
-    tensor = ir.tensor(np.asarray(array), name=name)
-    return ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 
 def model(
@@ -99,8 +90,8 @@ def test_2_shapes_are_computed_of_layers_that_tensorrt_takes_for_them() -> None:
 
 def with_weight(batch: int, width: int) -> ir.Model:
     x, y = value("x", (batch, width)), value("y", (batch, width))
-    weight = ir.Value(name="w", shape=ir.Shape((1,)), type=ir.TensorType(F32), const_value=placeholder("w", F32, (1,)))
-    return model([ir.node("Mul", [x, weight], outputs=[y], name="weigh")], [x], [y], [weight])
+    w = weight("w", (1,))
+    return model([ir.node("Mul", [x, w], outputs=[y], name="weigh")], [x], [y], [w])
 
 
 def test_1_weights_are_shared() -> None:
@@ -141,9 +132,8 @@ def unary(kind: str, batch: int, width: int, **attributes: Any) -> ir.Model:
 
 def other_weight(name: str, shape: tuple[int, ...], batch: int) -> ir.Model:
     x, y = value("x", (batch, 4)), value("y", (batch, 4))
-    held = placeholder(name, F32, shape)
-    weight = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(F32), const_value=held)
-    return model([ir.node("Mul", [x, weight], outputs=[y], name="weigh")], [x], [y], [weight])
+    w = weight(name, shape)
+    return model([ir.node("Mul", [x, w], outputs=[y], name="weigh")], [x], [y], [w])
 
 
 def longer(batch: int) -> ir.Model:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -11,8 +14,8 @@ from toolchain.graph.simplify import simplify
 F32 = ir.DataType.FLOAT
 
 
-def value(name: str, shape: tuple[int, ...]) -> ir.Value:
-    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(F32))
+def value(name: str, shape: Sequence[int], dtype: ir.DataType = F32) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
 
 
 def weight(name: str, shape: tuple[int, ...]) -> ir.Value:
@@ -21,9 +24,9 @@ def weight(name: str, shape: tuple[int, ...]) -> ir.Value:
     return found
 
 
-def constant(name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+def constant(name: str, array: Any) -> ir.Value:
+    tensor = ir.tensor(np.asarray(array), name=name)
+    return ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 
 def model(nodes: list[ir.Node], inputs: list[ir.Value], outputs: list[ir.Value], weights: list[ir.Value]) -> ir.Model:

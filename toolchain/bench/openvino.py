@@ -28,13 +28,12 @@ def plain_graphs(bundle: Bundle, model: Path, out: Path, progress: Callable[[str
 
     Raises ModelError, ExportError, WeightsError and StoreError.
     """
-    import onnx_ir as ir
-
     from toolchain.api import default_store
     from toolchain.artifacts import Store
     from toolchain.assemble import copy_file
     from toolchain.models import resolve_model
     from toolchain.plan import execute, make_plan
+    from toolchain.planner import prepared
 
     plan = make_plan(bundle.recipe, resolve_model(str(model)), Store(default_store()))
     wanted = replace(plan, steps=tuple(step for step in plan.steps if step.stage in ("graph", "weights")))
@@ -46,7 +45,7 @@ def plain_graphs(bundle: Bundle, model: Path, out: Path, progress: Callable[[str
         copy_file(source, weights)  # OpenVINO follows no link out of the graph's folder
         for label in engines:
             graph = built[f"graph {bundle.recipe.name} {component} {label}"]
-            _attach(plan.backend.prepare(ir.load(graph.file("graph.onnx"))), weights, graph_of(out, component, label))
+            _attach(prepared(plan.backend, graph), weights, graph_of(out, component, label))
     return out
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("toolchain")
 
 MB = 1 << 20
 OUT_OF_MEMORY = re.compile(r"out ?of ?memory|insufficient memory|MEM_ALLOC_FAILED|could not be allocated", re.I)
@@ -42,6 +45,21 @@ def load_warning(weights_bytes: int, activation_bytes: int, free_bytes: int) -> 
         f"the engines need {need // MB} MB of GPU memory; {free_bytes // MB} MB are free. "
         f"{FEWER_BUCKETS[0].upper()}{FEWER_BUCKETS[1:]}"
     )
+
+
+def warn_of_load(weights_bytes: int, activation_bytes: int, free_bytes: int) -> None:
+    """Logs `load_warning`, where there is one."""
+    warning = load_warning(weights_bytes, activation_bytes, free_bytes)
+    if warning is not None:
+        log.warning("%s", warning)
+
+
+def largest_open(weights: Mapping[Path, int], open_buckets: int | None) -> int:
+    """The most bytes of weights at once, of engines by their folders; a component opens so many of its, None: all."""
+    by_component: dict[Path, list[int]] = {}
+    for folder, size in weights.items():
+        by_component.setdefault(folder.parent, []).append(size)
+    return sum(sum(sorted(sizes, reverse=True)[:open_buckets]) for sizes in by_component.values())
 
 
 def weight_bytes(component: Path) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -18,16 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.engines.cuda import available, device_facts, free_memory_bytes
 from toolchain.engines.device_memory import ALLOCATION, DeviceMemory
-from toolchain.engines.forecast import load_warning, weight_bytes
-from toolchain.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine, Provider, _ort
+from toolchain.engines.forecast import largest_open, warn_of_load, weight_bytes
+from toolchain.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine, Provider, _ort, _session_options
 from toolchain.engines.places import Places
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-log = logging.getLogger("toolchain")
 
 PROVIDER = "CUDAExecutionProvider"
 ON_HOST = {"threads": 1, "session": {"session.use_device_allocator_for_initializers": "1"}}
@@ -84,13 +81,9 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         super().build(graph, weights, out, {**options, **ON_HOST}, progress)
 
     def memory(self, folders: Sequence[Path], options: Mapping[str, Any], open_buckets: int | None = None) -> Any:
-        parts = [folder.parent for folder in folders]
-        opened = {part: min(parts.count(part), open_buckets or len(parts)) for part in parts}
-        # Of activations only CUDA's kernels know.
-        weights = sum(count * weight_bytes(part) for part, count in opened.items())
-        warning = load_warning(weights, 0, free_memory_bytes())
-        if warning is not None:
-            log.warning("%s", warning)
+        # Each session has its own copy. Of activations only CUDA's kernels know.
+        weights = {folder: weight_bytes(folder.parent) for folder in folders}
+        warn_of_load(largest_open(weights, open_buckets), 0, free_memory_bytes())
         return DeviceMemory("off")
 
     def open(
@@ -105,36 +98,35 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         settings = {
             "device_id": "0",
             "user_compute_stream": str(memory.stream),
-            "enable_cuda_graph": _flag(options["cuda_graph"]),
             "prefer_nhwc": _flag(options["prefer_nhwc"]),
             "use_tf32": _flag(options["tf32"]),
             "arena_extend_strategy": "kSameAsRequested",
         }
 
-        def session() -> Any:
-            providers: list[Provider] = [(PROVIDER, dict(settings)), "CPUExecutionProvider"]
+        def session(captures: bool) -> Any:
+            own = {**settings, "enable_cuda_graph": _flag(captures)}
+            providers: list[Provider] = [(PROVIDER, own), "CPUExecutionProvider"]
             with ALLOCATION:
                 return self._session(folder, weights, {**options, **ON_HOST}, providers)
 
+        captures: bool = options["cuda_graph"]
         try:
-            made = session()
+            made = session(captures)
         except EngineError as error:
             # It refuses to capture a graph of which one node has no CUDA kernel.
-            if not options["cuda_graph"] or not REFUSES_GRAPHS.search(str(error.got)):
+            if not captures or not REFUSES_GRAPHS.search(str(error.got)):
                 raise
-            settings["enable_cuda_graph"] = _flag(False)
-            made = session()
+            captures = False
+            made = session(captures)
             memory.warn(f"an engine runs without a CUDA graph: {error.where}: {error.got}")
         made.disable_fallback()  # it would go on with the CPU after an error
-        return OnnxRuntimeCudaEngine(made, spec, folder, memory, captures=settings["enable_cuda_graph"] == _flag(True))
+        return OnnxRuntimeCudaEngine(made, spec, folder, memory, captures)
 
 
 class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
     """A session with static shapes, launched through I/O bindings on the GPU's memory."""
 
-    def __init__(
-        self, session: Any, spec: GraphSpec, folder: Path, memory: DeviceMemory, captures: bool = True
-    ) -> None:
+    def __init__(self, session: Any, spec: GraphSpec, folder: Path, memory: DeviceMemory, captures: bool) -> None:
         super().__init__(session, spec, folder)
         self._memory = memory
         self._captures = captures
@@ -153,32 +145,29 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         self._bindings[number] = binding
         launch = partial(self._launch, number, _settings(number))
         try:
-            self._start(launch)
+            launch()  # allocates and captures
+            self._memory.synchronize()
         except EngineError as error:
             if not self._captures:
                 raise
             self._memory.abandon_capture()
             launch = partial(self._launch, number, _settings(NO_GRAPH))
-            self._start(launch)
+            launch()
+            self._memory.synchronize()
             self._memory.warn(f"an engine runs without a CUDA graph: {error.where}: {error.got}")
         return launch
 
-    def _start(self, launch: Callable[[], None]) -> None:
-        """The first launch, which allocates and captures.
+    def _launch(self, number: int, settings: Any) -> None:
+        """The first one in each thread allocates and captures.
 
         ONNX Runtime captures in CUDA's global mode, in which an allocation by any other thread spoils the capture.
         """
-        with ALLOCATION:
-            launch()
-            self._memory.synchronize()
-
-    def _launch(self, number: int, settings: Any) -> None:
         assert self._session is not None, "the engine is closed"
         begun = (number, threading.get_ident())
         if begun in self._begun:
             self._run(number, settings)
             return
-        with ALLOCATION:  # each thread captures for itself
+        with ALLOCATION:
             self._run(number, settings)
         self._begun.add(begun)
 
@@ -210,19 +199,14 @@ def _provider_fails() -> str | None:
 def _require_provider() -> None:
     """EngineError unless a session works: ONNX Runtime goes on with the CPU where libraries are missing."""
     _load_libraries()
+    settings = _session_options({"threads": 1})
     try:
-        found = _ort().InferenceSession(NEGATION, _quiet(), providers=[PROVIDER]).get_providers()
+        found = _ort().InferenceSession(NEGATION, settings, providers=[PROVIDER]).get_providers()
     except Exception as error:  # of onnxruntime's dozen classes
         got = str(error).strip().splitlines()[0]
         raise EngineError("ONNX Runtime cannot use the GPU", got=got) from error
     if PROVIDER not in found:
         raise EngineError("ONNX Runtime cannot load its CUDA provider", hint=INSTALL)
-
-
-def _quiet() -> Any:
-    settings = _ort().SessionOptions()
-    settings.log_severity_level = 3
-    return settings
 
 
 def _float_argmax(model: ir.Model) -> ir.Model:

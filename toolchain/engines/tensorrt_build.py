@@ -354,8 +354,7 @@ def _descriptions(engine: Any, model: ir.Model) -> Iterator[str]:
             context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             if context is None or not context.set_optimization_profile_async(number, 0):
                 raise ValueError(f"it has no context for profile {number}")
-            refused = [name for name, shape in shapes.items() if not context.set_input_shape(name, shape)]
-            if refused:
+            if not all(context.set_input_shape(name, shape) for name, shape in shapes.items()):
                 raise ValueError(f"it does not take the shapes of profile {number}")
             inspector.execution_context = context
         yield inspector.get_engine_information(trt.LayerInformationFormat.JSON)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from toolchain.engines.cuda import free_memory_bytes
 from toolchain.engines.device_memory import ALIGNMENT, ALLOCATION, DeviceBuffer, DeviceMemory
-from toolchain.engines.forecast import load_warning, weight_bytes
+from toolchain.engines.forecast import largest_open, warn_of_load, weight_bytes
 from toolchain.engines.places import Places
 from toolchain.engines.tensorrt_plan import OpenPlan, read_facts
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec
-
-log = logging.getLogger("toolchain")
 
 
 class TensorRtMemory(DeviceMemory):
@@ -50,14 +47,10 @@ def open_memory(folders: Sequence[Path], options: Mapping[str, Any], open_bucket
     """The memory of a pipeline, with activations shared by the engines in `folders`. Raises EngineError."""
     facts = {folder: read_facts(folder) for folder in folders}
     needed = max((f["activation_bytes"] for f in facts.values()), default=0)
-    weights: dict[Path, list[int]] = {}
-    for folder, f in facts.items():
-        size = f["plan_bytes"] + (weight_bytes(folder.parent) if f["stripped"] else 0)
-        weights.setdefault(folder.parent, []).append(size)
-    largest = sum(sum(sorted(sizes, reverse=True)[:open_buckets]) for sizes in weights.values())
-    warning = load_warning(largest, needed, free_memory_bytes())
-    if warning is not None:
-        log.warning("%s", warning)
+    weights = {
+        folder: f["plan_bytes"] + (weight_bytes(folder.parent) if f["stripped"] else 0) for folder, f in facts.items()
+    }
+    warn_of_load(largest_open(weights, open_buckets), needed, free_memory_bytes())
     memory = TensorRtMemory(options["cuda_graph"])
     memory.reserve(needed)
     return memory

@@ -166,8 +166,6 @@ class Builder(Native):
                     return "Network has dynamic or shape inputs, but no optimization profile has been defined."
                 if not all(tensor._name in p._shapes for p in config._profiles):
                     return f"API Usage Error (the profile has no shapes for {tensor._name})"
-        if any(p._extra_memory_target for p in config._profiles[1:]):
-            self._report(Severity.INFO, "later profiles may hold weights of their own")
         asked = [n for n in ("REFIT", "REFIT_IDENTICAL", "REFIT_INDIVIDUAL") if config.get_flag(BuilderFlag[n])]
         return f"API Usage Error (flags {asked} cannot be combined)" if len(asked) > 1 else None
 
