@@ -1,0 +1,159 @@
+"""NVIDIA's two libraries that one backend drives, TensorRT and TensorRT for RTX, and what differs between them.
+
+Both have the same interface in Python, under names of their own. TensorRT for RTX compiles for whole generations of
+GPUs, on any machine and without a GPU; kernels are finished on the user's GPU when an engine is opened.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import EngineError
+
+Version = tuple[int, ...]
+
+BINDINGS, LIBRARIES = "tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13"
+"""Packages of the public index that hold the two halves of TensorRT for RTX."""
+PAIR = f"pip install {BINDINGS}==1.7.1.116 {LIBRARIES}==0.5.0"
+"""The halves that belong together, and that were tried."""
+SHARED_OBJECTS = ("libcudart.so", "libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so")
+"""In the order in which they must be loaded."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """One of the two libraries.
+
+    backend       name of the backend and of its table in a recipe
+    title         what messages call it
+    oldest        versions that it is driven in: from this one on
+    newest        and below this one
+    install       the command that brings it
+    needs_gpu     whether a build needs the GPU that its engines are for
+    load          imports the module
+    """
+
+    backend: str
+    title: str
+    oldest: Version
+    newest: Version
+    install: str
+    needs_gpu: bool
+    load: Callable[[], Any]
+
+    def module(self) -> Any:
+        """The module `tensorrt` or its counterpart. EngineError where it, or a library below it, is missing."""
+        try:
+            return self.load()
+        except (ImportError, OSError) as error:  # OSError: a binding without its libraries
+            raise EngineError(f"{self.title} cannot be imported", got=error, hint=_mend(error, self.install)) from error
+
+    def version(self) -> str:
+        """EngineError as `module`, and for a version that is not driven."""
+        found = str(self.module().__version__)
+        if not self.oldest <= numbers(found) < self.newest:
+            wanted = f"{self.title} {'.'.join(map(str, self.oldest))} or newer, below {'.'.join(map(str, self.newest))}"
+            raise EngineError(f"{wanted} is needed", got=f"{self.title} {found}", hint=self.install)
+        return found
+
+    def installed(self) -> str | None:
+        """The version of whatever package brought it, driven or not; None where there is none."""
+        try:
+            return str(self.module().__version__)
+        except EngineError:
+            return None
+
+
+def numbers(version: str) -> Version:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def _mend(error: Exception, install: str) -> str:
+    if "libstdc++" in str(error):
+        return "install the C++ runtime of the system: apt-get install libstdc++6"
+    return install
+
+
+def _tensorrt() -> Any:
+    import tensorrt
+
+    return tensorrt
+
+
+def _tensorrt_rtx() -> Any:
+    """NVIDIA's own package, which holds bindings and libraries, or else the two halves of the public index."""
+    if find_spec("tensorrt_rtx") is not None:
+        return importlib.import_module("tensorrt_rtx")
+    if find_spec("tensorrt_rtx_bindings") is None:
+        raise ImportError("neither tensorrt_rtx nor tensorrt_rtx_bindings is installed")
+    _load_shared_objects()
+    return importlib.import_module("tensorrt_rtx_bindings")
+
+
+@cache
+def _load_shared_objects() -> None:
+    """Loads the libraries for the bindings to find. EngineError for two halves that do not belong together."""
+    place = _libraries()
+    objects = [_shared_object(place, name) for name in SHARED_OBJECTS]
+    there, bindings = objects[1].name.partition(".so.")[2], _installed(BINDINGS)
+    if bindings is not None and numbers(bindings)[:3] != numbers(there)[:3]:
+        raise EngineError(
+            "the two halves of TensorRT for RTX are of two versions",
+            where=place,
+            expected=f"libraries of {BINDINGS} {bindings}",
+            got=f"version {there}, which {LIBRARIES} {_installed(LIBRARIES)} brings",
+            hint=PAIR,
+        )
+    for path in objects:
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+def _libraries() -> Path:
+    spec = find_spec("onnxruntime_ep_nv_tensorrt_rtx")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f"the libraries of TensorRT for RTX are not installed: {LIBRARIES} brings them")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _shared_object(place: Path, name: str) -> Path:
+    found = sorted(place.glob(f"{name}*"))
+    if not found:
+        raise ImportError(f"{place} holds no {name}")
+    return found[0]
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+TENSORRT = Library(
+    backend="tensorrt",
+    title="TensorRT",
+    oldest=(10, 13),
+    newest=(12,),
+    install="pip install 'diffbuild[tensorrt]'",
+    needs_gpu=True,
+    load=_tensorrt,
+)
+TENSORRT_RTX = Library(
+    backend="tensorrt_rtx",
+    title="TensorRT for RTX",
+    oldest=(1, 7),
+    newest=(2,),
+    install="pip install 'diffbuild[rtx]'",
+    needs_gpu=False,
+    load=_tensorrt_rtx,
+)
+LIBRARIES_BY_BACKEND = {library.backend: library for library in (TENSORRT, TENSORRT_RTX)}
