@@ -125,7 +125,8 @@ def _libraries() -> Path:
 
 
 def _shared_object(place: Path, name: str) -> Path:
-    found = sorted(place.glob(f"{name}*"))
+    """The file of a library, whose name ends in its version: the package makes links of shorter names beside it."""
+    found = [path for path in place.glob(f"{name}*") if not path.is_symlink()]
     if not found:
         raise ImportError(f"{place} holds no {name}")
     return found[0]
