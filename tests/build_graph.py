@@ -12,7 +12,7 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from toolchain.export.safetensors import write_safetensors
-from toolchain.recipe import TensorRtOptions
+from toolchain.options import TensorRtOptions
 from toolchain.signature import GraphSpec, TensorSpec
 
 SPEC = GraphSpec((TensorSpec("x", "float32", (2, 4)),), (TensorSpec("y", "float32", (2, 4)),))

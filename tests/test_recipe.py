@@ -19,6 +19,7 @@ from toolchain.recipe import (
     Recipe,
     Sampling,
     TensorRtOptions,
+    TensorRtRtxOptions,
     Tolerance,
     load_recipe,
     parse_recipe,
@@ -63,6 +64,7 @@ def test_defaults() -> None:
         onnxruntime=OnnxRuntimeOptions("all", 0),
         onnxruntime_cuda=OnnxRuntimeCudaOptions("all", True, False, True),
         tensorrt=TensorRtOptions(3, 0, "none", "none", False, False, -1, "", True, "step"),
+        tensorrt_rtx=TensorRtRtxOptions((), True, True, "eager", "step"),
         check=Check(("a circle",), (0,), 40.0, 0.98, {}),
     )
     assert parse(SMALLEST).component("denoiser") == ComponentRecipe("float32", ())
@@ -103,6 +105,12 @@ max_aux_streams = 0
 build_route = "-a=1 -b=2"
 tf32 = false
 cuda_graph = "loop"
+[tensorrt_rtx]
+targets = ["12.0", "8.9"]
+profile_per_bucket = false
+tf32 = false
+kernel_specialization = "lazy"
+cuda_graph = "off"
 [check]
 prompts = ["a", "b"]
 seeds = [0, 18446744073709551615]
@@ -130,6 +138,7 @@ def test_every_key() -> None:
     assert recipe.tensorrt == TensorRtOptions(
         5, 4096, "fast", "same_compute_capability", True, True, 0, "-a=1 -b=2", False, "loop"
     )
+    assert recipe.tensorrt_rtx == TensorRtRtxOptions(("12.0", "8.9"), False, False, "lazy", "off")
     assert recipe.check.seeds == (0, 2**64 - 1)
     assert recipe.check.tolerance("denoiser") == Tolerance(0.99, 40.0, 0.5)
     assert recipe.check.tolerance("vae_decoder") == Tolerance(snr_db=30.5)
@@ -200,7 +209,7 @@ max_error = true
 vae_decoder.cosin = 1
 """
 KEYS = "family, backend, buckets, classifier_free_guidance, without, components, sampling, onnxruntime, "
-KEYS += "onnxruntime_cuda, tensorrt, check"
+KEYS += "onnxruntime_cuda, tensorrt, tensorrt_rtx, check"
 SEED = "an integer from 0 to 2**64 - 1"
 MANY_LINES = [
     f"famly: unknown key, did you mean 'family'? (expected one of {KEYS}, got 'famly')",
@@ -294,6 +303,20 @@ def changed(**values: str) -> str:
             ["sampling.strengths[1]: out of range (expected a number above 0, at most 1, got 1.5)"],
         ),
         (changed(family="1979-05-27"), [f"family: wrong type (expected {TEXT}, got 1979-05-27)"]),
+        (
+            changed(tensorrt_rtx='{targets = ["9.0"]}'),
+            ["tensorrt_rtx.targets[0]: unknown value, did you mean '8.0'? "
+             "(expected one of '8.0', '8.6', '8.9', '12.0', '12.1', got '9.0')"],
+        ),
+        (
+            changed(tensorrt_rtx="{strip_plan = true, workspace = 1}"),
+            [
+                "tensorrt_rtx.strip_plan: cannot be had: TensorRT for RTX strips and fills engines on a GPU alone; "
+                "profile_per_bucket saves the space",
+                "tensorrt_rtx.workspace: unknown key (expected one of targets, profile_per_bucket, tf32, "
+                "kernel_specialization, cuda_graph, got 'workspace')",
+            ],
+        ),
         (changed(check="1"), ["check: wrong type (expected a table, got 1)"]),
         (changed(check='["a"]'), ["check: wrong type (expected a table, got ['a'])"]),
         (changed(components="{denoiser = 1}"), ["components.denoiser: wrong type (expected a table, got 1)"]),

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "toolchain"
 # Each row may import from the rows above it and from itself.
 LAYERS = (
     ("errors", "garbage", "markup", "wrapping"),
-    ("recipe", "settings", "signature", "files", "user_cache", "manifest", "artifacts", "weights"),
+    ("options", "recipe", "settings", "signature", "files", "user_cache", "manifest", "artifacts", "weights"),
     ("graph", "models", "sampler", "bundle", "provenance", "signing", "memory"),
     ("export", "engines"),
     ("runtime",),
@@ -24,7 +24,7 @@ LAYERS = (
     ("cli", "__init__"),
 )
 RUNTIME_NEEDS = {
-    *("errors", "recipe", "settings", "signature", "weights", "sampler"),
+    *("errors", "options", "recipe", "settings", "signature", "weights", "sampler"),
     *("bundle", "signing", "engines", "runtime"),
 }
 OWNERS = {

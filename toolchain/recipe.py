@@ -8,30 +8,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from toolchain.errors import RecipeError
+from toolchain.options import (
+    Count,
+    OnnxRuntimeCudaOptions,
+    OnnxRuntimeOptions,
+    Rule,
+    TensorRtOptions,
+    TensorRtRtxOptions,
+    Text,
+    Whole,
+)
 
-
-@dataclass(frozen=True)
-class Rule:
-    """What a value must satisfy beyond its type; `expected` describes type and range together."""
-
-    expected: str
-    holds: Callable[[Any], bool]
-
-
-Text = Annotated[str, Rule("a non-empty string", lambda text: text.strip() != "")]
-# Rules have names here rather than stand in the annotations: `get_type_hints` evaluates those where a lambda sees no
-# module globals.
-Count = Annotated[int, Rule("an integer of 1 or more", lambda n: n >= 1)]
-Whole = Annotated[int, Rule("an integer of 0 or more", lambda n: n >= 0)]
-Level = Annotated[int, Rule("an integer from 0 to 5", lambda n: 0 <= n <= 5)]
-Streams = Annotated[int, Rule("an integer of -1 or more", lambda n: n >= -1)]
 Seed = Annotated[int, Rule("an integer from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64)]
 Guidance = Annotated[float, Rule("a number of 0 or more", lambda x: 0 <= x < math.inf)]
 Decibels = Annotated[float, Rule("a number above 0", lambda x: 0 < x < math.inf)]
@@ -135,54 +129,6 @@ class Check:
         return self.components.get(name, Tolerance())
 
 
-@dataclass(frozen=True)
-class OnnxRuntimeOptions:
-    """Session options of the onnxruntime backend. `threads`: 0 takes the physical cores."""
-
-    optimization: Literal["basic", "extended", "all"] = "all"
-    threads: Whole = 0
-
-
-@dataclass(frozen=True)
-class OnnxRuntimeCudaOptions:
-    """Options of the onnxruntime_cuda backend; all but the first change how a bundle is run, not what is built.
-
-    cuda_graph   capture each binding; every operator must then have a CUDA kernel
-    prefer_nhwc  convolutions with channels last
-    tf32         whether float32 products may be rounded; off for a reference
-    """
-
-    optimization: Literal["basic", "extended", "all"] = "all"
-    cuda_graph: bool = True
-    prefer_nhwc: bool = False
-    tf32: bool = True
-
-
-@dataclass(frozen=True)
-class TensorRtOptions:
-    """Options of the tensorrt backend, under TensorRT's own names where it has them.
-
-    workspace_mb     most scratch memory of one kernel, in MiB; 0 leaves TensorRT's default, all of the GPU's memory
-    max_aux_streams  -1 leaves the choice to TensorRT
-    build_route      knobs of TensorRT 11.1's performance tuner, "-name=value -name=value"
-    strip_plan       leave the weights out of the engines; they are filled in from the bundle's when these are opened
-    profile_per_bucket  one engine for all buckets of a component, which share one copy of its weights on the GPU
-    tf32             whether float32 products may be rounded; off for a reference
-    cuda_graph       how the runtime launches, no part of what is built: one graph per step, one per run, or none
-    """
-
-    builder_optimization_level: Level = 3
-    workspace_mb: Whole = 0
-    tiling_optimization_level: Literal["none", "fast", "moderate", "full"] = "none"
-    hardware_compatibility_level: Literal["none", "same_compute_capability", "ampere_plus"] = "none"
-    strip_plan: bool = False
-    profile_per_bucket: bool = False
-    max_aux_streams: Streams = -1
-    build_route: str = ""
-    tf32: bool = True
-    cuda_graph: Literal["step", "loop", "off"] = "step"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What to build. `name` is the file's stem; family, backend and component names are checked by their owners.
@@ -198,9 +144,10 @@ class Recipe:
     without: tuple[Text, ...] = ()
     components: Mapping[str, ComponentRecipe] = field(default_factory=dict, hash=False)
     sampling: Sampling = Sampling()
-    onnxruntime: OnnxRuntimeOptions = OnnxRuntimeOptions()
-    onnxruntime_cuda: OnnxRuntimeCudaOptions = OnnxRuntimeCudaOptions()
-    tensorrt: TensorRtOptions = TensorRtOptions()
+    onnxruntime: OnnxRuntimeOptions = field(default_factory=OnnxRuntimeOptions)
+    onnxruntime_cuda: OnnxRuntimeCudaOptions = field(default_factory=OnnxRuntimeCudaOptions)
+    tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
+    tensorrt_rtx: TensorRtRtxOptions = field(default_factory=TensorRtRtxOptions)
     check: Check
 
     def component(self, name: str) -> ComponentRecipe:
@@ -314,8 +261,7 @@ def _read_table(kind: Any, value: Any, path: str, problems: list[str], *, given:
     before = len(problems)
     for key in value:
         if key not in known:
-            others = ", ".join(known)
-            problems.append(_line(_join(path, key), f"unknown key{_nearest(key, known)}", f"one of {others}", key))
+            problems.append(_unknown(kind, _join(path, key), key, known))
     for key, (annotation, required) in known.items():
         if key in value:
             values[key] = _read(annotation, value[key], _join(path, key), problems)
@@ -325,6 +271,13 @@ def _read_table(kind: Any, value: Any, path: str, problems: list[str], *, given:
         elif required:
             problems.append(f"{_join(path, key)}: missing key (expected {_describe(annotation)}, got nothing)")
     return kind(**values) if len(problems) == before else None
+
+
+def _unknown(kind: Any, path: str, key: str, known: Any) -> str:
+    reason = getattr(kind, "REFUSED", {}).get(key)
+    if reason:
+        return f"{path}: cannot be had: {reason}"
+    return _line(path, f"unknown key{_nearest(key, known)}", f"one of {', '.join(known)}", key)
 
 
 def _read_list(kind: Any, value: Any, path: str, problems: list[str]) -> tuple[Any, ...]:
