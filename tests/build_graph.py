@@ -12,7 +12,7 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from toolchain.export.safetensors import write_safetensors
-from toolchain.options import TensorRtOptions
+from toolchain.options import TensorRtOptions, TensorRtRtxOptions
 from toolchain.signature import GraphSpec, TensorSpec
 
 SPEC = GraphSpec((TensorSpec("x", "float32", (2, 4)),), (TensorSpec("y", "float32", (2, 4)),))
@@ -26,9 +26,9 @@ WEIGHTS = {name: np.roll(np.diag(np.float32([1, 2, 0.5, 1])), shift, 1) for shif
 Y = X @ WEIGHTS["a"] @ WEIGHTS["b"] @ WEIGHTS["c"].T
 
 
-def options(**given: Any) -> dict[str, Any]:
-    """The table [tensorrt] of a recipe."""
-    return asdict(TensorRtOptions(**given))
+def options(backend: str = "tensorrt", **given: Any) -> dict[str, Any]:
+    """The table of a backend in a recipe."""
+    return asdict({"tensorrt": TensorRtOptions, "tensorrt_rtx": TensorRtRtxOptions}[backend](**given))
 
 
 def write_network(folder: Path, dtype: str = "float16", *, idle: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""The fakes of tests/fakes in place of `tensorrt` and `cuda.bindings`, in this process and in those that it starts."""
+"""The fakes of tests/fakes in place of NVIDIA's modules, in this process and in those that it starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import ModuleType
 from unittest import mock
 
 FAKES = Path(__file__).parent / "fakes"
-FAKED = ("tensorrt", "cuda")
+FAKED = ("tensorrt", "tensorrt_rtx", "cuda")
 
 
 @contextlib.contextmanager

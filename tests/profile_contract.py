@@ -16,16 +16,16 @@ from toolchain.signature import GraphSpec, TensorSpec
 BACKEND = TensorRtBackend()
 
 
-def check_two_buckets(folder: Path, **given: Any) -> None:
+def check_two_buckets(folder: Path, backend: TensorRtBackend = BACKEND, **given: Any) -> None:
     """Builds one, opens both buckets at once and in turns, and compares what they compute."""
     specs = write_two_buckets(folder)
-    chosen = options(profile_per_bucket=True, **given)
+    chosen = options(backend.name, profile_per_bucket=True, **given)
     weights = {"weights": folder / "weights.safetensors"}
     out = folder / "engine"
     out.mkdir()
-    BACKEND.build(folder / "graph.onnx", weights, out, chosen)
-    memory = BACKEND.memory([out], chosen)
-    engines = [BACKEND.open(out, weights, spec, chosen, memory) for spec in specs]
+    backend.build(folder / "graph.onnx", weights, out, chosen)
+    memory = backend.memory([out], chosen)
+    engines = [backend.open(out, weights, spec, chosen, memory) for spec in specs]
     (plan,) = memory._plans.values()
     assert plan.profiles == len(specs)
     launches = []
@@ -41,10 +41,10 @@ def check_two_buckets(folder: Path, **given: Any) -> None:
             np.testing.assert_allclose(memory.read(y)[0], expected, rtol=1e-2)
     wrong = GraphSpec(*((TensorSpec(name, "float32", (5, 4)),) for name in "xy"))
     with pytest.raises(EngineError, match="other inputs or outputs than its manifest"):
-        BACKEND.open(out, weights, wrong, chosen, memory)
+        backend.open(out, weights, wrong, chosen, memory)
     for engine in engines:
         engine.close()
-    again = BACKEND.open(out, weights, specs[1], chosen, memory)
+    again = backend.open(out, weights, specs[1], chosen, memory)
     assert list(memory._plans.values()) == [plan]  # it stayed open: another bucket is likely to come
     memory.close()
     again.close()

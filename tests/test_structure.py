@@ -19,7 +19,7 @@ LAYERS = (
     ("runtime",),
     ("steps", "planner", "plan", "assemble", "check"),
     ("api",),
-    ("report", "progress", "pictures", "doctor", "console", "cli_cache", "bench"),
+    ("report", "inspection", "progress", "pictures", "doctor", "console", "cli_cache", "bench"),
     ("trace", "cli_trace"),
     ("cli", "__init__"),
 )

@@ -40,7 +40,7 @@ def assemble(
     plan: Plan,
     output: Path,
     progress: Callable[[Step, str], None] = lambda step, what: None,
-    within: Callable[[Step, str, float], None] = lambda step, phase, share: None,
+    within: Callable[[Step, str, float | None], None] = lambda step, phase, share: None,
 ) -> Bundle:
     """Builds what the store does not hold yet and writes the bundle, replacing an older one only when all went well.
 
@@ -204,7 +204,8 @@ class _Writer:
         plan = self.plan
         owner = plan.family.component(component)
         weights = {}
-        for role in ("weights", "packed"):
+        roles = ("weights", "packed") if plan.backend.reads_weights(plan.options) else ()
+        for role in roles:
             artifact = self.built.get(f"{role} {plan.recipe.name} {component}")
             if artifact is not None:
                 (name,) = artifact.files

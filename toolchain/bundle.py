@@ -24,7 +24,7 @@ FORMAT = 3
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.sig"
 """Of the manifest, where somebody has signed it: see `toolchain.signing`."""
-MACHINE_CODE = frozenset({"tensorrt"})
+MACHINE_CODE = frozenset({"tensorrt", "tensorrt_rtx"})
 """Backends whose engines are programs: who opens one runs it."""
 AGAIN = "build the bundle again, or copy it again from where it was built"
 ANY = "any"

@@ -10,15 +10,20 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from toolchain.errors import DiffbuildError
 from toolchain.report import device_line, megabytes, table
+
+if TYPE_CHECKING:
+    from toolchain.engines import Backend
 
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "generate": ("numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers", "pillow"),
     "build": ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "huggingface-hub"),
     "check": ("polygraphy", "scikit-image", "scipy"),
     "tensorrt": ("tensorrt", "cuda-python"),
+    "tensorrt_rtx": ("tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13", "cuda-python"),
 }
 ALTERNATIVES = frozenset({"onnxruntime", "onnxruntime-gpu"})
 """One of these is enough."""
@@ -29,27 +34,34 @@ def examine(store: Path) -> dict[str, Any]:
     """Everything that `doctor` tells. `works` is whether one backend at least can run here."""
     from toolchain.engines import BACKENDS
     from toolchain.engines.onnxruntime import cpu_features, physical_cores
-    from toolchain.engines.tensorrt import advisory, installed_version
+    from toolchain.engines.tensorrt import advisory
+    from toolchain.engines.tensorrt_library import TENSORRT
 
     backends = {name: backend.available() for name, backend in BACKENDS.items()}
     libraries = {use: {name: _version(name) for name in names} for use, names in LIBRARIES.items()}
     found, no_gpu = gpus()
     return {
         "works": any(reason is None for reason in backends.values()),
-        "backends": {
-            name: {"works": reason is None, "reason": reason, "device": None if reason else BACKENDS[name].device()}
-            for name, reason in backends.items()
-        },
+        "backends": {name: _backend(BACKENDS[name], reason) for name, reason in backends.items()},
         "versions": {"diffbuild": _version("diffbuild"), "python": platform.python_version()},
         "libraries": libraries,
         "missing": {use: _missing(found) for use, found in libraries.items()},
         "system": _system(),
         "cpu": {"features": cpu_features(), "physical_cores": physical_cores()},
-        "advisories": [line for line in [advisory(installed_version())] if line],
+        "advisories": [line for line in [advisory(TENSORRT.installed())] if line],
         "gpus": found,
         "no_gpu": no_gpu,
         "store": _store(store),
     }
+
+
+def _backend(backend: Backend, reason: str | None) -> dict[str, Any]:
+    """`reason` is why it cannot run here; it may build all the same, and `device` is what it builds for."""
+    try:
+        device = backend.device()
+    except (DiffbuildError, ImportError):
+        device = None
+    return {"works": reason is None, "reason": reason, "builds": device is not None, "device": device}
 
 
 def _version(package: str) -> str | None:
@@ -128,6 +140,14 @@ def _store(store: Path) -> dict[str, Any]:
     }
 
 
+def _backend_line(backend: Mapping[str, Any]) -> str:
+    if backend["works"]:
+        return f"works: {device_line(backend['device'])}"
+    if backend["builds"]:
+        return f"builds here, runs on an NVIDIA GPU ({backend['reason']}): {device_line(backend['device'])}"
+    return f"cannot run: {backend['reason']}"
+
+
 def doctor_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     store, cpu = facts["store"], facts["cpu"]
     rows = [
@@ -136,8 +156,7 @@ def doctor_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     ]
     rows += [["gpu", ", ".join(gpu.values())] for gpu in facts["gpus"]] or [["gpu", f"none: {facts['no_gpu']}"]]
     for name, backend in facts["backends"].items():
-        works = f"works: {device_line(backend['device'])}" if backend["works"] else f"cannot run: {backend['reason']}"
-        rows.append([f"backend {name}", works])
+        rows.append([f"backend {name}", _backend_line(backend)])
     for use, found in facts["libraries"].items():
         listed = ", ".join(f"{name} {number}" for name, number in found.items() if number) or "nothing"
         missing = facts["missing"][use]

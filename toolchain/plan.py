@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from toolchain.artifacts import Artifact, Store
 from toolchain.engines import Backend, backend_of
@@ -32,6 +33,12 @@ class Plan:
     @property
     def misses(self) -> int:
         return sum(not step.hit for step in self.steps)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The backend's table of the recipe."""
+        options: dict[str, Any] = self.recipe.to_json()[self.backend.name]
+        return options
 
     def step(self, name: str) -> Step:
         return next(s for s in self.steps if s.name == name)
@@ -95,7 +102,7 @@ def check_recipe(
 def execute(
     plan: Plan,
     progress: Callable[[Step, str], None],
-    within: Callable[[Step, str, float], None] = lambda step, phase, share: None,
+    within: Callable[[Step, str, float | None], None] = lambda step, phase, share: None,
 ) -> dict[str, Artifact]:
     """Builds what is missing and returns every artifact by its step's name.
 

@@ -44,9 +44,9 @@ class Steps:
         self._task = bar.add_task("", total=total) if bar else None
         self._started = self._told = time.perf_counter()
 
-    def within(self, step: Step, phase: str, share: float) -> None:
-        """Shows how far a long step is."""
-        line = f"{subject(step, self._recipe)}: {phase} {share:.0%}"
+    def within(self, step: Step, phase: str, share: float | None) -> None:
+        """Shows how far a long step is, as a share of 1; None where nobody can tell."""
+        line = f"{subject(step, self._recipe)}: {phase}" + ("" if share is None else f" {share:.0%}")
         if self._bar:
             self._bar.update(self._task, description=line)
         elif _shown() and time.perf_counter() - self._told >= BUILD_EVERY_S:

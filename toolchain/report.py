@@ -196,6 +196,7 @@ def forecast_lines(found: Forecast) -> Iterator[str]:
 
 
 def bundle_json(bundle: Bundle, refused: str | None, verified: bool) -> dict[str, Any]:
+    from toolchain.inspection import engine_facts
     from toolchain.memory import forecast
 
     listed = {
@@ -209,6 +210,7 @@ def bundle_json(bundle: Bundle, refused: str | None, verified: bool) -> dict[str
         "refused": refused,
         "buckets": _buckets(bundle),
         "components": {c: {"bytes": _component_bytes(bundle, c)} for c in bundle.engines},
+        "engines": engine_facts(bundle),
         "memory": forecast(bundle).to_json(),
         "samplers": list(bundle.samplers),
         "tools": bundle.tools,
@@ -219,6 +221,7 @@ def bundle_json(bundle: Bundle, refused: str | None, verified: bool) -> dict[str
 
 
 def bundle_lines(bundle: Bundle, refused: str | None, verified: bool) -> Iterator[str]:
+    from toolchain.inspection import engine_lines
     from toolchain.memory import forecast
 
     model = bundle.model
@@ -243,6 +246,7 @@ def bundle_lines(bundle: Bundle, refused: str | None, verified: bool) -> Iterato
     checked = "every sha256 is right" if verified else "sha256 not compared (--verify does)"
     yield from table([*rows, ["files", f"{len(bundle.files)}, {total}; {checked}"]], indent="")
     yield from forecast_lines(forecast(bundle))
+    yield from engine_lines(bundle)
 
 
 def sign_json(bundle: Path, signature: Signature) -> dict[str, Any]:

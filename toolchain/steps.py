@@ -28,7 +28,7 @@ CODE = {  # which packages of ours decide a stage's outcome
 }
 
 Built = Mapping[str, Artifact]
-Within = Callable[[str, float], None]
+Within = Callable[[str, float | None], None]
 """How far one step is: the name of its phase and how much of that is done, 0 to 1."""
 
 

@@ -138,7 +138,7 @@ def test_devices() -> None:
 
 
 def test_an_unknown_backend() -> None:
-    assert list(BACKENDS) == ["onnxruntime", "onnxruntime_cuda", "tensorrt"]
+    assert list(BACKENDS) == ["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
     with pytest.raises(UsageError, match="unknown backend"):
         backend_of("tensorrtt")
 

@@ -136,7 +136,12 @@ def test_versions_with_known_flaws(version: str | None, flawed: bool) -> None:
 def test_doctor_tells_of_them(tmp_path: Path) -> None:
     with pretended(FAKE_TENSORRT_VERSION="10.16.1.11"):
         facts = doctor.examine(tmp_path)
-        assert facts["backends"]["tensorrt"] == {"works": True, "reason": None, "device": BACKEND.device()}
+        assert facts["backends"]["tensorrt"] == {
+            "works": True,
+            "reason": None,
+            "builds": True,
+            "device": BACKEND.device(),
+        }
         told = "\n".join(doctor.doctor_lines(facts))
         assert "name NVIDIA H200, compute capability 9.0, sm count 132, memory bytes" in told
         assert "tensorrt 10.16.1.11" in told

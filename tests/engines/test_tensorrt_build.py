@@ -322,7 +322,7 @@ def build_here(builder: Any, folder: Path, **given: Any) -> dict[str, Any]:
     (folder / "engine").mkdir()
     files = {"graph": folder / "graph.onnx", "weights": folder / "weights.safetensors", "out": folder / "engine"}
     job = {name: str(path) for name, path in files.items()}
-    job |= {"options": options(**given), "device": {}, "timing_cache": None}
+    job |= {"backend": "tensorrt", "options": options(**given), "device": {}, "timing_cache": None}
     facts: dict[str, Any] = builder.build(job, lambda event: None, threading.Event())
     return facts
 
@@ -344,7 +344,9 @@ def test_weights_beside_a_graph_on_disk_where_the_parser_takes_none(
 def test_what_the_parser_points_to_lives_until_the_build(
     builder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hand_over, configure = builder._hand_over, builder._configure
+    from toolchain.engines import tensorrt_network
+
+    hand_over, configure = tensorrt_network.hand_over, builder._configure
     given: list[weakref.ref[Any]] = []
 
     def recorded(parser: Any, *args: Any) -> Any:
@@ -357,7 +359,7 @@ def test_what_the_parser_points_to_lives_until_the_build(
         assert all(ref() is not None for ref in given)
         return configure(*args)
 
-    monkeypatch.setattr(builder, "_hand_over", recorded)
+    monkeypatch.setattr(tensorrt_network, "hand_over", recorded)
     monkeypatch.setattr(builder, "_configure", checked)
     write_network(tmp_path)
     build_here(builder, tmp_path)
@@ -384,7 +386,7 @@ OPTIONS: list[tuple[dict[str, Any], str, Any]] = [
 
 @pytest.mark.parametrize(("given", "name", "expected"), OPTIONS)
 def test_options_reach_the_config(trt: Any, builder: Any, given: dict[str, Any], name: str, expected: Any) -> None:
-    config = builder._configure(trt.Builder(builder.Logger()), options(**given))
+    config = builder._configure(trt, trt.Builder(trt.Logger()), options(**given))
     if name == "WORKSPACE":
         found = config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)
     elif name.isupper():
@@ -413,6 +415,6 @@ def test_attention_without_a_fused_kernel_is_taken_apart(
     write_graph(tmp_path / "graph.onnx", nodes, TensorProto.FLOAT, opset=23)
     build_here(builder, tmp_path)
     (tmp_path / "engine").rename(tmp_path / "before")
-    monkeypatch.setattr(builder, "_decompose_attention", lambda network: None)
+    monkeypatch.setattr(builder, "decompose_attention", lambda trt, network: None)
     with pytest.raises(EngineError, match="could not build"):
         build_here(builder, tmp_path)

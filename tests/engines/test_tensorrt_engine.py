@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from tests.pretend import pretended
 from tests.step_engine import OPTIONS, SPEC, STATE, WEIGHT, bound, expected, opened, run, write_engine
 from toolchain.engines.tensorrt_engine import TensorRtMemory, open_memory
+from toolchain.engines.tensorrt_library import TENSORRT
 from toolchain.engines.tensorrt_plan import read_facts
 from toolchain.errors import DiffbuildError, EngineError
 
@@ -39,7 +40,7 @@ def _rules_are_kept(trt: Any) -> Iterator[None]:
 
 @pytest.fixture
 def memory(trt: Any) -> Iterator[TensorRtMemory]:
-    made = TensorRtMemory()
+    made = TensorRtMemory(TENSORRT)
     yield made
     made.close()
 
@@ -63,7 +64,7 @@ def test_two_bindings_swap_their_states(folder: Path, memory: TensorRtMemory, st
 @pytest.mark.parametrize("failure", ["", "conditional"])
 def test_a_whole_run_is_one_launch(folder: Path, failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_CUDA_FAIL", failure)
-    memory = TensorRtMemory("loop")
+    memory = TensorRtMemory(TENSORRT, "loop")
     engine = opened(folder, memory)
     states, counters, launches = bound(engine, memory)
     memory.loop(*launches)(6)
@@ -81,7 +82,7 @@ def test_without_cuda_graphs_the_result_is_the_same(
     folder: Path, trt: Any, failure: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("FAKE_CUDA_FAIL", failure)
-    memory = TensorRtMemory("off" if failure == "off" else "step")
+    memory = TensorRtMemory(TENSORRT, "off" if failure == "off" else "step")
     engine = opened(folder, memory)
     state, _ = run(engine, memory, 3)
     np.testing.assert_array_equal(state, expected(3))
@@ -120,7 +121,7 @@ def test_outputs_that_nobody_wants_share_a_buffer(folder: Path, memory: TensorRt
 
 def test_engines_share_their_activations(trt: Any, folder: Path, tmp_path: Path) -> None:
     other = write_engine(trt, tmp_path / "other", activation_bytes=1 << 20)
-    memory = open_memory([folder, other], OPTIONS)
+    memory = open_memory(TENSORRT, [folder, other], OPTIONS)
     engines = [opened(place, memory) for place in (folder, other)]
     for engine in engines:
         run(engine, memory, 2)
@@ -129,7 +130,7 @@ def test_engines_share_their_activations(trt: Any, folder: Path, tmp_path: Path)
     for engine in engines:
         engine.close()
     memory.close()
-    assert open_memory([], OPTIONS).close() is None
+    assert open_memory(TENSORRT, [], OPTIONS).close() is None
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_engines_that_may_not_fit_are_told(
         write_engine(trt, tmp_path / "a", plan_bytes=2 << 20, activation_bytes=2 << 20, stripped=stripped),
         write_engine(trt, tmp_path / "b", plan_bytes=3 << 20, activation_bytes=1 << 20),
     ]
-    open_memory(folders, OPTIONS, open_buckets).close()
+    open_memory(TENSORRT, folders, OPTIONS, open_buckets).close()
     told = [line.split(". ")[0] for line in caplog.messages]
     expected = f"the engines need {need_mb} MB of GPU memory; {free_mb} MB are free"
     assert told == ([] if need_mb is None else [expected])
@@ -285,7 +286,7 @@ def test_a_damaged_description(folder: Path, text: str | None, message: str) -> 
     with pytest.raises(EngineError, match=r"(?m)" + message):
         read_facts(folder)
     with pytest.raises(EngineError):
-        open_memory([folder], OPTIONS)
+        open_memory(TENSORRT, [folder], OPTIONS)
 
 
 def test_code_for_the_host_is_not_run(folder: Path, memory: TensorRtMemory) -> None:
@@ -344,7 +345,7 @@ def test_tensors_that_tensorrt_wants_on_the_host(
 @pytest.mark.parametrize("mode", ["step", "off"])
 @pytest.mark.parametrize("memory_first", [False, True])
 def test_closing_frees_everything_in_order(folder: Path, memory_first: bool, mode: str) -> None:
-    memory = TensorRtMemory(mode)
+    memory = TensorRtMemory(TENSORRT, mode)
     engine = opened(folder, memory)
     _, _, launches = bound(engine, memory)
     launches[0]()  # on its way when everything is closed

@@ -59,7 +59,7 @@ def test_nodes_come_from_the_metadata_or_else_the_name() -> None:
     fused = layer("__myl_fc_0", "Half", nodes=("first", "second"))
     found = read_layers({"Layers": [fused, layer("third + fourth", "Half"), "bare"], "Bindings": ["x"]})
     assert [f.nodes for f in found] == [("first", "second"), ("third", "fourth"), ()]
-    assert found[2] == Layer("bare", frozenset(), ())
+    assert found[2] == Layer("bare", "", frozenset(), ())
 
 
 def test_the_type_of_a_layers_weights_counts() -> None:

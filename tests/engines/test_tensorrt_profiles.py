@@ -45,23 +45,23 @@ def test_two_buckets(trt: Any, tmp_path: Path, strip_plan: bool, cuda_graph: str
 
 
 def test_later_profiles_bring_no_weights(trt: Any, tmp_path: Path) -> None:
-    from toolchain.engines.tensorrt_build import _add_profiles
+    from toolchain.engines.tensorrt_network import add_profiles
 
     write_two_buckets(tmp_path)
     builder = trt.Builder(trt.Logger())
     config = builder.create_builder_config()
-    _add_profiles(builder, config, ir.load(tmp_path / "graph.onnx"))
+    add_profiles(builder, config, ir.load(tmp_path / "graph.onnx"))
     assert [p.extra_memory_target for p in config._profiles] == [1.0, 0.0]
     assert [p.get_shape("x") for p in config._profiles] == [[(2, 4)] * 3, [(3, 4)] * 3]
 
 
 def test_a_profile_that_tensorrt_does_not_take(trt: Any, tmp_path: Path) -> None:
-    from toolchain.engines.tensorrt_build import _add_profiles
+    from toolchain.engines.tensorrt_network import add_profiles
 
     write_two_buckets(tmp_path)
     config = SimpleNamespace(add_optimization_profile=lambda profile: -1)
     with pytest.raises(EngineError, match="does not take the shapes of a bucket"):
-        _add_profiles(trt.Builder(trt.Logger()), config, ir.load(tmp_path / "graph.onnx"))
+        add_profiles(trt.Builder(trt.Logger()), config, ir.load(tmp_path / "graph.onnx"))
 
 
 @pytest.mark.parametrize("method", ["set_optimization_profile_async", "set_input_shape"])

@@ -15,6 +15,7 @@ from tests.profile_contract import check_two_buckets
 from tests.step_engine import WEIGHT, bound, expected, opened, run, write_engine
 from toolchain.engines import cuda
 from toolchain.engines.tensorrt_engine import TensorRtMemory
+from toolchain.engines.tensorrt_library import TENSORRT
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def folder(request: pytest.FixtureRequest, trt: Any, tmp_path_factory: pytest.Te
 
 @pytest.fixture(params=["step", "off"])
 def memory(request: pytest.FixtureRequest, trt: Any) -> Iterator[TensorRtMemory]:
-    made = TensorRtMemory(request.param)
+    made = TensorRtMemory(TENSORRT, request.param)
     yield made
     made.close()
 
@@ -68,7 +69,7 @@ def test_a_thousand_launches_allocate_nothing(folder: Path, memory: TensorRtMemo
 
 
 def test_a_whole_run_is_one_launch(folder: Path, trt: Any, caplog: pytest.LogCaptureFixture) -> None:
-    memory = TensorRtMemory("loop")
+    memory = TensorRtMemory(TENSORRT, "loop")
     engine = opened(folder, memory, weights=folder.parent / "weights.safetensors")
     states, counters, launches = bound(engine, memory)
     steps = memory.loop(*launches)

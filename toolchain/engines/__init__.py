@@ -14,6 +14,7 @@ from toolchain.engines.memory import Buffer, Memory
 from toolchain.engines.onnxruntime import OnnxRuntimeBackend
 from toolchain.engines.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from toolchain.engines.tensorrt import TensorRtBackend
+from toolchain.engines.tensorrt_rtx import TensorRtRtxBackend
 from toolchain.errors import UsageError
 from toolchain.signature import GraphSpec
 
@@ -72,6 +73,9 @@ class Backend(Protocol):
     def merges(self, options: Mapping[str, Any]) -> bool:
         """Whether one engine serves all buckets of a component under these options, built from their merged graph."""
 
+    def reads_weights(self, options: Mapping[str, Any]) -> bool:
+        """Whether engines are opened with their component's weight files, which a bundle then holds."""
+
     def packs(self, options: Mapping[str, Any]) -> bool:
         """Whether `pack` has anything to do under these options."""
 
@@ -84,12 +88,13 @@ class Backend(Protocol):
         weights: Mapping[str, Path],
         out: Path,
         options: Mapping[str, Any],
-        progress: Callable[[str, float], None] = lambda phase, share: None,
+        progress: Callable[[str, float | None], None] = lambda phase, share: None,
     ) -> None:
         """Writes the engine's files into the folder `out`.
 
         `weights` is role -> file: "weights" is the component's weight file, "packed" the backend's. `progress` gets the
-        name of a phase and how much of it is done, 0 to 1; what it raises cancels the build. Raises EngineError.
+        name of a phase and how much of it is done, 0 to 1, or None where nobody can tell; what it raises cancels the
+        build. Raises EngineError.
         """
 
     def memory(self, folders: Sequence[Path], options: Mapping[str, Any], open_buckets: int | None = None) -> Memory:
@@ -112,6 +117,7 @@ BACKENDS: dict[str, Backend] = {
     "onnxruntime": OnnxRuntimeBackend(),
     "onnxruntime_cuda": OnnxRuntimeCudaBackend(),
     "tensorrt": TensorRtBackend(),
+    "tensorrt_rtx": TensorRtRtxBackend(),
 }
 
 

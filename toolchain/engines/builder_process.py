@@ -28,8 +28,8 @@ from toolchain.errors import EngineError
 
 log = logging.getLogger("toolchain")
 
-Progress = Callable[[str, float], None]
-"""Called with the name of a phase and how much of it is done, 0 to 1."""
+Progress = Callable[[str, float | None], None]
+"""Called with the name of a phase and how much of it is done, 0 to 1; None where nobody can tell."""
 
 MODULE = "toolchain.engines.tensorrt_build"
 GRACE_S = 10.0
@@ -45,7 +45,12 @@ OTHER_KERNELS = (
     "set tensorrt.builder_optimization_level to another value (now {builder_optimization_level}), or use another "
     "version of TensorRT"
 )
-CRASHED = f"build again: a crash may depend on timing. If it crashes again, {OTHER_KERNELS}"
+OTHER_VERSION = "use another version of TensorRT for RTX"
+MORE_MEMORY = (
+    "free host memory or give the machine or container more: the builder needs two to three times the component's "
+    "weights"
+)
+CRASHED = "build again: a crash may depend on timing. If it crashes again, "
 DRIVER = "install a newer NVIDIA driver; nvidia-smi shows the newest CUDA version that the present one can run"
 CUDA_ERRORS = {
     "2": ("out of GPU memory", LESS_MEMORY),
@@ -56,6 +61,7 @@ CUDA_ERRORS = {
 }
 """By the number in TensorRT's "CUDA initialization failure with error: N"."""
 CUDA_FAILURE = re.compile(r"CUDA initialization failure with error:? (\d+)")
+HOST_MEMORY = re.compile(r"std::bad_alloc|MemoryError")
 NO_KERNEL = re.compile(r"could not find any implementation for node (\{.+?\}|[^\s,)]+?)\.?(?:[\s,)]|$)", re.I | re.M)
 
 
@@ -146,13 +152,12 @@ def _explained(
     job: Mapping[str, Any], error: Mapping[str, Any] | None, code: int, said: str, oom_kills: int
 ) -> EngineError:
     """The error of a builder that failed: what it reported, or else what its end and its last words tell."""
-    options = job["options"]
     if error is None:
-        what, cause, hint = _ending(code, oom_kills, options)
+        what, cause, hint = _ending(job, code, oom_kills, said)
     else:
         what, cause, hint = error["what"], error.get("got"), error.get("hint")
     if hint is None:
-        known, hint = _named_cause(said, options)
+        known, hint = _named_cause(job, said)
         cause = cause or known
     lines = [line for line in said.splitlines() if line.strip()][-LOG_LINES:]
     got = "\n    ".join([cause or "TensorRT does not say why", *lines])
@@ -160,31 +165,43 @@ def _explained(
     return EngineError(what, where=where or job["graph"], expected=expected, got=got, hint=hint)
 
 
-def _ending(code: int, oom_kills: int, options: Mapping[str, Any]) -> tuple[str, str | None, str | None]:
+def _ending(job: Mapping[str, Any], code: int, oom_kills: int, said: str) -> tuple[str, str | None, str | None]:
     """What an exit status means: what happened, why, and what to do."""
     if code >= 0:
         return f"TensorRT's builder ended with exit code {code}", None, None
     name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
     if name == "SIGKILL" and oom_kills > 0:
-        hint = "free host memory or give the machine or container more; the builder needs about twice the weights"
-        return "TensorRT's builder was killed", "the kernel ran out of host memory (its OOM killer)", hint
+        return "TensorRT's builder was killed", "the kernel ran out of host memory (its OOM killer)", MORE_MEMORY
     if name in ("SIGKILL", "SIGTERM"):
         hint = "where nobody killed it, the system did: dmesg tells of the OOM killer, a batch system of its limits"
         return "TensorRT's builder was killed", name, hint
-    return "TensorRT's builder crashed", name, CRASHED.format_map(options)
+    if HOST_MEMORY.search(said):
+        return "TensorRT's builder crashed", f"out of host memory ({name})", MORE_MEMORY
+    others = OTHER_KERNELS.format_map(job["options"]) if _searches(job) else OTHER_VERSION
+    return "TensorRT's builder crashed", name, CRASHED + others
 
 
-def _named_cause(said: str, options: Mapping[str, Any]) -> tuple[str | None, str | None]:
+def _named_cause(job: Mapping[str, Any], said: str) -> tuple[str | None, str | None]:
     """A failure that TensorRT names in its log, and what helps."""
+    if HOST_MEMORY.search(said):
+        return "out of host memory", MORE_MEMORY
+    if not _searches(job):
+        return None, None
     if found := CUDA_FAILURE.search(said):
         cause, hint = CUDA_ERRORS.get(found[1], (f"CUDA does not start (error {found[1]})", "diffbuild doctor"))
-        return cause, hint.format_map(options)
+        return cause, hint.format_map(job["options"])
     kernel = NO_KERNEL.search(said)
     # Of tactics that do not fit, and are left out, it warns.
     grave = "\n".join(line for line in said.splitlines() if not line.startswith(("[W]", "[I]")))
     if OUT_OF_MEMORY.search(grave):
         # TensorRT goes on without the tactics that do not fit, and names a node only when none is left for it.
-        return "out of GPU memory" + (f" at node {kernel[1]}" if kernel else ""), LESS_MEMORY.format_map(options)
+        cause = "out of GPU memory" + (f" at node {kernel[1]}" if kernel else "")
+        return cause, LESS_MEMORY.format_map(job["options"])
     if kernel:
-        return f"TensorRT has no kernel for node {kernel[1]}", OTHER_KERNELS.format_map(options)
+        return f"TensorRT has no kernel for node {kernel[1]}", OTHER_KERNELS.format_map(job["options"])
     return None, None
+
+
+def _searches(job: Mapping[str, Any]) -> bool:
+    """Whether the builder tries kernels on a GPU, and has options for how."""
+    return "builder_optimization_level" in job["options"]

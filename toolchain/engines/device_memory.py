@@ -253,15 +253,19 @@ class DeviceMemory:
         self.counters.device_bytes += nbytes
         return DeviceBuffer(int(address), shape, dtype)
 
-    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, enqueue: Callable[[], None], capturable: Callable[[], bool] = lambda: True) -> Callable[[], None]:
         """A launch of everything that `enqueue` puts on the stream, which it must put there in the same way each time.
 
-        Runs it once before: engines set themselves up in their first run, which no capture allows.
+        Runs it once before: engines set themselves up in their first run, which no capture allows. `capturable` is
+        asked then whether it can be captured at all.
         """
         call("cudaSetDevice", 0)
         enqueue()
         self.synchronize()
         if self.cuda_graph == "off":
+            return enqueue
+        if not capturable():
+            self.warn("work is launched without a CUDA graph: the engine's library says that it cannot be captured")
             return enqueue
         try:
             launch = self.instantiate(self.record(enqueue))

@@ -32,6 +32,30 @@ def build_warning(weights_bytes: int, options: Mapping[str, Any], free_bytes: in
     return f"{need}. End what else uses the GPU, or keep the component's weights in a smaller dtype"
 
 
+HOST_TIMES = 2.7
+"""Host memory that the builder of TensorRT for RTX takes, in bytes per byte of weights: 13 GB for SDXL's 4.9 GB."""
+
+
+def host_build_warning(weights_bytes: int, free_bytes: int | None) -> str | None:
+    """Why a build that needs no GPU may run out of host memory; None where nothing says so, or nobody knows."""
+    need = int(HOST_TIMES * weights_bytes)
+    if free_bytes is None or need <= free_bytes:
+        return None
+    return (
+        f"the build needs about {need // MB} MB of memory; {free_bytes // MB} MB are free. End what else uses it, or "
+        "keep the component's weights in a smaller dtype"
+    )
+
+
+def free_host_bytes() -> int | None:
+    """Memory that processes can have without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) << 10
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
 def load_warning(weights_bytes: int, activation_bytes: int, free_bytes: int) -> str | None:
     """Why engines may not fit; None where nothing says so.
 

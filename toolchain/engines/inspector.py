@@ -5,7 +5,9 @@ longer has is enough, and the engine is right and slow. Under strong typing ever
 that a node whose weight is float16 and whose layer knows nothing but float32 is a fault.
 
 The inspector's JSON has two layouts: of a layer's tensors, TensorRT 10 writes "Format/Datatype", 11 writes "Format" and
-"Datatype" apart.
+"Datatype" apart. The builder's log tells the same in a notation of its own, one line for each layer:
+
+    Name: n, LayerType: t, Inputs: [ { Name: x, Datatype: Half, ... }], Outputs: [...], ..., Metadata: m
 """
 
 from __future__ import annotations
@@ -32,21 +34,36 @@ SPELLINGS = (
     ("float32", r"float|fp32"),
     ("int8", r"\bint8"),
 )
+LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>.*?)(?:, Metadata: (?P<metadata>.*))?$")
+DATATYPE = re.compile(r"Datatype: (\w+)")
 NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 PROFILE = re.compile(r" \[profile \d+\]$")
 """What the names of an engine with several optimization profiles end in."""
+
+ATTENTION = re.compile(r"_mha|_fmha|fused_?attention", re.IGNORECASE)
+"""What the name of a layer says that is a whole attention in one kernel."""
 
 OPAQUE = 10
 """Nodes for each layer, from where on layers stand for whole graphs."""
 
 
+NARROWEST = ("float8", "int8", "float16", "bfloat16", "float32")
+
+
 @dataclass(frozen=True)
 class Layer:
-    """One layer of an engine: the types of its tensors and weights, and the graph's nodes that it was made of."""
+    """One layer of an engine: its kind in the library's words, the types of its tensors and weights, and the graph's
+    nodes that it was made of."""
 
     name: str
+    kind: str
     dtypes: frozenset[str]
     nodes: tuple[str, ...]
+
+    @property
+    def computes_in(self) -> str:
+        """The smallest type that it touches: what is fused with a cast shows the wide one too. "other" for none."""
+        return next((dtype for dtype in NARROWEST if dtype in self.dtypes), "other")
 
 
 @dataclass(frozen=True)
@@ -112,10 +129,29 @@ def read_layers(information: Mapping[str, Any]) -> list[Layer]:
             weights = entry.get("Weights")
             words += [str(weights.get("Type"))] if isinstance(weights, Mapping) else []
             dtypes = frozenset(d for d in map(_dtype, words) if d)
-            layers.append(Layer(str(entry.get("Name")), dtypes, _nodes(entry)))
+            layers.append(Layer(str(entry.get("Name")), str(entry.get("LayerType")), dtypes, _nodes(entry)))
         else:
-            layers.append(Layer(str(entry), frozenset(), ()))
+            layers.append(Layer(str(entry), "", frozenset(), ()))
     return layers
+
+
+def read_log(text: str) -> list[Layer]:
+    """The layers of the builder's log; lines that describe none are passed over."""
+    layers = []
+    for found in filter(None, map(LAYER.match, text.splitlines())):
+        dtypes = frozenset(d for d in map(_dtype, DATATYPE.findall(found["rest"])) if d)
+        nodes = _nodes({"Name": found["name"], "Metadata": found["metadata"]})
+        layers.append(Layer(found["name"], found["kind"], dtypes, nodes))
+    return layers
+
+
+def count_layers(layers: list[Layer]) -> dict[str, Any]:
+    """For people: how many layers of each kind compute in which type, and how many are a whole attention."""
+    kinds: dict[str, Counter[str]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.kind, Counter())[layer.computes_in] += 1
+    attention = sum(bool(ATTENTION.search(layer.name)) for layer in layers)
+    return {"fused_attention": attention, "kinds": {kind: dict(counts) for kind, counts in sorted(kinds.items())}}
 
 
 def _nodes(entry: Mapping[str, Any]) -> tuple[str, ...]:

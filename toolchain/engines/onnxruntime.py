@@ -122,6 +122,9 @@ class OnnxRuntimeBackend:
     def merges(self, options: Mapping[str, Any]) -> bool:
         return False
 
+    def reads_weights(self, options: Mapping[str, Any]) -> bool:
+        return True
+
     def packs(self, options: Mapping[str, Any]) -> bool:
         return bool(options["optimization"] == "all")  # the level whose layout pass reorders convolution weights
 
@@ -148,7 +151,7 @@ class OnnxRuntimeBackend:
         weights: Mapping[str, Path],
         out: Path,
         options: Mapping[str, Any],
-        progress: Callable[[str, float], None] = lambda phase, share: None,
+        progress: Callable[[str, float | None], None] = lambda phase, share: None,
     ) -> None:
         import onnx_ir as ir
 

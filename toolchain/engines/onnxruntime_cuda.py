@@ -75,7 +75,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         weights: Mapping[str, Path],
         out: Path,
         options: Mapping[str, Any],
-        progress: Callable[[str, float], None] = lambda phase, share: None,
+        progress: Callable[[str, float | None], None] = lambda phase, share: None,
     ) -> None:
         _load_libraries()
         super().build(graph, weights, out, {**options, **ON_HOST}, progress)

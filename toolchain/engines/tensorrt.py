@@ -8,12 +8,13 @@ one is filled from the bundle's weight file when it is opened. This module impor
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.engines.builder_process import Progress, run_builder
+from toolchain.engines.tensorrt_library import TENSORRT, Library, numbers
 from toolchain.engines.timing_cache import only_builder, timing_cache_path
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec
@@ -23,50 +24,71 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("toolchain")
 
-OLDEST, NEWEST = (10, 13), (12,)
 SAFE = (11,)
 ROUTES = (11, 1)
-INSTALL = "pip install 'diffbuild[tensorrt]'"
 AMPERE = (8, 0)
 
 
 class TensorRtBackend:
     name = "tensorrt"
+    library: Library = TENSORRT
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     run_options: tuple[str, ...] = ("cuda_graph",)
 
     def available(self) -> str | None:
         try:
-            self.device()
+            self.gpu()
         except EngineError as error:
             text = f"{error.what}: {error.got}" if error.got else error.what
-            return f"{text} ({INSTALL})" if error.hint == INSTALL else text
+            return f"{text} ({error.hint})" if error.hint == self.library.install else text
         return None
 
     def device(self) -> dict[str, Any]:
         """EngineError without TensorRT, cuda-python, a driver that is new enough, and a GPU."""
-        version = tensorrt_version()
-        if not OLDEST <= numbers(version) < NEWEST:
-            expected = f"{'.'.join(map(str, OLDEST))} or newer, below {NEWEST[0]}"
-            raise EngineError(f"TensorRT {expected} is needed", got=f"TensorRT {version}", hint=INSTALL)
+        return self.gpu()
+
+    def gpu(self) -> dict[str, Any]:
+        """The GPU at hand, and the version of the library. EngineError where there is none of either."""
+        version = self.library.version()
         from toolchain.engines.cuda import available, device_facts
 
         reason = available()
         if reason:
-            raise EngineError(reason, hint="diffbuild doctor")
-        return {"kind": "cuda", **device_facts(), "tensorrt": version}
+            lacks_package = reason.startswith("cuda-python")
+            raise EngineError(reason, hint=self.library.install if lacks_package else "diffbuild doctor")
+        return {"kind": "cuda", **device_facts(), self.name: version}
 
     def refuse(self, built_on: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
-        here = self.device()
+        here = self.gpu()
         if built_on.get("kind") != here["kind"]:
             return f"built on {built_on.get('kind')}, this machine is {here['kind']}"
-        built, ours = str(built_on.get("tensorrt")), here["tensorrt"]
+        built, ours = str(built_on.get(self.name)), here[self.name]
         if built != ours:
-            return f"built with TensorRT {built}, this machine has {ours}, and the engines need that version"
-        return _refuse_gpu(built_on, here, options["hardware_compatibility_level"])
+            title = self.library.title
+            return f"built with {title} {built}, this machine has {ours}, and the engines need that version"
+        return self._refuse_gpu(built_on, here, options)
+
+    def _refuse_gpu(
+        self, built_on: Mapping[str, Any], here: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> str | None:
+        """Why kernels of one GPU cannot run on another, given the level of compatibility they were built with."""
+        level = options["hardware_compatibility_level"]
+        theirs, ours = str(built_on.get("compute_capability")), str(here["compute_capability"])
+        if level == "ampere_plus":
+            fits, needs = numbers(theirs) >= AMPERE <= numbers(ours), "compute capability 8.0 or newer"
+        elif level == "same_compute_capability":
+            fits, needs = theirs == ours, f"compute capability {theirs}"
+        else:
+            names = ("name", "compute_capability", "sm_count")
+            fits, needs = all(built_on.get(n) == here.get(n) for n in names), "that very GPU"
+        if fits:
+            return None
+        facts = ((d.get("name"), d.get("compute_capability"), d.get("sm_count")) for d in (built_on, here))
+        first, second = (f"{name} (compute capability {cc}, {count} multiprocessors)" for name, cc, count in facts)
+        return f"built on {first}, this machine has {second}, and the engines need {needs}"
 
     def problems(self, options: Mapping[str, Any]) -> list[str]:
-        found, version = [], tensorrt_version()
+        found, version = [], self.library.version()
         if options["build_route"] and numbers(version) < ROUTES:
             found.append(f"build_route: TensorRT {version} has no build routes (expected 11.1 or newer)")
         return found
@@ -78,6 +100,9 @@ class TensorRtBackend:
 
     def merges(self, options: Mapping[str, Any]) -> bool:
         return bool(options["profile_per_bucket"])
+
+    def reads_weights(self, options: Mapping[str, Any]) -> bool:
+        return bool(options["strip_plan"])
 
     def packs(self, options: Mapping[str, Any]) -> bool:
         return False
@@ -94,24 +119,46 @@ class TensorRtBackend:
         progress: Progress = lambda phase, share: None,
     ) -> None:
         device = self.device()
-        _warn_of_refusals(graph, device["tensorrt"])
-        level = options["builder_optimization_level"]
-        cache = timing_cache_path(device["tensorrt"], device["name"], level) if level else None  # 0 times nothing
+        self._warn_of_refusals(graph)
         job = {
+            "backend": self.name,
             "graph": str(graph),
             "weights": str(weights["weights"]),
             "out": str(out),
             "options": {name: value for name, value in options.items() if name not in self.run_options},
             "device": device,
-            "timing_cache": None if cache is None else str(cache),
+            "timing_cache": self._timing_cache(device, options),
         }
-        with only_builder(_uuid(), device["name"]):
+        with self._turn(device):
             run_builder(job, progress)
+
+    def _timing_cache(self, device: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
+        level = options["builder_optimization_level"]  # 0 times nothing
+        return str(timing_cache_path(device[self.name], device["name"], level)) if level else None
+
+    @contextmanager
+    def _turn(self, device: Mapping[str, Any]) -> Iterator[None]:
+        """Waits for what a build must have to itself."""
+        with only_builder(_uuid(), device["name"]):
+            yield
+
+    def _warn_of_refusals(self, graph: Path) -> None:
+        """Says what the parser will stumble over, before a builder is waited for and started."""
+        import onnx_ir as ir
+
+        from toolchain.graph.parser_rules import refusals
+
+        try:
+            lines = refusals(ir.load(graph), numbers(self.library.version()))
+        except Exception as error:  # a forecast; only the parser may refuse a graph
+            lines = [f"its rules cannot be applied ({error})"]
+        for line in lines:
+            log.warning("TensorRT's parser may refuse the graph: %s", line)
 
     def memory(self, folders: Sequence[Path], options: Mapping[str, Any], open_buckets: int | None = None) -> Any:
         from toolchain.engines.tensorrt_engine import open_memory
 
-        return open_memory(folders, options, open_buckets)
+        return open_memory(self.library, folders, options, open_buckets)
 
     def open(
         self,
@@ -126,49 +173,14 @@ class TensorRtBackend:
         return TensorRtEngine(folder, weights, spec, memory)
 
 
-def tensorrt_version() -> str:
-    """EngineError when TensorRT cannot be imported."""
-    try:
-        import tensorrt
-    except (ImportError, OSError) as error:  # the binding without its libraries, too
-        raise EngineError("TensorRT cannot be imported", got=error, hint=INSTALL) from error
-    return str(tensorrt.__version__)
-
-
-def installed_version() -> str | None:
-    """Of whatever package brought TensorRT; None where there is none."""
-    try:
-        return tensorrt_version()
-    except EngineError:
-        return None
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version))
-
-
 def advisory(version: str | None) -> str | None:
     """What a user of this version should know about its safety, or None; None too where there is no TensorRT."""
     if version is None or numbers(version) >= SAFE:
         return None
     return (
         f"TensorRT {version} has known code-execution flaws (CVE-2026-24268, CVE-2026-24238, CVE-2026-24272), fixed in "
-        f"11.0: {INSTALL} --upgrade"
+        f"11.0: {TENSORRT.install} --upgrade"
     )
-
-
-def _warn_of_refusals(graph: Path, version: str) -> None:
-    """Says what the parser will stumble over, before a builder is waited for and started."""
-    import onnx_ir as ir
-
-    from toolchain.graph.parser_rules import refusals
-
-    try:
-        lines = refusals(ir.load(graph), numbers(version))
-    except Exception as error:  # a forecast; only the parser may refuse a graph
-        lines = [f"its rules cannot be applied ({error})"]
-    for line in lines:
-        log.warning("TensorRT's parser may refuse the graph: %s", line)
 
 
 def _uuid() -> str:
@@ -176,20 +188,3 @@ def _uuid() -> str:
     from toolchain.engines.cuda import call
 
     return bytes(call("cudaGetDeviceProperties", 0).uuid.bytes).hex()
-
-
-def _refuse_gpu(built_on: Mapping[str, Any], here: Mapping[str, Any], level: str) -> str | None:
-    """Why kernels of one GPU cannot run on another, given the level of compatibility they were built with."""
-    theirs, ours = str(built_on.get("compute_capability")), str(here["compute_capability"])
-    if level == "ampere_plus":
-        fits, needs = numbers(theirs) >= AMPERE <= numbers(ours), "compute capability 8.0 or newer"
-    elif level == "same_compute_capability":
-        fits, needs = theirs == ours, f"compute capability {theirs}"
-    else:
-        names = ("name", "compute_capability", "sm_count")
-        fits, needs = all(built_on.get(n) == here.get(n) for n in names), "that very GPU"
-    if fits:
-        return None
-    facts = ((d.get("name"), d.get("compute_capability"), d.get("sm_count")) for d in (built_on, here))
-    first, second = (f"{name} (compute capability {cc}, {count} multiprocessors)" for name, cc, count in facts)
-    return f"built on {first}, this machine has {second}, and the engines need {needs}"

@@ -1,4 +1,4 @@
-"""TensorRT's runtime: engines over opened plans, whose launches are captured CUDA graphs."""
+"""TensorRT's runtime, and that of TensorRT for RTX: engines over opened plans, launched as captured CUDA graphs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from toolchain.engines.cuda import free_memory_bytes
 from toolchain.engines.device_memory import ALIGNMENT, ALLOCATION, DeviceBuffer, DeviceMemory
 from toolchain.engines.forecast import largest_open, warn_of_load, weight_bytes
 from toolchain.engines.places import Places
+from toolchain.engines.tensorrt_library import Library
 from toolchain.engines.tensorrt_plan import OpenPlan, read_facts
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec
@@ -18,15 +19,17 @@ from toolchain.signature import GraphSpec
 class TensorRtMemory(DeviceMemory):
     """A GPU's memory and the plans that are open there."""
 
-    def __init__(self, cuda_graph: str = "step") -> None:
+    def __init__(self, library: Library, cuda_graph: str = "step", **plan_options: Any) -> None:
+        """`plan_options` go to every OpenPlan."""
         super().__init__(cuda_graph)
+        self._library, self._plan_options = library, plan_options
         self._plans: dict[Path, OpenPlan] = {}
 
     def take(self, folder: Path, weights: Mapping[str, Path]) -> OpenPlan:
         """The plan of a folder, opened once for all who use it at the same time."""
         if folder not in self._plans:
             with ALLOCATION:
-                self._plans[folder] = OpenPlan(folder, weights)
+                self._plans[folder] = OpenPlan(self._library, folder, weights, **self._plan_options)
         self._plans[folder].users += 1
         return self._plans[folder]
 
@@ -43,7 +46,9 @@ class TensorRtMemory(DeviceMemory):
         super().close()
 
 
-def open_memory(folders: Sequence[Path], options: Mapping[str, Any], open_buckets: int | None = None) -> TensorRtMemory:
+def open_memory(
+    library: Library, folders: Sequence[Path], options: Mapping[str, Any], open_buckets: int | None = None
+) -> TensorRtMemory:
     """The memory of a pipeline, with activations shared by the engines in `folders`. Raises EngineError."""
     facts = {folder: read_facts(folder) for folder in folders}
     needed = max((f["activation_bytes"] for f in facts.values()), default=0)
@@ -51,7 +56,8 @@ def open_memory(folders: Sequence[Path], options: Mapping[str, Any], open_bucket
         folder: f["plan_bytes"] + (weight_bytes(folder.parent) if f["stripped"] else 0) for folder, f in facts.items()
     }
     warn_of_load(largest_open(weights, open_buckets), needed, free_memory_bytes())
-    memory = TensorRtMemory(options["cuda_graph"])
+    own = {name: options[name] for name in ("kernel_specialization",) if name in options}
+    memory = TensorRtMemory(library, options["cuda_graph"], **own)
     memory.reserve(needed)
     return memory
 
@@ -78,8 +84,9 @@ class TensorRtEngine:
             context = self._context(self._plan, self._places.of(buffers))
         binding = _Binding(context, self._memory.stream, self._plan.failure)
         self._bindings.append(binding)
-        launch = self._memory.capture(binding)
+        launch = self._memory.capture(binding, binding.capturable)
         self._launches.append(launch)
+        self._plan.keep_kernels()
         return launch
 
     def close(self) -> None:
@@ -93,15 +100,12 @@ class TensorRtEngine:
         self._plan = None
 
     def _context(self, plan: OpenPlan, buffers: Mapping[str, DeviceBuffer]) -> Any:
-        import tensorrt as trt
-
-        engine = plan.engine
-        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        context = plan.context()
         if context is None:
             raise plan.failure("TensorRT cannot make an execution context")
         if plan.profiles > 1:
             self._choose_profile(plan, context)
-        block = self._memory.scratch(engine.device_memory_size_v2)
+        block = self._memory.scratch(plan.engine.device_memory_size_v2)
         context.set_device_memory(block.address, block.nbytes)
         refused = [name for name, b in buffers.items() if not context.set_tensor_address(name, b.address)]
         unknown = context.infer_shapes()
@@ -132,6 +136,11 @@ class _Binding:
         self.context = context
         self._stream = stream
         self._failure = failure
+
+    def capturable(self) -> bool:
+        """Whether the library says that the work can be captured in a CUDA graph; one that cannot tell is trusted."""
+        asked = getattr(self.context, "is_stream_capturable", None)
+        return asked is None or bool(asked(self._stream))
 
     def __call__(self) -> None:
         assert self.context is not None, "the engine is closed"

@@ -38,7 +38,7 @@ class Library:
     oldest        versions that it is driven in: from this one on
     newest        and below this one
     install       the command that brings it
-    needs_gpu     whether a build needs the GPU that its engines are for
+    portable      whether engines are for generations of GPUs: built without one, and finished where they are opened
     load          imports the module
     """
 
@@ -47,7 +47,7 @@ class Library:
     oldest: Version
     newest: Version
     install: str
-    needs_gpu: bool
+    portable: bool
     load: Callable[[], Any]
 
     def module(self) -> Any:
@@ -145,7 +145,7 @@ TENSORRT = Library(
     oldest=(10, 13),
     newest=(12,),
     install="pip install 'diffbuild[tensorrt]'",
-    needs_gpu=True,
+    portable=False,
     load=_tensorrt,
 )
 TENSORRT_RTX = Library(
@@ -154,7 +154,7 @@ TENSORRT_RTX = Library(
     oldest=(1, 7),
     newest=(2,),
     install="pip install 'diffbuild[rtx]'",
-    needs_gpu=False,
+    portable=True,
     load=_tensorrt_rtx,
 )
 LIBRARIES_BY_BACKEND = {library.backend: library for library in (TENSORRT, TENSORRT_RTX)}

@@ -18,7 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from toolchain.engines.cuda import device_facts
 from toolchain.engines.forecast import FEWER_BUCKETS, OUT_OF_MEMORY
+from toolchain.engines.runtime_cache import RuntimeCache
+from toolchain.engines.tensorrt_library import Library
 from toolchain.errors import EngineError
 from toolchain.memory import FACTS
 from toolchain.signature import GraphSpec, TensorSpec
@@ -61,20 +64,28 @@ def read_facts(folder: Path) -> dict[str, Any]:
 class OpenPlan:
     """A plan with one optimization profile, or with one for each bucket; the engines of all buckets share it then."""
 
-    def __init__(self, folder: Path, weights: Mapping[str, Path]) -> None:
-        """Raises EngineError."""
+    def __init__(
+        self, library: Library, folder: Path, weights: Mapping[str, Path], kernel_specialization: str = "eager"
+    ) -> None:
+        """Raises EngineError. kernel_specialization: see the options of a library whose engines are finished here."""
         self.folder = folder
         self.users = 0
         facts = read_facts(folder)
-        self._log = _logger(_trt())
+        self._library = library
+        self._trt = library.module()
+        self._log = _logger(self._trt)
         self._log.lines.clear()  # what others said is not this one's failure
         self._runtime: Any = None
         self.engine: Any = None
+        self._config: Any = None
+        self._kernels: RuntimeCache | None = None
         try:
             self._runtime = self._start()
             self.engine = self._deserialize(facts)
             if facts["stripped"]:
                 self._refit(facts["refit"], weights["weights"])
+            if library.portable:
+                self._configure(facts, kernel_specialization)
         except BaseException:
             self.close()
             raise
@@ -97,7 +108,19 @@ class OpenPlan:
             )
         return found.index(expected)
 
+    def context(self) -> Any:
+        """A new execution context without memory of its own, or None: the log says why."""
+        if self._config is not None:
+            return self.engine.create_execution_context(self._config)
+        return self.engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+
+    def keep_kernels(self) -> None:
+        """Writes down what was finished on this GPU since the last time, for the next process that opens the plan."""
+        if self._kernels is not None:
+            self._kernels.save()
+
     def close(self) -> None:
+        self._kernels = self._config = None
         self.engine = None  # after its contexts and before its runtime
         self._runtime = None
 
@@ -110,7 +133,7 @@ class OpenPlan:
 
     def _start(self) -> Any:
         try:
-            return _trt().Runtime(self._log)
+            return self._trt.Runtime(self._log)
         except TypeError as error:  # what the binding makes of the null that a failed start of CUDA gives
             raise self.failure("TensorRT cannot start its runtime") from error
 
@@ -120,6 +143,8 @@ class OpenPlan:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
                 if len(plan) != facts["plan_bytes"]:
                     raise ValueError(f"{len(plan)} bytes where {FACTS} says {facts['plan_bytes']}")
+                if self._library.portable:
+                    self._require_valid(plan)
                 engine = self._runtime.deserialize_cuda_engine(plan)
         except (OSError, ValueError) as error:  # an empty file cannot be mapped: ValueError
             raise EngineError("an engine's plan cannot be read", where=path, got=error, hint=REBUILD) from error
@@ -127,9 +152,37 @@ class OpenPlan:
             raise self.failure("TensorRT cannot open the engine", hint=REBUILD)
         return engine
 
+    def _require_valid(self, plan: mmap.mmap) -> None:
+        """EngineError for a plan that the library says it cannot run on this GPU; a warning where it will be slow."""
+        trt, here = self._trt, device_facts()
+        validity, bits = self._runtime.get_engine_validity(plan)
+        diagnostics = trt.EngineInvalidityDiagnostics
+        names = [name for name, member in diagnostics.__members__.items() if int(bits) & int(member)]
+        why = ", ".join(names).lower().replace("_", " ") or "no reason given"
+        gpu = (
+            f"{here['name']} (compute capability {here['compute_capability']}), {self._library.title} {trt.__version__}"
+        )
+        if validity == trt.EngineValidity.INVALID:
+            raise self.failure(f"{self._library.title} cannot run the engine on this GPU", [f"{why}: {gpu}"], REBUILD)
+        if validity == trt.EngineValidity.SUBOPTIMAL:
+            log.warning("%s: the engine is not the best for %s: %s", self.folder, gpu, why)
+
+    def _configure(self, facts: Mapping[str, Any], kernel_specialization: str) -> None:
+        """How contexts run an engine that is finished here: kernels from the last time, and graphs captured by us."""
+        trt, here = self._trt, device_facts()
+        config = self.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # the step is captured as a whole, and not in parts
+        strategies = trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.__members__[kernel_specialization.upper()]
+        tied = {name: str(here[name]) for name in ("name", "compute_capability", "driver")}
+        library = {self._library.backend: str(trt.__version__)}
+        self._kernels = RuntimeCache(config, {"plan": str(facts["plan_sha256"]), **tied, **library})
+        self._config = config
+
     def _refit(self, recipe: Mapping[str, Any], file: Path) -> None:
         """Fills a stripped plan from the component's weight file, through the graph that it was built from."""
-        trt = _trt()
+        trt = self._trt
         try:
             refitter = trt.Refitter(self.engine, self._log)
         except TypeError as error:
@@ -152,7 +205,7 @@ class OpenPlan:
 
     def _signature(self, profile: int, spec: GraphSpec) -> set[str]:
         """The engine's tensors under a profile. What is dynamic of an output is taken to be as in `spec`."""
-        trt, engine, found = _trt(), self.engine, set()
+        trt, engine, found = self._trt, self.engine, set()
         outputs = {t.name: t.shape for t in spec.outputs}
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
@@ -180,12 +233,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise EngineError("a file of an engine cannot be read", where=path, got=error, hint=REBUILD) from error
-
-
-def _trt() -> Any:
-    import tensorrt
-
-    return tensorrt
 
 
 @cache

@@ -42,6 +42,7 @@ from tensorrt._interfaces import (
     IHostMemory,
     ILogger,
     IProgressMonitor,
+    IStreamWriter,
     Logger,
     Weights,
     nptype,

@@ -14,11 +14,21 @@ from tensorrt import _plan
 from tensorrt._config import IBuilderConfig, IOptimizationProfile
 from tensorrt._enums import BuilderFlag, DataType, ErrorCodeTRT, MemoryPoolType, Severity
 from tensorrt._graph import Executable
-from tensorrt._interfaces import IErrorRecorder, IHostMemory, ILogger, IProgressMonitor, Reporter, without_device
+from tensorrt._interfaces import (
+    IErrorRecorder,
+    IHostMemory,
+    ILogger,
+    IProgressMonitor,
+    IStreamWriter,
+    Reporter,
+    initialised,
+    without_device,
+)
 from tensorrt._network import INetworkDefinition
 from tensorrt._rules import Native, at_least, failing, violate
 
 WEAK_FLAGS = ("FP16", "BF16", "INT8", "FP8", "INT4", "FP4")
+PIECE = 1 << 16
 OUT_OF_MEMORY = (
     (Severity.ERROR, "[defaultAllocator.cpp::allocate::62] Error Code 1: Cuda Runtime (In allocate at "
      "common/dispatch/defaultAllocator.cpp:62: out of memory)"),
@@ -116,6 +126,18 @@ class Builder(Native):
         except CancelledError:
             return self._report.error("IBuilder::buildSerializedNetwork: Error Code 4: the build was cancelled")
         return None if plan is None else IHostMemory(plan)
+
+    def build_serialized_network_to_stream(
+        self, network: INetworkDefinition, config: IBuilderConfig, writer: IStreamWriter
+    ) -> bool:
+        """False on every failure, a writer's that takes less than it is given included."""
+        initialised(writer)
+        plan = self.build_serialized_network(network, config)
+        if plan is None:
+            return False
+        data = bytes(memoryview(plan))
+        pieces = (data[at : at + PIECE] for at in range(0, len(data), PIECE))
+        return all(writer.write(piece) == len(piece) for piece in pieces)
 
     def _build(self, network: INetworkDefinition, config: IBuilderConfig) -> bytes | None:
         why = self._refuses(network, config)

@@ -88,6 +88,15 @@ class IProgressMonitor(Overridable):
     def phase_finish(self, phase_name: str) -> None: ...
 
 
+class IStreamWriter(Overridable):
+    """Gets a plan piece by piece; what it returns is how many bytes it took."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def write(self, data: bytes) -> Any: ...
+
+
 class Dims(Native, collections.abc.Sequence):  # type: ignore[type-arg]
     MAX_DIMS = 8
 

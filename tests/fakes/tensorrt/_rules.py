@@ -31,6 +31,8 @@ FAILURES = (
     "slow",  # every step of a build takes 0.2 s, and the monitor is asked after each
     "no_device",  # Builder() and Runtime() fail as without a driver
 )
+OURS = ("tensorrt", "tensorrt_rtx")
+"""The modules of the fakes: classes of others are users'."""
 violations: list[str] = []
 """Every rule of TensorRT that was broken in this process. Each also raised AssertionError where it was broken."""
 
@@ -100,7 +102,7 @@ class Native:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if cls.__module__.split(".")[0] != "tensorrt":
+        if cls.__module__.split(".")[0] not in OURS:
             return  # a user's subclass is ordinary Python
         for name, member in list(vars(cls).items()):
             if inspect.isfunction(member) and (name == "__init__" or not name.startswith("_")):
@@ -109,7 +111,7 @@ class Native:
                 setattr(cls, name, property(member.fget, _strict(member.fset), member.fdel, member.__doc__))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        ours = type(self).__module__.split(".")[0] == "tensorrt"
+        ours = type(self).__module__.split(".")[0] in OURS
         if ours and not name.startswith("_") and name != "__class__" and not hasattr(type(self), name):
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
         super().__setattr__(name, value)
@@ -142,5 +144,5 @@ class Overridable(Native):
 def initialised(value: Overridable) -> None:
     """What pybind11's metaclass checks; here when the object is handed over."""
     if not getattr(value, "_initialised", False):
-        name = next(c.__name__ for c in type(value).__mro__ if c.__module__.split(".")[0] == "tensorrt")
+        name = next(c.__name__ for c in type(value).__mro__ if c.__module__.split(".")[0] in OURS)
         raise TypeError(f"tensorrt.tensorrt.{name}.__init__() must be called when overriding __init__")
