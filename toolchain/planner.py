@@ -106,7 +106,8 @@ class Planner:
         }
 
         def run(built: Built, out: Path, within: Within) -> None:
-            _weights(self, folder, built[first], out)
+            with _named(f"weights {component.name}"):
+                _weights(self, folder, built[first], out)
 
         shared: dict[str, Json] = {"weights": self.add("weights", component.name, inputs, run, [first])}
         if not self.steps[-1].hit:
@@ -259,10 +260,14 @@ def _merge(graphs: Sequence[Path], out: Path) -> None:
 
 
 def prepared(backend: Backend, graph: Artifact) -> ir.Model:
-    """An exported graph in the backend's form: quick, and so no artifact of its own."""
+    """An exported graph in the backend's form, and sound: quick, and so no artifact of its own. Raises ExportError."""
     import onnx_ir as ir
 
-    return backend.prepare(ir.load(graph.file(GRAPH)))
+    from toolchain.graph.typed import check_types
+
+    model = backend.prepare(ir.load(graph.file(GRAPH)))
+    check_types(model)
+    return model
 
 
 def _weights(planner: Planner, checkpoint: Path, graph: Artifact, out: Path) -> None:

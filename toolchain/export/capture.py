@@ -23,8 +23,10 @@ from toolchain.errors import DiffbuildError, ExportError, ModelError
 from toolchain.garbage import kept_garbage
 from toolchain.graph import IR_VERSION, OPSET
 from toolchain.graph.liveness import facts
+from toolchain.graph.opset import allow_bfloat16
 from toolchain.graph.placeholder import placeholder, static_shape
 from toolchain.graph.simplify import simplify
+from toolchain.graph.typed import check_types
 from toolchain.memory import GRAPH_FACTS
 from toolchain.models.component import Component
 from toolchain.models.source import first_line
@@ -53,7 +55,7 @@ def capture(component: Component, source: ModelSource, recipe: Recipe, bucket: B
     """The component's graph for one bucket, simplified, with its weights as placeholders named as in the checkpoint.
 
     Raises ModelError for a config that no module can be built from, ExportError where the exporter fails or the graph
-    does not have the component's signature.
+    does not have the component's signature or breaks ONNX's rules of types and shapes.
     """
     spec = component.spec(source, bucket, recipe)
     fake = FakeTensorMode(allow_non_fake_inputs=True) if component.weightless else contextlib.nullcontext()
@@ -91,6 +93,7 @@ def capture(component: Component, source: ModelSource, recipe: Recipe, bucket: B
     model.ir_version = IR_VERSION
     model.graph.name = component.name
     check_signature(model, spec, component.name)
+    check_types(allow_bfloat16(model))  # as a backend for bfloat16 will have it
     return model
 
 

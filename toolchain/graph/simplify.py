@@ -5,6 +5,7 @@
 3. A node that a weight feeds is not folded, even where all its inputs are constant: weights have no values here.
 4. Nodes and initializers that nothing uses are removed; equal nodes are merged.
 5. An Einsum that only permutes is a Transpose.
+6. Where torch promoted a type in silence there is a Cast.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from onnxscript import optimizer
 
 from toolchain.graph.einsum import transpose_einsums
 from toolchain.graph.placeholder import is_weight
+from toolchain.graph.promote import promote_types
 
 # A folded value is written into the graph of every bucket, so it must stay small: 4 MiB holds a 1024x1024 mask.
 INPUT_LIMIT_BYTES = 1 << 20
@@ -30,6 +32,7 @@ def simplify(model: ir.Model) -> ir.Model:
     model = model.clone()
     common.InlinePass()(model)
     transpose_einsums(model)
+    promote_types(model)  # before the types that torch computed are inferred anew
     # First as well: equal nodes folded one by one would each leave a copy of the value. FLUX uses its tables 228 times.
     common.CommonSubexpressionEliminationPass()(model)
     for _ in range(2):  # the second round folds what the first one uncovered; a third changed nothing on SD and SDXL

@@ -33,7 +33,8 @@ class SDXLStep(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         row, latents, time = begin(state, step, timesteps, table, self.guided, self.dtype)
         joined = torch.cat([context, context_2], dim=-1).to(self.dtype)
-        # The sizes stay in float32, where a side of more than 2048 pixels is exact; the UNet casts their embedding.
+        # The sizes stay in float32, where a side of more than 2048 pixels is exact; the UNet casts
+        # their embedding after it has joined it to the pooled prompt.
         added = {"text_embeds": pooled.to(self.dtype), "time_ids": time_ids}
         output = self.unet(latents, time, joined, added_cond_kwargs=added, return_dict=False)[0]
         output = guide_unet(output, self.guided, guidance, guidance_rescale)
