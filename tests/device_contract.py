@@ -6,6 +6,7 @@ A class that derives from `DeviceContract` needs a fixture `make`: cuda_graph ->
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,6 +25,21 @@ def swap(memory: Any) -> tuple[list[Any], list[Callable[[], None]]]:
     """Two buffers and what enqueues a copy from one to the other, in both directions."""
     ends = [memory.zeros((3, 5), F32) for _ in range(2)]
     return ends, [lambda: memory.copy(ends[1], ends[0]), lambda: memory.copy(ends[0], ends[1])]
+
+
+def others_may_allocate() -> bool:
+    """Whether a thread beside this one gets the lock of those who allocate at once."""
+    got: list[bool] = []
+
+    def ask() -> None:
+        got.append(device_memory.ALLOCATION.acquire(blocking=False))
+        if got[0]:
+            device_memory.ALLOCATION.release()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    return got[0]
 
 
 STEPS = 64

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.device_contract import DeviceContract, Make, ShiftRegister, swap
+from tests.device_contract import DeviceContract, Make, ShiftRegister, others_may_allocate, swap
 from tests.pretend import pretended
 from toolchain.engines import cuda
 from toolchain.engines.cuda_loop import UNROLLED
@@ -248,6 +248,45 @@ def test_no_garbage_is_collected_during_a_capture(make: Make) -> None:
     memory.capture(lambda: seen.append(gc.isenabled()))
     assert seen == [True, False]
     assert gc.isenabled()
+
+
+def test_the_first_run_allocates_alone(make: Make) -> None:
+    """A capture in global mode by another thread does not stand an allocation; work that is captured makes none."""
+    memory, seen = make("step"), []
+    memory.capture(lambda: seen.append(others_may_allocate()))
+    assert seen == [False, True]
+    assert others_may_allocate()
+
+
+def test_graphs_and_modules_are_made_and_destroyed_alone(gpu: Any, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take memory of the GPU, as buffers do."""
+    from cuda.bindings import driver
+
+    memory, seen = make("loop"), dict[str, bool]()
+
+    def watch(module: Any, name: str) -> None:
+        plain = getattr(module, name)
+
+        def call(*args: Any) -> Any:
+            seen[name] = others_may_allocate()
+            return plain(*args)
+
+        monkeypatch.setattr(module, name, call)
+
+    on_gpu = ("cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaFreeHost", "cudaGraphInstantiate", "cudaGraphUpload")
+    for name in (*on_gpu, "cudaGraphExecDestroy"):
+        watch(gpu, name)
+    for name in ("cuModuleLoadData", "cuModuleUnload"):
+        watch(driver, name)
+    register = ShiftRegister(memory)
+    loop = memory.loop(*register.launches)
+    assert loop is not None
+    loop(2)
+    memory.release(register.launches[0])
+    seen_then = dict(seen)
+    memory.close()
+    assert len(seen) == 9
+    assert not any([*seen_then.values(), *seen.values()]), (seen_then, seen)
 
 
 def test_what_was_not_captured_has_no_loop(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from tests.device_contract import others_may_allocate
 from tests.pretend import pretended
 from toolchain.engines import onnxruntime as ort_engine
 from toolchain.engines import onnxruntime_cuda
@@ -266,6 +267,36 @@ def test_nothing_is_allocated_while_it_captures(
     engine.bind({"state": state, "next_state": memory.zeros((2, 3), np.float32), "preview": state})
     thread.join()
     assert order == ["captured", "allocated"]
+    engine.close()
+
+
+def test_every_thread_captures_alone_whoever_had_its_identity_before(
+    ort: Any, memory: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread's identity is given to the next one, the graphs that ONNX Runtime captured in it are not."""
+    guarded, identities = [], []
+
+    class Watched(Session):
+        def run_with_iobinding(self, binding: Binding, options: RunOptions) -> None:
+            guarded.append(not others_may_allocate())
+            super().run_with_iobinding(binding, options)
+
+    monkeypatch.setattr(ort, "InferenceSession", Watched)
+    engine = opened(folder, memory)
+    states = [memory.zeros((2, 3), np.float32) for _ in range(2)]
+    launch = engine.bind({"state": states[0], "next_state": states[1]})
+
+    def work() -> None:
+        identities.append(threading.get_ident())
+        launch()
+        launch()
+
+    for _ in range(8):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert len(set(identities)) < len(identities)
+    assert guarded == [True] + [True, False] * 8
     engine.close()
 
 

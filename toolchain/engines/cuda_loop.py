@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from toolchain.engines.cuda import call, cudart, device_facts
-from toolchain.engines.device_memory import by_turns
+from toolchain.engines.device_memory import ALLOCATION, by_turns
 from toolchain.errors import EngineError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class StepLoop:
         self._memory.free(self._left)
         self._unrolled, self._while = {}, None
         if self._module is not None:
-            with suppress(EngineError):  # CUDA answers every call with an error that came before
+            with suppress(EngineError), ALLOCATION:  # CUDA answers every call with an error that came before
                 _driver("cuModuleUnload", self._module)
         self._module = None
 
@@ -91,7 +91,9 @@ class StepLoop:
             return partial(by_turns, *self._launches, 2 * passes)
 
     def _capture_while(self) -> Enqueue:
-        self._module = _driver("cuModuleLoadData", compile_kernel(device_facts()["compute_capability"]))
+        image = compile_kernel(device_facts()["compute_capability"])
+        with ALLOCATION:
+            self._module = _driver("cuModuleLoadData", image)
         function = _driver("cuModuleGetFunction", self._module, KERNEL)
         graph = call("cudaGraphCreate", 0)
         try:

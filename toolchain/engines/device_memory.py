@@ -256,11 +256,12 @@ class DeviceMemory:
     def capture(self, enqueue: Callable[[], None], capturable: Callable[[], bool] = lambda: True) -> Callable[[], None]:
         """A launch of everything that `enqueue` puts on the stream, which it must put there in the same way each time.
 
-        Runs it once before: engines set themselves up in their first run, which no capture allows. `capturable` is
-        asked then whether it can be captured at all.
+        Runs it once before: engines set themselves up and allocate in their first run, which no capture allows.
+        `capturable` is asked then whether it can be captured at all.
         """
         call("cudaSetDevice", 0)
-        enqueue()
+        with ALLOCATION:
+            enqueue()
         self.synchronize()
         if self.cuda_graph == "off":
             return enqueue
@@ -324,15 +325,16 @@ class DeviceMemory:
 
     def instantiate(self, graph: Any) -> Callable[[], None]:
         """The launch of a graph, which is used up."""
-        try:
-            executable = call("cudaGraphInstantiate", graph, 0)
-        finally:
-            call("cudaGraphDestroy", graph)
-        try:
-            call("cudaGraphUpload", executable, self._stream)
-        except EngineError:
-            cudart().cudaGraphExecDestroy(executable)
-            raise
+        with ALLOCATION:  # a graph that can be launched has memory of its own on the GPU
+            try:
+                executable = call("cudaGraphInstantiate", graph, 0)
+            finally:
+                call("cudaGraphDestroy", graph)
+            try:
+                call("cudaGraphUpload", executable, self._stream)
+            except EngineError:
+                cudart().cudaGraphExecDestroy(executable)
+                raise
         self.counters.captures += 1
         launch = partial(self._launch, executable)
         self._graphs[launch] = executable
@@ -359,7 +361,8 @@ class DeviceMemory:
             self._enqueues.pop(launch, None)
             executable = self._graphs.pop(launch, None)
             if executable is not None:
-                cudart().cudaGraphExecDestroy(executable)
+                with ALLOCATION:
+                    cudart().cudaGraphExecDestroy(executable)
 
     def close(self) -> None:
         """Waits for the GPU and frees everything. Engines must be closed before it."""
@@ -369,11 +372,11 @@ class DeviceMemory:
             loop.close()
         runtime = cudart()
         runtime.cudaStreamSynchronize(self._stream)  # what any of these calls says no longer matters
-        for executable in self._graphs.values():
-            runtime.cudaGraphExecDestroy(executable)
         for event in self._events:
             runtime.cudaEventDestroy(event)
         with ALLOCATION:
+            for executable in self._graphs.values():
+                runtime.cudaGraphExecDestroy(executable)
             for address in self._blocks:
                 runtime.cudaFree(address)
             self._staging.close()

@@ -78,7 +78,8 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         progress: Callable[[str, float | None], None] = lambda phase, share: None,
     ) -> None:
         _load_libraries()
-        super().build(graph, weights, out, {**options, **ON_HOST}, progress)
+        with ALLOCATION:  # it opens a session
+            super().build(graph, weights, out, {**options, **ON_HOST}, progress)
 
     def memory(self, folders: Sequence[Path], options: Mapping[str, Any], open_buckets: int | None = None) -> Any:
         # Each session has its own copy. Of activations only CUDA's kernels know.
@@ -132,7 +133,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         self._captures = captures
         self._places = Places(spec, folder, memory)
         self._bindings: dict[int, Any] = {}  # by the number of its graph
-        self._begun: set[tuple[int, int]] = set()  # numbers of bindings and of threads that have launched them
+        self._begun = threading.local()  # `bindings`: numbers of those that the thread has launched
 
     def bind(self, buffers: Mapping[str, Any]) -> Callable[[], None]:
         binding = self._session.io_binding()
@@ -160,16 +161,17 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
     def _launch(self, number: int, settings: Any) -> None:
         """The first one in each thread allocates and captures.
 
-        ONNX Runtime captures in CUDA's global mode, in which an allocation by any other thread spoils the capture.
+        ONNX Runtime captures in CUDA's global mode, in which an allocation by any other thread spoils the capture. What
+        a thread has begun ends with it: the next one may be given its identity, and captures anew.
         """
         assert self._session is not None, "the engine is closed"
-        begun = (number, threading.get_ident())
-        if begun in self._begun:
+        begun = vars(self._begun).setdefault("bindings", set())
+        if number in begun:
             self._run(number, settings)
             return
         with ALLOCATION:
             self._run(number, settings)
-        self._begun.add(begun)
+        begun.add(number)
 
     def _run(self, number: int, settings: Any) -> None:
         try:
@@ -201,7 +203,8 @@ def _require_provider() -> None:
     _load_libraries()
     settings = _session_options({"threads": 1})
     try:
-        found = _ort().InferenceSession(NEGATION, settings, providers=[PROVIDER]).get_providers()
+        with ALLOCATION:
+            found = _ort().InferenceSession(NEGATION, settings, providers=[PROVIDER]).get_providers()
     except Exception as error:  # of onnxruntime's dozen classes
         got = str(error).strip().splitlines()[0]
         raise EngineError("ONNX Runtime cannot use the GPU", got=got) from error
