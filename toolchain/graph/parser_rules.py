@@ -1,19 +1,21 @@
 """What TensorRT's ONNX parser refuses, told before anything is built: on a machine without TensorRT, and by node.
 
-The tables are those of onnx-tensorrt's docs/operators.md (TensorRT 10.15; 11.1 adds nothing that an export writes), the
-versions beside them those of its changelog and issues. Numbered as in the tests:
+The tables are in `parser_tables`. TensorRT for RTX has a parser of another line: where it was asked and takes more or
+less, the rule says so. Numbered as in the tests:
 
 1. An operator that the parser does not have, or not yet in this version of TensorRT.
 2. A type that the operator does not take in TensorRT: integers in Clip, uint8 in anything but a Cast.
 3. A type that ONNX allows only at a newer opset: bfloat16 convolutions came with opset 22. (onnx's checker refuses such
-   a graph; what TensorRT makes of it is not documented.) What no opset allows, TensorRT's own table decides: Einsum in
-   bfloat16, which torch writes and TensorRT lists.
-4. float64, which TensorRT computes in float32 without saying so.
+   a graph; what TensorRT makes of it is not documented, TensorRT for RTX takes it.) What no opset allows, the table
+   decides: Einsum in bfloat16, which torch writes and TensorRT lists.
+4. float64, which both libraries compute in float32 without saying so.
 5. An attribute, output or rank that an operator may not have.
 6. An input that must be a constant and is computed.
-7. Zero points other than 0, and a DequantizeLinear that makes float32 of what was quantised from float16.
-8. An opset that the parser does not know.
+7. Zero points other than 0, and a DequantizeLinear that makes float32 of what was quantised from float16: it is taken,
+   and slow.
+8. An opset that the parser does not know. (It reads operators of a newer one by the rules of those it knows.)
 9. All of this inside of If, Loop and Scan too; an Attention there, and branches of different ranks.
+10. Inputs of several types where ONNX wants one: networks are strongly typed, and nothing is cast for them.
 """
 
 from __future__ import annotations
@@ -24,108 +26,44 @@ from functools import cache
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-OLDEST = (10, 13)
-OPSETS = range(9, 25)
-Version = tuple[int, ...]
-D = ir.DataType
-
-NOT_THERE = """
-    AffineGrid Bernoulli BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor CenterCropPad Col2Im Compress
-    ConcatFromSequence ConvInteger DFT Det DynamicQuantizeLinear ImageDecoder MatMulInteger MaxRoiPool MaxUnpool
-    MelWeightMatrix Multinomial NegativeLogLikelihoodLoss Optional OptionalGetElement OptionalHasElement QLinearConv
-    QLinearMatMul RegexFullMatch SequenceAt SequenceConstruct SequenceEmpty SequenceErase SequenceInsert SequenceLength
-    SequenceMap SoftmaxCrossEntropyLoss SplitToSequence StringConcat StringNormalizer StringSplit TfIdfVectorizer Unique
-"""  # what has no entry in TAKES either; by name, so that a newer operator and a refused one can be told apart
-SINCE: dict[str, Version] = {
-    "Attention": (10, 14),
-    "RMSNormalization": (10, 14),
-    "RotaryEmbedding": (10, 15),
-    "TensorScatter": (10, 15),
-}
-FLOATS = frozenset({D.FLOAT, D.FLOAT16, D.BFLOAT16})
-HALVES = FLOATS - {D.BFLOAT16}
-WHOLE = frozenset({D.INT32, D.INT64})
-FLAGS = frozenset({D.BOOL})
-QUANTISED = frozenset({D.INT8, D.INT4, D.FLOAT8E4M3FN, D.FLOAT4E2M1})
-# Types of an operator's data, by the types; what is a shape, an index or an axis is not meant.
-TYPES: dict[frozenset[ir.DataType], str] = {
-    FLOATS: """
-        Acos Acosh Asin Asinh Atan Atanh AveragePool BatchNormalization Ceil Celu Clip Conv ConvTranspose Cos Cosh
-        CumSum Dropout Einsum Elu Erf Exp Floor GRU Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool GroupNormalization
-        HardSigmoid HardSwish Hardmax ImageScaler InstanceNormalization IsInf LRN LSTM LayerNormalization LeakyRelu Log
-        LogSoftmax LpNormalization LpPool MatMul MaxPool MeanVarianceNormalization PRelu ParametricSoftplus
-        QuantizeLinear RMSNormalization RNN RandomNormal RandomNormalLike RandomUniform RandomUniformLike Reciprocal
-        Resize RotaryEmbedding Round ScaledTanh Selu Sigmoid Sin Sinh Softmax Softplus Softsign Sqrt Tan Tanh
-        ThresholdedRelu Upsample""",
-    HALVES: """
-        BlackmanWindow DeformConv GridSample HammingWindow HannWindow Mish NonMaxSuppression NonZero RoiAlign""",
-    frozenset({D.FLOAT}): "STFT",
-    FLOATS | WHOLE: """
-        Abs Add ArgMax ArgMin DepthToSpace Div Equal Greater GreaterOrEqual IsNaN Less LessOrEqual Max Min Mod Mul Neg
-        Pad Pow Range ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
-        ReduceSumSquare Relu Scatter ScatterElements ScatterND Shrink Sign SpaceToDepth Sub Sum TopK""",
-    FLOATS | WHOLE | FLAGS: """
-        Concat Expand EyeLike Flatten Gather GatherElements GatherND Identity OneHot Reshape ReverseSequence Shape Size
-        Slice Split Squeeze Tile Transpose Trilu Unsqueeze Where""",
-    FLOATS | WHOLE | FLAGS | {D.UINT8}: "Cast CastLike",
-    FLOATS | WHOLE | FLAGS | (QUANTISED - {D.INT8}): "Constant ConstantOfShape",
-    FLOATS | WHOLE | {D.INT8}: "Gelu",
-    FLOATS | WHOLE | {D.FLOAT8E4M3FN}: "Mean",
-    FLOATS | {D.INT8, D.FLOAT8E4M3FN}: "Attention",
-    FLOATS | {D.INT32}: "TensorScatter",
-    FLAGS: "And Not Or Xor",
-    QUANTISED: "DequantizeLinear",
-    frozenset(): "If Loop Scan",  # their bodies are looked at, node by node
-}
-TAKES = {name: types for types, names in TYPES.items() for name in names.split()}
-DATA_INPUT = {"Where": 1, "OneHot": 2}
-OUTPUTS_TYPED = frozenset(
-    {"Cast", "CastLike", "Constant", "ConstantOfShape", "EyeLike", "RandomNormal", "RandomUniform"}
+from toolchain.graph.parser_tables import (
+    CONSTANT_INPUTS,
+    CONSTANT_INPUTS_RTX,
+    CONVERTED,
+    DATA_INPUT,
+    FLOATS,
+    FORBIDDEN_ATTRIBUTES,
+    INPUTS_LEFT_OUT,
+    KNOWN,
+    MAX_TOPK,
+    MODES,
+    MODES_RTX,
+    NONPAD,
+    NOT_THERE,
+    OLDEST,
+    OPSETS,
+    OPSETS_RTX,
+    OUTPUTS,
+    OUTPUTS_TYPED,
+    PLUGINS,
+    SINCE,
+    TAKES,
+    TAKES_RTX,
+    D,
+    Version,
 )
-# Inputs that must be known when the engine is built: "initializer" or "build-time constant" in operators.md.
-CONSTANT_INPUTS: dict[str, dict[int, str]] = {
-    "CumSum": {1: "axis"},
-    "Dropout": {2: "training_mode"},
-    "OneHot": {1: "depth"},
-    "STFT": {1: "frame_step", 2: "window"},
-    "Squeeze": {1: "axes"},
-    "Unsqueeze": {1: "axes"},
-    **{name: {1: "axes"} for name in TAKES if name.startswith("Reduce")},
-}
-MODES: dict[str, dict[str, tuple[object, ...]]] = {
-    "AveragePool": {"dilations": (1,)},
-    "LpPool": {"dilations": (1,)},
-    "MaxPool": {"dilations": (1,)},
-    "Attention": {"softcap": (0.0,), "qk_matmul_output_mode": (0,)},
-    "LSTM": {"input_forget": (0,), "layout": (0,)},
-    "Resize": {
-        "mode": ("nearest", "linear"),
-        "coordinate_transformation_mode": (
-            *("half_pixel", "pytorch_half_pixel", "tf_half_pixel_for_nn", "asymmetric", "align_corners"),
-        ),
-        "nearest_mode": ("floor", "ceil", "round_prefer_floor", "round_prefer_ceil"),
-        "keep_aspect_ratio_policy": ("stretch",),
-        "antialias": (0,),
-    },
-    "ScatterND": {"reduction": ("none",)},
-    "TensorScatter": {"axis": (-2,)},
-    "TopK": {"sorted": (1,)},
-}
-"""The values that an attribute may have, each of them where it is a list; an attribute that is absent is fine."""
-FORBIDDEN_ATTRIBUTES = {"Constant": ("sparse_value", "value_string", "value_strings")}
-OUTPUTS = {"Attention": 1, "LayerNormalization": 1, "MaxPool": 1}
-INPUTS_LEFT_OUT = {"Attention": (4, 5, 6)}  # past_key, past_value, nonpad_kv_seqlen
-MAX_TOPK = 3840
 
 
 def refusals(model: ir.Model, version: Version = OLDEST) -> list[str]:
-    """What the parser of a TensorRT version would refuse of a graph, one line for each node and reason.
+    """What the parser of a version would refuse of a graph, one line for each node and reason.
 
+    `version` is what either library says of itself: (11, 4) is one of TensorRT, (1, 7, 1) one of TensorRT for RTX.
     Weights may be placeholders without values. An empty list is no promise: kernels are the builder's business.
     """
     opset = model.opset_imports.get("", 0)
-    if opset not in OPSETS:
-        return [f"opset {opset} is not one of {OPSETS.start} to {OPSETS.stop - 1}"]  # 8
+    known = OPSETS_RTX if _rtx(version) else OPSETS
+    if opset not in known:
+        return [f"opset {opset} is not one of {known.start} to {known.stop - 1}"]  # 8
     if any(value.dtype is None for node, _ in _nodes(model.graph) for value in node.outputs):
         model = common.ShapeInferencePass()(model.clone()).model  # of an untyped value nothing can be said
     functions = {(name[0], name[1]) for name in model.functions}
@@ -135,6 +73,16 @@ def refusals(model: ir.Model, version: Version = OLDEST) -> list[str]:
         if (node.domain, node.op_type) not in functions
         for why in _of_node(node, nested, opset, version)
     ]
+
+
+def _rtx(version: Version) -> bool:
+    """TensorRT for RTX counts from 1, TensorRT was at 10 by then."""
+    return version < (10,)
+
+
+def _has(version: Version, since: Version) -> bool:
+    """Whether what came with a TensorRT version is there. TensorRT for RTX has all that is asked for here."""
+    return _rtx(version) or version >= since
 
 
 def _nodes(graph: ir.Graph, nested: bool = False) -> Iterator[tuple[ir.Node, bool]]:
@@ -153,9 +101,10 @@ def _of_node(node: ir.Node, nested: bool, opset: int, version: Version) -> Itera
         return
     if nested and node.op_type == "Attention":
         yield "it stands inside of an If or Loop (NVIDIA/TensorRT issue 4739)"  # 9
-    yield from _types(node, opset)
-    yield from _attributes(node)
-    yield from _constants(node)
+    yield from _types(node, opset, version)
+    yield from _agreement(node, opset, version)
+    yield from _attributes(node, version)
+    yield from _constants(node, version)
     if node.op_type in SPECIAL:
         yield from SPECIAL[node.op_type](node, version)
 
@@ -164,31 +113,69 @@ def _missing(node: ir.Node, opset: int, version: Version) -> str | None:
     """1"""
     if node.domain not in ("", "ai.onnx"):
         return f"an operator of the domain {node.domain}"
-    if node.op_type not in TAKES:
+    if _rtx(version) and node.op_type in PLUGINS.split():
+        return "it is a plugin, and TensorRT for RTX has none"
+    if node.op_type not in _takes(version):
         return "TensorRT has no such operator" if node.op_type in NOT_THERE.split() else "an unknown operator"
     since = SINCE.get(node.op_type)
     if node.op_type == "GroupNormalization" and opset >= 21:
         since = (10, 15)  # NVIDIA/TensorRT issues 4313 and 4336
-    if since is not None and version < since:
+    if since is not None and not _has(version, since):
         return f"TensorRT has it since {'.'.join(map(str, since))}"
     return None
 
 
-def _types(node: ir.Node, opset: int) -> Iterator[str]:
+def _takes(version: Version) -> dict[str, frozenset[ir.DataType]]:
+    return TAKES_RTX if _rtx(version) else TAKES
+
+
+def _types(node: ir.Node, opset: int, version: Version) -> Iterator[str]:
     """2, 3, 4"""
     values = [v for v in (*node.inputs, *node.outputs) if v is not None and v.dtype is not None]
     if any(v.dtype is D.DOUBLE for v in values):
         yield "float64 is computed in float32"
         return
-    data = _data(node)
-    if TAKES[node.op_type] and data is not None and data not in TAKES[node.op_type]:
+    data, taken = _data(node), _takes(version)[node.op_type]
+    if taken and data is not None and data not in taken:
         yield f"{_said(data)} is no type that TensorRT's {node.op_type} takes"
+    strange = next((v.dtype for v in values if v.dtype not in KNOWN and v.dtype is not data), None)
+    if strange is not None:
+        yield f"{_said(strange)} is no type of TensorRT"
     for index, value in (*enumerate(node.inputs), *((-1 - i, v) for i, v in enumerate(node.outputs))):
         if value is not None and value.dtype is not None and not _legal(node.op_type, opset, index, value.dtype):
             since = next((v for v in OPSETS if v > opset and _legal(node.op_type, v, index, value.dtype)), None)
-            if since is not None:
+            if since is not None and not _rtx(version):
                 yield f"{_said(value.dtype)} is no type of it in opset {opset}, only since {since}"
                 return
+
+
+def _agreement(node: ir.Node, opset: int, version: Version) -> Iterator[str]:
+    """10"""
+    found: dict[str, ir.Value] = {}
+    for index, value in enumerate(node.inputs):
+        if value is None or value.dtype is None:
+            continue
+        if _rtx(version) and node.op_type in CONVERTED and index and _is_constant(value):
+            continue
+        first = found.setdefault(_variable(node.op_type, opset, index), value)
+        if first.dtype is not value.dtype and first.dtype is not None:
+            yield (
+                f"{first.name} is {_said(first.dtype)} and {value.name} is {_said(value.dtype)}: "
+                "they must be of one type, nothing is cast"
+            )
+            return
+
+
+@cache
+def _variable(op_type: str, opset: int, index: int) -> str:
+    """The name of an input's type: inputs of one name are of one type. An own one where ONNX asks nothing."""
+    import onnx
+
+    if op_type == "GridSample":
+        return "T"  # ONNX lets input and grid differ, TensorRT does not
+    formal = onnx.defs.get_schema(op_type, opset).inputs
+    place = formal[min(index, len(formal) - 1)]
+    return str(place.type_str) if place.is_homogeneous and "(" not in place.type_str else str(index)
 
 
 def _data(node: ir.Node) -> ir.DataType | None:
@@ -216,9 +203,9 @@ def _said(dtype: ir.DataType) -> str:
     return {"FLOAT": "float32", "DOUBLE": "float64"}.get(dtype.name, dtype.name.lower())
 
 
-def _attributes(node: ir.Node) -> Iterator[str]:
+def _attributes(node: ir.Node, version: Version) -> Iterator[str]:
     """5"""
-    for name, allowed in MODES.get(node.op_type, {}).items():
+    for name, allowed in (MODES_RTX if _rtx(version) else MODES).get(node.op_type, {}).items():
         if name in node.attributes:
             value = node.attributes[name].value
             values = value if isinstance(value, tuple | list) else (value,)
@@ -231,13 +218,15 @@ def _attributes(node: ir.Node) -> Iterator[str]:
     if used:
         yield f"the output {used[0].name} is not supported: only the first is"
     for index in INPUTS_LEFT_OUT.get(node.op_type, ()):
+        if _rtx(version) and index == NONPAD:
+            continue
         if len(node.inputs) > index and node.inputs[index] is not None:
             yield f"the input {index} is not supported"
 
 
-def _constants(node: ir.Node) -> Iterator[str]:
+def _constants(node: ir.Node, version: Version) -> Iterator[str]:
     """6"""
-    for index, name in CONSTANT_INPUTS.get(node.op_type, {}).items():
+    for index, name in (CONSTANT_INPUTS_RTX if _rtx(version) else CONSTANT_INPUTS).get(node.op_type, {}).items():
         value = node.inputs[index] if index < len(node.inputs) else None
         if value is not None and not _is_constant(value):
             yield f"{name} is computed, it must be a constant"
@@ -262,18 +251,26 @@ def _rank(value: ir.Value | None) -> int | None:
 
 def _attention(node: ir.Node, version: Version) -> Iterator[str]:
     ranks = [_rank(v) for v in node.inputs[:4] if v is not None]
-    if any(rank not in (None, 4) for rank in ranks):
-        yield f"query, key, value and mask must have 4 dimensions, not {ranks}"
+    if not _rtx(version):
+        if any(rank not in (None, 4) for rank in ranks):
+            yield f"query, key, value and mask must have 4 dimensions, not {ranks}"
+        return
+    key, value, mask = (*node.inputs[1:4], None, None, None)[:3]
+    causal = node.attributes.get("is_causal")
+    if mask is not None and causal is not None and causal.as_int():
+        yield "is_causal and a mask exclude each other"
+    if key is not None and value is not None and None not in (key.shape, value.shape) and key.shape != value.shape:
+        yield f"key and value must have one shape, not {key.shape} and {value.shape}"
 
 
 def _pool(node: ir.Node, version: Version) -> Iterator[str]:
     rank = _rank(node.inputs[0])
-    if rank not in (None, 4, 5):
+    if rank not in (None, 4, 5) and not _rtx(version):
         yield f"only 2-D and 3-D pooling is supported, the input has {rank} dimensions"
 
 
 def _grid_sample(node: ir.Node, version: Version) -> Iterator[str]:
-    rank, most = _rank(node.inputs[0]), 5 if version >= (11, 2) else 4
+    rank, most = _rank(node.inputs[0]), 5 if _has(version, (11, 2)) else 4
     if rank is not None and not 4 <= rank <= most:
         yield f"the input has {rank} dimensions (expected 4, from TensorRT 11.2 on also 5)"
 
@@ -283,16 +280,28 @@ def _convolution(node: ir.Node, version: Version) -> Iterator[str]:
         yield "no bfloat16 kernel (TensorRT-Incubator issue 565)"
 
 
+def _mod(node: ir.Node, version: Version) -> Iterator[str]:
+    fmod = node.attributes.get("fmod")
+    if _data(node) in FLOATS and (fmod is None or not fmod.as_int()):
+        yield "fmod = 0 is for integers"
+
+
 def _resize(node: ir.Node, version: Version) -> Iterator[str]:
     axes, rank = node.attributes.get("axes"), _rank(node.inputs[0])
     by_scales = len(node.inputs) > 2 and node.inputs[2] is not None
-    if axes is not None and by_scales and rank is not None and list(axes.as_ints()) != list(range(rank)):
+    if (
+        axes is not None
+        and by_scales
+        and rank is not None
+        and not _rtx(version)
+        and list(axes.as_ints()) != list(range(rank))
+    ):
         yield f"axes = {list(axes.as_ints())} (expected all {rank}, in order)"
 
 
 def _top_k(node: ir.Node, version: Version) -> Iterator[str]:
     count = _values(node.inputs[1])
-    if count is not None and count[0] >= MAX_TOPK:
+    if count is not None and count[0] >= MAX_TOPK and not _rtx(version):
         yield f"K = {int(count[0])} (expected less than {MAX_TOPK})"
 
 
@@ -317,6 +326,8 @@ def _zero_point(node: ir.Node, version: Version) -> Iterator[str]:
 
 def _branches(node: ir.Node, version: Version) -> Iterator[str]:
     """9"""
+    if _rtx(version):
+        return
     then, other = node.attributes["then_branch"].as_graph(), node.attributes["else_branch"].as_graph()
     for a, b in zip(then.outputs, other.outputs, strict=True):
         if a.name == b.name:
@@ -339,6 +350,7 @@ SPECIAL: dict[str, Callable[[ir.Node, Version], Iterator[str]]] = {
     "GridSample": _grid_sample,
     "If": _branches,
     "MaxPool": _pool,
+    "Mod": _mod,
     "QuantizeLinear": _zero_point,
     "Resize": _resize,
     "TensorScatter": _tensor_scatter,
