@@ -2,6 +2,7 @@
 
 The wheels `tensorrt_cu13_bindings` hold the bindings without the libraries. With libraries that export nothing but the
 nine entry points they can be imported, looked at, and not used. A surface is made once and kept in pytest's cache.
+TensorRT for RTX is looked at where it is installed.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ ENTRY_POINTS = (
     "initLibNvInferPlugins",
 )
 CPP_NAMES = {"IParserError": "ParserError"}  # what docstrings call by the name of the C++ class
-FORMAT = 4  # of the kept surfaces
+FORMAT = 5  # of the kept surfaces
 
 DUMP = """
 import json, sys
-import MODULE as module
+IMPORT
 def text(value):
     return getattr(value, "__doc__", None) or ""
 def describe(value):
@@ -63,8 +64,13 @@ for name, value in names.items():
         functions[name] = text(value)
     else:
         values[name] = type(value).__name__
-json.dump({"classes": classes, "functions": functions, "values": values}, sys.stdout)
+json.dump(
+    {"version": module.__version__, "classes": classes, "functions": functions, "values": values}, sys.stdout
+)
 """
+
+
+INSTALLED_RTX = "from toolchain.engines.tensorrt_library import TENSORRT_RTX; module = TENSORRT_RTX.module()"
 
 
 class UnavailableError(Exception):
@@ -188,9 +194,15 @@ def load(version: str, cache: Path) -> Surface:
     return Surface(version, json.loads(kept.read_text()))
 
 
-def dump(module: str, path: str) -> str:
-    """The surface of a module of the given search path, as JSON, read in a process of its own."""
-    code = DUMP.replace("MODULE", module)
+def load_rtx() -> Surface:
+    """Of TensorRT for RTX as it is installed. UnavailableError."""
+    data = json.loads(dump(INSTALLED_RTX, os.pathsep.join(sys.path)))
+    return Surface(f"RTX {data['version']}", data)
+
+
+def dump(imports: str, path: str) -> str:
+    """The surface of what a statement imports as `module`, as JSON, read in a process of its own on a search path."""
+    code = DUMP.replace("IMPORT", imports)
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -199,7 +211,7 @@ def dump(module: str, path: str) -> str:
         check=False,
     )
     if done.returncode:
-        raise UnavailableError(f"{module} of {path} cannot be imported: {done.stderr.strip().splitlines()[-1]}")
+        raise UnavailableError(f"{imports!r} fails: {done.stderr.strip().splitlines()[-1]}")
     return done.stdout
 
 
@@ -215,7 +227,7 @@ def _dump(version: str) -> str:
         if done.returncode:
             raise UnavailableError(f"pip cannot install {requirement}: {done.stderr.strip().splitlines()[-1]}")
         _stub_libraries(compiler, Path(folder), target / "tensorrt_bindings", version.split(".")[0])
-        return dump("tensorrt_bindings", str(target))
+        return dump("import tensorrt_bindings as module", str(target))
 
 
 def _stub_libraries(compiler: str, folder: Path, place: Path, major: str) -> None:

@@ -43,6 +43,7 @@ def uses_tensorrt(path: Path) -> bool:
         (isinstance(n, ast.Import) and any(a.name == "tensorrt" for a in n.names))
         or (isinstance(n, ast.ImportFrom) and n.module == "tensorrt")
         or (isinstance(n, ast.arg) and n.arg == "trt")
+        or (isinstance(n, ast.Name) and n.id == "trt")
         for n in ast.walk(ast.parse(path.read_text()))
     )
 

@@ -1,4 +1,7 @@
-"""Every TensorRT name that the source and the fake use exists in NVIDIA's bindings, 10.13 to 11.4, as they use it."""
+"""Every name that the source and the fake use exists in NVIDIA's bindings, as they use it.
+
+In those of TensorRT, 10.13 to 11.4, and in those of TensorRT for RTX: one source drives both.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ from typing import Any
 import pytest
 
 from tests.pretend import pretended
-from tests.trt.bindings import VERSIONS, Surface, UnavailableError, load
+from tests.trt.bindings import VERSIONS, Surface, UnavailableError, load, load_rtx
 from tests.trt.names import guards, problems, uses_tensorrt
-from toolchain.options import TensorRtOptions
+from toolchain.options import TensorRtOptions, TensorRtRtxOptions
 
 ROOT = Path(__file__).parents[2]
 # Tests that need a GPU run nowhere else; those on the fake are held to the names by the fake itself.
@@ -36,19 +39,37 @@ def surfaces(pytestconfig: pytest.Config) -> list[Surface]:
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="session")
+def rtx() -> Surface:
+    try:
+        return load_rtx()
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
 def found(path: Path, source: str, surfaces: list[Surface]) -> list[str]:
     return [p for p in problems(source, surfaces, path.name) if not any(known in p for known in KNOWN)]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def for_rtx(path: Path) -> bool:
+    """Whether a file drives TensorRT for RTX alone."""
+    return "rtx" in path.name
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if not for_rtx(p)], ids=lambda p: p.name)
 def test_the_source_uses_what_is_there(path: Path, surfaces: list[Surface]) -> None:
     assert found(path, path.read_text(), surfaces) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
-def test_what_the_source_asks_for_is_in_some_version(path: Path, surfaces: list[Surface]) -> None:
+def test_the_source_uses_what_is_there_for_rtx(path: Path, rtx: Surface) -> None:
+    assert found(path, path.read_text(), [rtx]) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_what_the_source_asks_for_is_in_some_version(path: Path, surfaces: list[Surface], rtx: Surface) -> None:
     """A misspelt name in hasattr() or getattr() would be answered with no for ever."""
-    every = {name for surface in surfaces for name in surface.names}
+    every = {name for surface in (*surfaces, rtx) for name in surface.names}
     assert {name for name in guards(path.read_text()) if name not in every} == set()
 
 
@@ -78,11 +99,11 @@ def is_foreign(node: ast.Attribute) -> bool:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
-def test_no_use_goes_unseen(path: Path, surfaces: list[Surface]) -> None:
+def test_no_use_goes_unseen(path: Path, surfaces: list[Surface], rtx: Surface) -> None:
     source = path.read_text()
     # Of one word are names of other libraries, too: Path.name, array.shape, json's dump.
-    newest = surfaces[-1:]
-    names = {n for n in newest[0].names if "_" in n.strip("_") or not n.islower()}
+    newest = [rtx] if for_rtx(path) else [surfaces[-1], rtx]
+    names = {n for surface in newest for n in surface.names if "_" in n.strip("_") or not n.islower()}
     mutants = misspelt(source, names)
     assert [(line, name) for line, name, mutant in mutants if not found(path, mutant, newest)] == []
 
@@ -96,6 +117,31 @@ def test_the_recipe_speaks_of_members_that_exist(surfaces: list[Surface]) -> Non
     ):
         for surface in surfaces:
             assert {v.upper() for v in typing.get_args(hints[option])} == set(surface.members(cls) or ())
+
+
+def test_the_recipe_speaks_of_members_of_rtx(rtx: Surface) -> None:
+    """Compute capabilities as SM89, the oldest of which takes no float32; the others in capitals."""
+    hints = typing.get_type_hints(TensorRtRtxOptions)
+    kinds = {kind.upper() for kind in typing.get_args(hints["kernel_specialization"])}
+    assert kinds == set(rtx.members("DynamicShapesKernelSpecializationStrategy") or ())
+    (targets, _) = typing.get_args(hints["targets"])
+    names = {f"SM{target.replace('.', '')}" for target in typing.get_args(targets)}
+    assert names == set(rtx.members("ComputeCapability") or ()) - {"NONE", "CURRENT", "SM75"}
+
+
+def test_what_the_libraries_differ_in(surfaces: list[Surface], rtx: Surface) -> None:
+    """The enumerations of TensorRT for RTX are those of TensorRT 11: what the stand-in says of one holds for both."""
+    newest = surfaces[-1]
+    shared = {cls for cls in rtx.classes if rtx.members(cls) is not None} & set(newest.classes)
+    differing = {
+        f"{cls}.{name}"
+        for cls in shared
+        for name in (rtx.members(cls) or {}).items() ^ (newest.members(cls) or {}).items()
+    }
+    assert {name.split("'")[1] for name in differing} == {"REQUIRE_USER_ALLOCATION", *LEFT_OUT}
+
+
+LEFT_OUT = {"PREFER_AOT_PYTHON_PLUGINS", "PREFER_JIT_PYTHON_PLUGINS"}
 
 
 def test_there_is_something_to_see() -> None:
@@ -162,6 +208,19 @@ WRONG = {
         "    def step_complete(self, a, b): ...\n    def phase_finish(self, a): ...",
         "M does not override IProgressMonitor.phase_start",
     ),
+    "of the module as a parameter": (
+        "def f(trt: Any):\n    return trt.BuilderFlags.TF32",
+        "tensorrt has no BuilderFlags",
+    ),
+    "of the module as a local": (
+        "def f(library):\n    trt = library.module()\n    return trt.Bilder(1)",
+        "tensorrt has no Bilder",
+    ),
+    "a class made for a module": (
+        "def f(trt: Any):\n    class M(trt.IProgressMonitor):\n        def phase_start(self, a, b, c): ...\n"
+        "        def step_complete(self, a, b): ...\n    return M()",
+        "M does not override IProgressMonitor.phase_finish",
+    ),
     "override with other arguments": ("class L(trt.ILogger):\n    def log(self, msg): ...", "takes other arguments"),
 }
 
@@ -189,12 +248,33 @@ RIGHT = {
     "base class": "class L(trt.ILogger):\n    def __init__(self):\n        trt.ILogger.__init__(self)\n"
     "    def log(self, severity, msg): ...",
     "splat": "def f(context, a):\n    context.set_tensor_address(*a)",
+    "a parameter": "def f(trt: Any, logger: Any):\n    return trt.Builder(logger).create_builder_config().flags",
+    "a local": "def f(library):\n    trt = library.module()\n    return trt.BuilderFlag.TF32",
 }
 
 
 @pytest.mark.parametrize("case", RIGHT)
 def test_what_is_right_is_not_reported(surfaces: list[Surface], case: str) -> None:
     assert problems(HEAD + RIGHT[case], surfaces) == []
+
+
+OF_ONE = {
+    "IBuilderConfig has no set_compute_capability": "def f(config):\n    config.set_compute_capability(1, 0)",
+    "IExecutionContext has no is_stream_capturable": "def f(context):\n    return context.is_stream_capturable(1)",
+    "tensorrt has no ComputeCapability": "def f(trt: Any):\n    return trt.ComputeCapability.SM89",
+}
+"""Only TensorRT for RTX has these."""
+
+
+@pytest.mark.parametrize("problem", OF_ONE)
+def test_what_one_library_has_is_guarded(surfaces: list[Surface], rtx: Surface, problem: str) -> None:
+    head, body = OF_ONE[problem].split("\n")
+    name = problem.split()[-1]
+    holder = head[6:].split(":")[0].rstrip(")")
+    guarded = f"{head}\n    if hasattr({holder}, '{name}'):\n    {body}"
+    for source, expected in ((OF_ONE[problem], [f"source:2: {problem} ({', '.join(VERSIONS)})"]), (guarded, [])):
+        assert problems(source, surfaces) == expected
+        assert problems(source, [rtx]) == []
 
 
 # The fake
