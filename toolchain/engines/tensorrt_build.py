@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.engines.build_monitor import Say, make_logger, make_monitor
 from toolchain.engines.plan_file import make_plan_file
+from toolchain.engines.rtx_targets import chosen_targets, set_targets
 from toolchain.engines.tensorrt_library import LIBRARIES_BY_BACKEND, Library
 from toolchain.engines.tensorrt_network import (
     GRAPH,
@@ -33,7 +34,6 @@ from toolchain.engines.tensorrt_network import (
 )
 from toolchain.engines.tensorrt_plan import FORMAT, PLAN
 from toolchain.engines.tensorrt_report import report
-from toolchain.engines.tensorrt_targets import chosen_targets, set_targets
 from toolchain.engines.timing_cache import merge_cache, read_cache
 from toolchain.errors import DiffbuildError, EngineError, StoreError
 from toolchain.files import file_digest

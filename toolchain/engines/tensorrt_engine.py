@@ -100,12 +100,12 @@ class TensorRtEngine:
         self._plan = None
 
     def _context(self, plan: OpenPlan, buffers: Mapping[str, DeviceBuffer]) -> Any:
-        context = plan.context()
+        engine, context = plan.engine, plan.context()
         if context is None:
             raise plan.failure("TensorRT cannot make an execution context")
         if plan.profiles > 1:
             self._choose_profile(plan, context)
-        block = self._memory.scratch(plan.engine.device_memory_size_v2)
+        block = self._memory.scratch(engine.device_memory_size_v2)
         context.set_device_memory(block.address, block.nbytes)
         refused = [name for name, b in buffers.items() if not context.set_tensor_address(name, b.address)]
         unknown = context.infer_shapes()

@@ -20,6 +20,7 @@ import numpy as np
 
 from toolchain.engines.cuda import device_facts
 from toolchain.engines.forecast import FEWER_BUCKETS, OUT_OF_MEMORY
+from toolchain.engines.rtx_runtime import ask_validity, runtime_config
 from toolchain.engines.runtime_cache import RuntimeCache
 from toolchain.engines.tensorrt_library import Library
 from toolchain.errors import EngineError
@@ -85,7 +86,7 @@ class OpenPlan:
             if facts["stripped"]:
                 self._refit(facts["refit"], weights["weights"])
             if library.portable:
-                self._configure(facts, kernel_specialization)
+                self._finish_here(facts, kernel_specialization)
         except BaseException:
             self.close()
             raise
@@ -154,31 +155,18 @@ class OpenPlan:
 
     def _require_valid(self, plan: mmap.mmap) -> None:
         """EngineError for a plan that the library says it cannot run on this GPU; a warning where it will be slow."""
-        trt, here = self._trt, device_facts()
-        validity, bits = self._runtime.get_engine_validity(plan)
-        diagnostics = trt.EngineInvalidityDiagnostics
-        names = [name for name, member in diagnostics.__members__.items() if int(bits) & int(member)]
-        why = ", ".join(names).lower().replace("_", " ") or "no reason given"
-        gpu = (
-            f"{here['name']} (compute capability {here['compute_capability']}), {self._library.title} {trt.__version__}"
-        )
-        if validity == trt.EngineValidity.INVALID:
-            raise self.failure(f"{self._library.title} cannot run the engine on this GPU", [f"{why}: {gpu}"], REBUILD)
-        if validity == trt.EngineValidity.SUBOPTIMAL:
-            log.warning("%s: the engine is not the best for %s: %s", self.folder, gpu, why)
+        validity, why = ask_validity(self._trt, self._runtime, plan)
+        if validity == "invalid":
+            raise self.failure(f"{self._library.title} cannot run the engine on this GPU", [why], REBUILD)
+        if validity == "suboptimal":
+            log.warning("%s: the engine is not the best for this GPU: %s", self.folder, why)
 
-    def _configure(self, facts: Mapping[str, Any], kernel_specialization: str) -> None:
-        """How contexts run an engine that is finished here: kernels from the last time, and graphs captured by us."""
-        trt, here = self._trt, device_facts()
-        config = self.engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # the step is captured as a whole, and not in parts
-        strategies = trt.DynamicShapesKernelSpecializationStrategy
-        config.dynamic_shapes_kernel_specialization_strategy = strategies.__members__[kernel_specialization.upper()]
+    def _finish_here(self, facts: Mapping[str, Any], kernel_specialization: str) -> None:
+        """Kernels are finished on this GPU, but for those of the last time."""
+        here, library = device_facts(), {self._library.backend: str(self._trt.__version__)}
         tied = {name: str(here[name]) for name in ("name", "compute_capability", "driver")}
-        library = {self._library.backend: str(trt.__version__)}
-        self._kernels = RuntimeCache(config, {"plan": str(facts["plan_sha256"]), **tied, **library})
-        self._config = config
+        self._config = runtime_config(self._trt, self.engine, kernel_specialization)
+        self._kernels = RuntimeCache(self._config, {"plan": str(facts["plan_sha256"]), **tied, **library})
 
     def _refit(self, recipe: Mapping[str, Any], file: Path) -> None:
         """Fills a stripped plan from the component's weight file, through the graph that it was built from."""

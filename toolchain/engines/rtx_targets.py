@@ -37,20 +37,16 @@ def chosen_targets(model: ir.Model, options: Mapping[str, Any]) -> tuple[str, ..
 
 
 def _has_float8(model: ir.Model) -> bool:
-    import onnx_ir as ir
-
     values = [*model.graph.initializers.values(), *(value for node in model.graph for value in node.outputs)]
-    return any(value.dtype is ir.DataType.FLOAT8E4M3FN for value in values)
+    return any(value.dtype is not None and value.dtype.name == "FLOAT8E4M3FN" for value in values)
 
 
 def set_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
     """Has a builder config compile for `targets`, such as "8.9"; nothing where there are none. EngineError."""
     if not targets:
         return
-    capabilities = getattr(trt, "ComputeCapability", None)
-    assert capabilities is not None, "TensorRT compiles for the GPU at hand"
     config.num_compute_capabilities = len(targets)
     for index, target in enumerate(sorted(targets, key=numbers)):
-        capability = getattr(capabilities, f"SM{target.replace('.', '')}", None)
+        capability = getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}", None)
         if capability is None or not config.set_compute_capability(capability, index):
             raise EngineError(f"this TensorRT for RTX cannot compile for {target}", got=trt.__version__)
