@@ -1,0 +1,216 @@
+"""Engines of real size by TensorRT for RTX, on a machine without a GPU: time, memory and size of a build, as JSON.
+
+    python benchmarks/rtx_build.py --output benchmarks/results/rtx_build.json
+    python benchmarks/rtx_build.py --part sdxl --output rtx.json
+
+Each part exports a denoiser from its published config in the precision of its recipe, writes weights of seeded random
+numbers beside it, and has the backend build one engine: for the first bucket of the recipe or, in the parts that end in
+"-buckets", for all of them. `flux-dev` is parsed alone, over weights of zeros that take no disk: to build it takes more
+memory than this was made for. `cpu_seconds` and `peak_gb` are those of the builder's process; the weights that it was
+given are mapped and count in its memory as far as it has read them. Results of other parts in the output are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from export_scale import PUBLISHED, ROOT, measured_on
+from numpy.typing import NDArray
+
+RECIPES = {
+    "sd15": "sd15-fp16-rtx",
+    "sdxl": "sdxl-fp16-rtx",
+    "sd35-medium": "sd35-medium-bf16-rtx",
+    "flux-dev": "flux1-dev-bf16-rtx",
+}
+PARTS = ("sd15", "sdxl", "sd35-medium", "sdxl-buckets", "flux-dev")
+PARSED = frozenset({"flux-dev"})
+POOL = 1 << 24
+
+
+def export(model: str, folder: Path, all_buckets: bool) -> int:
+    """Writes graph.onnx of the denoiser as the backend takes it, and returns the number of its buckets."""
+    import onnx_ir as ir
+
+    from toolchain.engines import BACKENDS
+    from toolchain.export.capture import capture
+    from toolchain.graph.profiles import merge_buckets
+    from toolchain.models import family_of, resolve_model
+    from toolchain.recipe import load_recipe
+
+    PUBLISHED[model].write(folder / "model")
+    recipe = load_recipe(ROOT / "recipes" / f"{RECIPES[model]}.toml")
+    source = resolve_model(str(folder / "model"))
+    denoiser = family_of(source, recipe).component("denoiser")
+    buckets = recipe.buckets if all_buckets else recipe.buckets[:1]
+    graphs = [capture(denoiser, source, recipe, bucket) for bucket in buckets]
+    graph = graphs[0] if len(graphs) == 1 else merge_buckets(graphs)
+    ir.save(BACKENDS["tensorrt_rtx"].prepare(graph), folder / "graph.onnx")
+    return len(graphs)
+
+
+def write_weights(folder: Path, zeros: bool) -> float:
+    """Writes weights.safetensors for the graph, one tensor in memory at a time; its size in GB.
+
+    Random: cut from a pool of numbers at random places, and scaled by the fan-in. Zeros: a hole in the file.
+    """
+    import onnx_ir as ir
+
+    from toolchain.export.safetensors import write_safetensors
+    from toolchain.export.weights import weight_uses
+
+    uses = {use.name: use for use in weight_uses(ir.load(folder / "graph.onnx"))}
+    tensors = [(name, use.dtype, use.shape) for name, use in sorted(uses.items())]
+    rng = np.random.default_rng(0)
+    pool = rng.standard_normal(2 * POOL, np.float32)
+
+    def read(name: str) -> Any:
+        use = uses[name]
+        count = math.prod(use.shape)
+        repeats = -(-count // POOL)
+        pieces = [pool[start : start + POOL] for start in rng.integers(0, POOL, repeats)]
+        scale = np.float32(math.prod(use.shape[1:]) ** -0.5) if len(use.shape) > 1 else np.float32(0.1)
+        return _as_dtype((np.concatenate(pieces)[:count] * scale).reshape(use.shape), use.dtype)
+
+    path = folder / "weights.safetensors"
+    if zeros:
+        _write_hole(path, tensors)
+    else:
+        write_safetensors(path, tensors, read)
+    return path.stat().st_size / 1e9
+
+
+def _as_dtype(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    import ml_dtypes
+
+    kinds: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+    return np.ascontiguousarray(values.astype(kinds[dtype]))
+
+
+def _write_hole(path: Path, tensors: Sequence[tuple[str, str, Sequence[int]]]) -> None:
+    sizes = {"F32": 4, "F16": 2, "BF16": 2}
+    entries, end = {}, 0
+    for name, dtype, shape in tensors:
+        size = sizes[dtype] * math.prod(shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+
+
+def build(folder: Path) -> dict[str, Any]:
+    """Has the backend build. The builder is the only child of this process, whose usage is that of its children."""
+    from dataclasses import asdict
+
+    from toolchain.engines import BACKENDS
+    from toolchain.options import TensorRtRtxOptions
+
+    out = folder / "engine"
+    out.mkdir()
+    started = time.perf_counter()
+    BACKENDS["tensorrt_rtx"].build(
+        folder / "graph.onnx", {"weights": folder / "weights.safetensors"}, out, asdict(TensorRtRtxOptions())
+    )
+    seconds, usage = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    facts = json.loads((out / "engine.json").read_text())
+    return {
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
+        "plan_gb": round(facts["plan_bytes"] / 1e9, 3),
+        "activation_gb": round(facts["activation_bytes"] / 1e9, 3),
+        "fused_attention": facts["layers"]["fused_attention"],
+        "kinds": facts["layers"]["kinds"],
+        "tensorrt_rtx": facts["tensorrt_rtx"],
+    }
+
+
+def parse_alone(folder: Path) -> dict[str, Any]:
+    """The real parser over the mapped weights, in this process."""
+    import onnx_ir as ir
+
+    from toolchain.engines.build_monitor import make_logger
+    from toolchain.engines.tensorrt_library import TENSORRT_RTX
+    from toolchain.engines.tensorrt_network import create_network, parse
+    from toolchain.weights import MappedWeights
+
+    trt, graph, file = TENSORRT_RTX.module(), folder / "graph.onnx", folder / "weights.safetensors"
+    logger, model = make_logger(trt), ir.load(graph)
+    network = create_network(trt, trt.Builder(logger))
+    started = time.perf_counter()
+    with MappedWeights(file) as weights:
+        kept = parse(trt, network, model, graph, file, weights, folder, logger)  # raises where anything is refused
+        layers = network.num_layers
+        del kept
+    return {
+        "parsed": True,
+        "layers": layers,
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+        "tensorrt_rtx": trt.__version__,
+    }
+
+
+def stage(name: str, part: str, folder: Path) -> dict[str, Any]:
+    """One stage of a part, in a process of its own: a child's peak of memory begins at its parent's."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--stage", name, part, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=True,
+    )
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def run_stage(name: str, part: str, folder: Path) -> dict[str, Any]:
+    model = part.removesuffix("-buckets")
+    if name == "export":
+        return {"buckets": export(model, folder, part != model)}
+    if name == "weights":
+        return {"weights_gb": round(write_weights(folder, part in PARSED), 3)}
+    return parse_alone(folder) if part in PARSED else build(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--part", choices=PARTS, action="append", help="one or more; all where none is given")
+    parser.add_argument("--stage", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.stage:
+        name, part, folder = arguments.stage
+        print(json.dumps(run_stage(name, part, Path(folder))))
+        return
+    if arguments.output is None:
+        parser.error("--output is required")
+    known = json.loads(arguments.output.read_text())["parts"] if arguments.output.is_file() else {}
+    for part in arguments.part or PARTS:
+        with tempfile.TemporaryDirectory() as folder:
+            result: dict[str, Any] = {"recipe": RECIPES[part.removesuffix("-buckets")], "load": os.getloadavg()[0]}
+            for name in ("export", "weights", "engine"):
+                print(f"{part} {name} ...", file=sys.stderr, flush=True)
+                result |= stage(name, part, Path(folder))
+        known[part] = result
+        arguments.output.write_text(json.dumps({"machine": measured_on(), "parts": known}, indent=1) + "\n")
+        print(json.dumps(result), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
