@@ -95,8 +95,9 @@ def write_weights(folder: Path, zeros: bool) -> float:
 def _as_dtype(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     import ml_dtypes
 
-    kinds: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-    return np.ascontiguousarray(values.astype(kinds[dtype]))
+    if dtype == "BF16":
+        return values.astype(ml_dtypes.bfloat16).view(np.uint16)  # as files of weights hold them
+    return values.astype({"F32": np.float32, "F16": np.float16}[dtype])
 
 
 def _write_hole(path: Path, tensors: Sequence[tuple[str, str, Sequence[int]]]) -> None:

@@ -193,6 +193,15 @@ class MappedWeights:
         data = self._maps[ref.file][ref.offset : ref.offset + ref.nbytes]
         return data.view(numpy_dtype(ref.dtype)).reshape(ref.shape)
 
+    def release_pages(self) -> None:
+        """Takes what was read so far out of this process's memory; an array reads it again, from the system's cache."""
+        for data in self._maps.values():
+            file = data.base
+            while isinstance(file, (memoryview, np.ndarray)):
+                file = file.obj if isinstance(file, memoryview) else file.base
+            if isinstance(file, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                file.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Let go of the files; no array can be taken after it."""
         self.refs, self._maps = {}, {}

@@ -89,8 +89,9 @@ class Phases:
                     self._say({"phase": f"{self._shown[0]}, one long step ({silent:.0f} s so far)", "share": None})
 
 
-def make_monitor(trt: Any, say: Say, cancelled: threading.Event) -> Any:
-    """A progress monitor that tells `say`, and cancels the build once `cancelled` is set."""
+def make_monitor(trt: Any, say: Say, cancelled: threading.Event, between: Callable[[], None]) -> Any:
+    """A progress monitor that tells `say`, calls `between` after each phase, and cancels the build once `cancelled` is
+    set."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """TensorRT takes an exception for a cancellation, and takes None for one too."""
@@ -108,6 +109,7 @@ def make_monitor(trt: Any, say: Say, cancelled: threading.Event) -> Any:
 
         def phase_finish(self, phase_name: str) -> None:
             self._phases.finish(phase_name)
+            between()
 
     return Monitor()
 

@@ -117,7 +117,8 @@ def build(job: Mapping[str, Any], say: Say, cancelled: threading.Event) -> dict[
     try:
         with MappedWeights(Path(job["weights"])) as weights:
             _forecast(library, weights, options, say)
-            digest = _build_plan(trt, job, model, weights, logger, make_monitor(trt, say, cancelled), say)
+            monitor = make_monitor(trt, say, cancelled, weights.release_pages)
+            digest = _build_plan(trt, job, model, weights, logger, monitor, say)
     finally:
         if digest is None:
             (out / PLAN).unlink(missing_ok=True)
