@@ -114,6 +114,27 @@ def merges(found: dict[str, Any]) -> Iterator[Row]:
     )
 
 
+def rtx_builds(found: dict[str, Any]) -> Iterator[Row]:
+    parts = found["parts"]
+    for name, measured in parts.items():
+        model = PUBLISHED[name.removesuffix("-buckets")]
+        if "parsed" in measured:
+            size = f"{measured['weights_gb']:.1f} GB of weights"
+            yield (
+                f"the real-size {model} denoiser in the parser of TensorRT for RTX, {size}",
+                f"{measured['seconds']:.0f} s, nothing refused",
+            )
+            continue
+        first = parts.get(name.removesuffix("-buckets"), measured)
+        more = "" if first is measured else f", {measured['plan_gb'] / first['plan_gb']:.3f} times that of one bucket"
+        buckets = "one bucket" if measured["buckets"] == 1 else f"{measured['buckets']} buckets"
+        yield (
+            f"the real-size {model} denoiser as an engine of TensorRT for RTX, {buckets}, random weights, no GPU",
+            f"{measured['cpu_seconds']:.0f} s of CPU, {measured['peak_gb']:.1f} GB peak memory for "
+            f"{measured['weights_gb']:.2f} GB of weights; a plan of {measured['plan_gb']:.2f} GB{more}",
+        )
+
+
 def host_work(found: dict[str, Any]) -> Iterator[Row]:
     step, fresh = (found["steps"][kind]["us_per_step"] for kind in ("the same noise", "fresh noise in every step"))
     yield (
@@ -134,6 +155,7 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
     "export_scale": ("benchmarks/export_scale.py", exports),
     "real_size_numerics": ("benchmarks/real_size_numerics.py", real_size),
     "merge_scale": ("benchmarks/merge_scale.py", merges),
+    "rtx_build": ("benchmarks/rtx_build.py", rtx_builds),
     "host_work": ("benchmarks/host_work.py", host_work),
     "shapes-score": ("examples/shapes/evaluate.py", score),
 }

@@ -20,6 +20,7 @@ from toolchain.recipe import (
     Recipe,
     Sampling,
     TensorRtOptions,
+    TensorRtRtxOptions,
     Tolerance,
 )
 
@@ -59,6 +60,7 @@ KINDS = [
     OnnxRuntimeOptions,
     OnnxRuntimeCudaOptions,
     TensorRtOptions,
+    TensorRtRtxOptions,
     Check,
     Tolerance,
 ]
