@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from tests.build_graph import SPEC, X, Y, options, write_network
 from tests.pretend import pretended
 from tests.profile_contract import check_two_buckets
+from toolchain.cli import cli
 from toolchain.engines.tensorrt_rtx import TensorRtRtxBackend
 from toolchain.errors import EngineError
 
@@ -298,7 +302,9 @@ def drawn(bundle: Path) -> list[Any]:
         pipe.close()
 
 
-def test_a_bundle_draws_what_the_cpu_draws(tiny_model: Path, store: Path, tmp_path: Path) -> None:
+def test_a_bundle_draws_what_the_cpu_draws(
+    tiny_model: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import toolchain
     from toolchain.errors import BundleError
 
@@ -312,8 +318,18 @@ def test_a_bundle_draws_what_the_cpu_draws(tiny_model: Path, store: Path, tmp_pa
         found = drawn(made.path)
         assert trt.violations == []
         assert all(np.abs(a - b).max() <= 1 for a, b in zip(expected, found, strict=True))
+        told = CliRunner().invoke(cli, ["inspect", str(made.path)]).output
+        assert "layers, by kind and by the smallest type that they touch, for compute capability 8.0 and newer:" in told
+        (line,) = (line for line in told.splitlines() if line.strip().startswith("denoiser profiles"))
+        assert re.search(r"denoiser profiles +\S+ k?B +0 fused +kgen \d+ float32", line), line
+        engines = json.loads(CliRunner().invoke(cli, ["inspect", str(made.path), "--json"]).output)["engines"]
+        assert engines["denoiser profiles"]["precision"]["asked"]["float32"] > 10
     with (
         pretended(DIFFBUILD_CACHE=str(tmp_path / "another"), **ADA),
         pytest.raises(BundleError, match=r"sign|built here|vouch"),
     ):
         toolchain.load(made.path)  # a plan is machine code, and this user built none
+    monkeypatch.setenv("DIFFBUILD_CACHE", str(tmp_path / "cache"))
+    drawing = CliRunner().invoke(cli, ["generate", str(made.path), "a", "--output", str(tmp_path / "a.png")])
+    assert drawing.exit_code == 1
+    assert "the bundle cannot run here" in drawing.output
