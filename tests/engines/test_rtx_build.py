@@ -288,7 +288,7 @@ def test_memory_that_will_not_do_is_told(
     gb = 1 << 30
     assert host_build_warning(2 * gb, 6 * gb) is None
     assert host_build_warning(2 * gb, None) is None
-    assert "about 5529 MB of memory; 4096 MB are free" in str(host_build_warning(2 * gb, 4 * gb))
+    assert "about 5120 MB of memory; 4096 MB are free" in str(host_build_warning(2 * gb, 4 * gb))
     lines = Path("/proc/meminfo").read_text().splitlines()
     total = next(int(line.split()[1]) for line in lines if line.startswith("MemTotal")) << 10
     assert 0 < free_host_bytes() <= total
