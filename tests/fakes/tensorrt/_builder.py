@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -46,7 +47,10 @@ class CancelledError(Exception):
 
 
 class _Progress:
-    """Reports from a thread of its own, as the builder does. What a monitor raises is printed, not raised."""
+    """Reports from a thread of its own, as the builder does. What a monitor raises is printed, not raised.
+
+    So is an answer that pybind11 cannot take for a bool, such as a string; both cancel.
+    """
 
     def __init__(self, monitor: IProgressMonitor | None) -> None:
         self._monitor = monitor
@@ -71,11 +75,18 @@ class _Progress:
         try:
             for step in range(steps):
                 work(step)
-                if self._monitor and not self._call("step_complete", name, step):
+                if self._monitor and not self._goes_on(name, step):
                     raise CancelledError
         finally:
             if self._monitor:
                 self._call("phase_finish", name)
+
+    def _goes_on(self, name: str, step: int) -> bool:
+        answer = self._call("step_complete", name, step)
+        if answer is not None and not hasattr(type(answer), "__bool__"):
+            print(f"[ERROR] Exception caught in step_complete(): Unable to cast {type(answer)}", file=sys.stderr)
+            return False
+        return bool(answer)
 
 
 class Builder(Native):
@@ -114,7 +125,7 @@ class Builder(Native):
         return config
 
     def create_optimization_profile(self) -> IOptimizationProfile:
-        return IOptimizationProfile._make(shapes={}, extra_memory_target=1.0)
+        return IOptimizationProfile._make(shapes={}, extra_memory_target=1.0, report=self._report)
 
     def reset(self) -> None:
         pass
@@ -124,7 +135,9 @@ class Builder(Native):
         try:
             plan = self._build(network, config)
         except CancelledError:
-            return self._report.error("IBuilder::buildSerializedNetwork: Error Code 4: the build was cancelled")
+            return self._report.error(
+                "IBuilder::buildSerializedNetwork: Error Code 7: BuildCanceled (Build canceled by user)"
+            )
         return None if plan is None else IHostMemory(plan)
 
     def build_serialized_network_to_stream(
@@ -142,7 +155,9 @@ class Builder(Native):
     def _build(self, network: INetworkDefinition, config: IBuilderConfig) -> bytes | None:
         why = self._refuses(network, config)
         if why:
-            return self._report.error(f"IBuilder::buildSerializedNetwork: Error Code 4: {why}")
+            return self._report.error(
+                f"IBuilder::buildSerializedNetwork: Error Code 4: {why}", ErrorCodeTRT.INVALID_CONFIG
+            )
         progress = _Progress(config.progress_monitor)
         model = network._read_weights()
         layers = [layer for layer in network._layers if layer._type.name != "CONSTANT"]
@@ -186,10 +201,11 @@ class Builder(Native):
             if -1 in tensor._shape:
                 if not config._profiles:
                     return "Network has dynamic or shape inputs, but no optimization profile has been defined."
-                if not all(tensor._name in p._shapes for p in config._profiles):
-                    return f"API Usage Error (the profile has no shapes for {tensor._name})"
-        asked = [n for n in ("REFIT", "REFIT_IDENTICAL", "REFIT_INDIVIDUAL") if config.get_flag(BuilderFlag[n])]
-        return f"API Usage Error (flags {asked} cannot be combined)" if len(asked) > 1 else None
+                for number, profile in enumerate(config._profiles):
+                    why = _misfit(tensor, profile._shapes.get(tensor._name), number)
+                    if why:
+                        return f"API Usage Error ({why})"
+        return None
 
     def _fail_in_the_middle(self) -> None:
         """A crash, or a build that never ends: blocked signals reach other threads, as those of native code would."""
@@ -226,6 +242,17 @@ class Builder(Native):
             "workspace": config.get_memory_pool_limit(MemoryPoolType.WORKSPACE),
         }
         return _plan.write(header, model)
+
+
+def _misfit(tensor: Any, shapes: list[tuple[int, ...]] | None, number: int) -> str | None:
+    """Why a profile does not fit a dynamic input."""
+    if shapes is None:
+        return f"Dynamic input tensor {tensor._name} is missing dimensions in profile {number}."
+    for axis, size in enumerate(tensor._shape):
+        asked = [shape[axis] for shape in shapes if len(shape) == len(tensor._shape)]
+        if len(asked) < 3 or (size != -1 and set(asked) != {size}):
+            return f"Dimension mismatch for tensor {tensor._name} and profile {number}. At dimension axis {axis}"
+    return None
 
 
 def _copy(model: Any) -> Any:

@@ -13,21 +13,39 @@ from tensorrt._enums import (
     PreviewFeature,
     ProfilingVerbosity,
     RuntimePlatform,
+    Severity,
     TilingOptimizationLevel,
 )
-from tensorrt._interfaces import Buffer, Dims, IHostMemory, IProgressMonitor, Reporter
+from tensorrt._interfaces import Buffer, Dims, IHostMemory, IProgressMonitor, Reporter, padded
 from tensorrt._rules import VERSION, Made, at_least, gpu, initialised
+
+REFITS = ("REFIT", "REFIT_IDENTICAL", "REFIT_INDIVIDUAL")
+"""Of which the last one that is set holds."""
+MAX_LEVEL = 5
 
 
 class IOptimizationProfile(Made):
-    """As the binding's, `set_shape` raises on what is no range."""
+    """`set_shape` takes what is no range; the config does not take the profile then. What is no shape raises."""
 
     def set_shape(self, input: str, min: Any, opt: Any, max: Any) -> None:
         shapes = [tuple(int(d) for d in s) for s in (min, opt, max)]
-        ranges = zip(*shapes, strict=True) if len({len(s) for s in shapes}) == 1 else [(1, 0, 0)]
-        if not all(low <= best <= high for low, best, high in ranges):
-            raise RuntimeError(f"Failed to set the shapes of {input}: min <= opt <= max does not hold")
+        for name, shape in zip(("min", "opt", "max"), shapes, strict=True):
+            if any(size < 0 for size in shape):
+                self._report.error("IOptimizationProfile::setDimensions: Error Code 3: Parameter check failed")
+                raise RuntimeError(f"Shape provided for {name} is inconsistent with other shapes.")
         self._shapes[input] = shapes
+
+    def __bool__(self) -> bool:
+        return not self._bad()
+
+    def _bad(self) -> list[str]:
+        """Inputs whose shapes are no range."""
+        return [
+            name
+            for name, shapes in self._shapes.items()
+            if len({len(shape) for shape in shapes}) > 1
+            or not all(low <= best <= high for low, best, high in zip(*shapes, strict=True))
+        ]
 
     def get_shape(self, input: str) -> list[Dims]:
         return [Dims(s) for s in self._shapes.get(input, [])]
@@ -38,7 +56,8 @@ class IOptimizationProfile(Made):
 
     @extra_memory_target.setter
     def extra_memory_target(self, value: float) -> None:
-        self._extra_memory_target = value
+        if 0 <= value <= 1:
+            self._extra_memory_target = value
 
 
 class ITimingCache(Made):
@@ -46,7 +65,7 @@ class ITimingCache(Made):
 
     def serialize(self) -> IHostMemory:
         data = {"version": self._version, "gpu": self._gpu, "entries": sorted(self._entries)}
-        return IHostMemory(b"FAKECACHE" + json.dumps(data).encode())
+        return IHostMemory(padded(b"FAKECACHE" + json.dumps(data).encode()))
 
     def combine(self, input_cache: ITimingCache, ignore_mismatch: bool) -> bool:
         if input_cache._version != self._version or (input_cache._gpu != self._gpu and not ignore_mismatch):
@@ -59,16 +78,19 @@ class ITimingCache(Made):
         return True
 
 
-def _read_cache(data: bytes, report: Reporter) -> ITimingCache | None:
+def _read_cache(data: bytes, report: Reporter) -> ITimingCache:
+    """What cannot be read gives an empty cache and words in the log."""
+    empty = ITimingCache._make(version=VERSION, gpu=gpu(), entries=set())
     if not data:
-        return ITimingCache._make(version=VERSION, gpu=gpu(), entries=set())
+        return empty
     try:
         assert data.startswith(b"FAKECACHE")
         content = json.loads(data[9:])
         assert content["version"] == VERSION
     except (AssertionError, ValueError, KeyError):
         report.error("createTimingCache: the serialized timing cache is corrupt or of another version")
-        return None
+        report(Severity.WARNING, "The timing cache will not be used!")
+        return empty
     return ITimingCache._make(version=content["version"], gpu=content["gpu"], entries=set(content["entries"]))
 
 
@@ -88,7 +110,13 @@ class IBuilderConfig(Made):
         self._values: dict[str, Any] = {}
 
     def set_flag(self, flag: BuilderFlag) -> None:
-        self._flags |= 1 << int(flag)
+        others = sum(1 << int(BuilderFlag[name]) for name in REFITS if flag.name in REFITS and name != flag.name)
+        if self._flags & others:
+            self._report(
+                Severity.WARNING,
+                "Unset previous flag because kREFIT, kREFIT_INDIVIDUAL and kREFIT_IDENTICAL are mutually exclusive.",
+            )
+        self._flags = self._flags & ~others | 1 << int(flag)
 
     def clear_flag(self, flag: BuilderFlag) -> None:
         self._flags &= ~(1 << int(flag))
@@ -117,6 +145,12 @@ class IBuilderConfig(Made):
         return self._previews.get(feature, False)
 
     def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
+        if not profile:
+            self._report.error(
+                "IOptimizationProfile::isValid: Error Code 4: API Usage Error (Invalid optimization profiles for input "
+                f"tensors {', '.join(profile._bad())}, please ensure that they satisfy MIN<=OPT<=MAX.)"
+            )
+            return -1
         self._profiles.append(profile)
         return len(self._profiles) - 1
 
@@ -156,6 +190,14 @@ def _option(name: str, kind: Any, default: Any) -> None:
         wrong = isinstance(value, bool | str) or not hasattr(value, "__index__") if kind is int else False
         if wrong or (kind is not int and not isinstance(value, kind)):
             raise TypeError(f"IBuilderConfig.{name}: incompatible value {value!r}, expected {kind.__name__}")
+        if name == "builder_optimization_level":
+            if value < 0:
+                self._report.error("IBuilderConfig::setBuilderOptimizationLevel: Error Code 3: Parameter check failed")
+                return
+            value = min(int(value), MAX_LEVEL)
+        if name == "max_aux_streams" and value < 0:
+            self._report(Severity.WARNING, f"nbStreams {value} should not be negative, it has no effect.")
+            return
         self._values[name] = value
 
     setattr(IBuilderConfig, name, property(get, set_))

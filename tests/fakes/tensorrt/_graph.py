@@ -87,6 +87,22 @@ def opset(model: Any) -> int:
     return next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
 
 
+def one_type(node: Any, version: int) -> list[str]:
+    """The inputs of a node that ONNX wants to be of one type; none where it wants nothing."""
+    import onnx
+
+    try:
+        formal = onnx.defs.get_schema(node.op_type, version).inputs
+    except onnx.defs.SchemaError:
+        return []
+    places = [formal[min(i, len(formal) - 1)] for i in range(len(node.input))]
+    groups: dict[str, list[str]] = {}
+    for name, place in zip(node.input, places, strict=True):
+        if name and place.is_homogeneous and "(" not in place.type_str:
+            groups.setdefault(place.type_str, []).append(name)
+    return max(groups.values(), key=len, default=[])
+
+
 def is_external(tensor: Any) -> bool:
     return bool(tensor.data_location == 1)
 
@@ -94,7 +110,8 @@ def is_external(tensor: Any) -> bool:
 def external_bytes(tensor: Any, folder: Path | None) -> bytes | None:
     """The bytes of an initializer that lies in a file beside the model, or None where there is no such file."""
     place = {e.key: e.value for e in tensor.external_data}
-    if folder is None or not (folder / place["location"]).is_file():
+    folder = folder or Path()  # a model without a path is taken to lie in the working directory
+    if not (folder / place["location"]).is_file():
         return None
     with (folder / place["location"]).open("rb") as file:
         file.seek(int(place.get("offset", 0)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import collections.abc
 import contextlib
 import math
@@ -148,8 +149,20 @@ def _forbidden(*_: Any) -> Any:
     raise TypeError("an IHostMemory is a buffer and nothing else: bytes(plan) or memoryview(plan)")
 
 
-class IHostMemory(bytearray):
-    """A buffer: bytes() and memoryview() take it, len() and slices do not. (Python 3.11 has no __buffer__.)"""
+def padded(content: bytes) -> bytes:
+    """With blanks, to whole floats: what an IHostMemory can hold."""
+    return content + b" " * (-len(content) % 4)
+
+
+class IHostMemory(array.array):  # type: ignore[type-arg]
+    """A buffer: bytes() and memoryview() take it, len() and slices do not. (Python 3.11 has no __buffer__.)
+
+    The format of its memoryview is that of floats, as the binding's is, whose items are single bytes for all that: one
+    item of it means nothing.
+    """
+
+    def __new__(cls, content: bytes) -> IHostMemory:
+        return super().__new__(cls, "f", content)
 
     @property
     def nbytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from tensorrt._enums import (
     TensorLocation,
 )
 from tensorrt._graph import (
-    BFLOAT16,
     DTYPES,
     UNSUPPORTED,
     Initializers,
@@ -24,6 +24,7 @@ from tensorrt._graph import (
     is_external,
     load_proto,
     nbytes_of,
+    one_type,
     opset,
     tensor_types,
 )
@@ -42,6 +43,9 @@ KINDS = {
     "QuantizeLinear": "QUANTIZE", "DequantizeLinear": "DEQUANTIZE", "Sqrt": "UNARY", "Exp": "UNARY", "Sin": "UNARY",
     "Cos": "UNARY", "Neg": "UNARY", "Erf": "UNARY",
 }  # fmt: skip
+
+CONVERTED = frozenset({"Clip", "Pad"})
+"""Operators whose constants the parser converts to the type of their data."""
 
 
 class ITensor(Made):
@@ -261,6 +265,7 @@ class Loader:
         self.errors: list[ParserError] = []
         self.model: Any = None
         self.initializers = Initializers()
+        self.sizes: dict[int, int] = {}  # of the weights that nodes use, by address
 
     def fail(self, text: str, code: str = "UNSUPPORTED_NODE", index: int = -1, node: Any = None) -> bool:
         self.errors.append(ParserError._make(desc=text, code=ErrorCode[code], index=index, node=node))
@@ -283,33 +288,40 @@ class Loader:
         return self.load(data, Path(model).parent)
 
     def attach(self, name: str, address: int, nbytes: int) -> bool:
+        """What is wrong is in the log, and none of the parser's errors."""
         if self.model is None:
-            violate("load_initializer before load_model_proto")
+            return self.log("An ONNX model has not been loaded yet - cannot load initializer.")
         tensor = next((t for t in self.model.graph.initializer if t.name == name), None)
         if tensor is None:
-            return self.fail(f"loadInitializer: the model has no initializer named {name}", "INVALID_VALUE")
+            return self.log(f"Cannot find initializer name: {name} in model!")
         if nbytes != nbytes_of(tensor):
             wanted = nbytes_of(tensor)
-            return self.fail(f"loadInitializer: {name} has {nbytes} bytes, expected {wanted}", "INVALID_VALUE")
+            return self.log(f"Provided initializer size {nbytes} mismatches with that expected by the model: {wanted}")
+        if not address:
+            return self.log(f"The data of the initializer {name} is null")
         self.initializers.load(name, address, nbytes)
         return True
+
+    def log(self, text: str) -> bool:
+        self.report.error(text)
+        return False
 
     def resolve(self) -> bool:
         """Embeds external data that lies in files; False where an initializer has no bytes at all."""
         if self.model is None:
-            violate("parse_model_proto before load_model_proto")
+            return self.log("An ONNX model has not been loaded yet - cannot parse empty model.")
         for tensor in self.model.graph.initializer:
             if is_external(tensor) and tensor.name not in self.initializers.held:
                 content = external_bytes(tensor, self.folder)
                 if content is None or len(content) != nbytes_of(tensor):
-                    return self.fail(f"Failed to read the external weights of {tensor.name}", "INVALID_GRAPH")
+                    return self.fail(f"Failed to import initializer: {tensor.name}", "INVALID_GRAPH")
                 embed(tensor, content)
         return True
 
 
 class OnnxParser(Native):
     def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
-        self._network = network
+        self._of = weakref.ref(network)  # the binding keeps no network alive either, and crashes without
         self._loader = Loader(logger)
         self._flags = 1 << int(OnnxParserFlag.NATIVE_INSTANCENORM)
 
@@ -326,7 +338,11 @@ class OnnxParser(Native):
         return self._loader.attach(name, int(data), int(size))
 
     def parse_model_proto(self) -> bool:
-        loader = self._loader
+        loader, network = self._loader, self._of()
+        if network is None:
+            violate("the network of a parser was freed before it parsed")
+        if network._layers:
+            return loader.log("Parse was called with a non-empty network definition")
         if not loader.resolve():
             return False
         version = opset(loader.model)
@@ -337,7 +353,10 @@ class OnnxParser(Native):
             why = self._refuses(node, version, index)
             if why:
                 return loader.fail(why, "UNSUPPORTED_NODE", index, node)
-        self._network._fill(loader.model, loader.initializers)
+            why = self._invalid(node, version) if network._strongly_typed() else None
+            if why:
+                return loader.fail(f"Invalid Node - {node.name}\n{why}", "INVALID_NODE", index, node)
+        network._fill(loader.model, loader.initializers)
         return True
 
     def _refuses(self, node: Any, version: int, index: int) -> str | None:
@@ -349,9 +368,20 @@ class OnnxParser(Native):
             return "No importer registered for op: Attention"
         if node.op_type == "GroupNormalization" and version >= 21 and not at_least(10, 15):
             return "Assertion failed: GroupNormalization of opset 21 is not supported"
-        kinds = {self._loader.types.get(n, (0,))[0] for n in node.input}
-        if node.op_type in ("Conv", "ConvTranspose") and BFLOAT16 in kinds and version < 22:
-            return f"Unsupported type BFLOAT16 of {node.op_type} in opset {version}"
+        return None
+
+    def _invalid(self, node: Any, version: int) -> str | None:
+        """What a strongly typed network does not hold: inputs of several types, weights of one place and two sizes."""
+        loader = self._loader
+        converted = {t.name for t in loader.model.graph.initializer} if node.op_type in CONVERTED else set()
+        known = [loader.types[n][0] for n in one_type(node, version) if n in loader.types and n not in converted]
+        kinds = dict.fromkeys(DTYPES[kind].name.capitalize() for kind in known if kind in DTYPES)
+        if len(kinds) > 1:
+            return f"{node.name}: inputs must have same types. But they are of types {' and '.join(kinds)}"
+        for name in node.input:
+            address, nbytes, _ = loader.initializers.held.get(name, (0, 0, ""))
+            if address and loader.sizes.setdefault(address, nbytes) != nbytes:
+                return f"INetworkDefinition::setWeightsName: Weights of same values but of different counts: {name}"
         return None
 
     @property

@@ -31,6 +31,7 @@ def write(header: dict[str, Any], model: Any) -> bytes:
     body = model.SerializeToString()
     header = header | {"version": VERSION, "gpu": gpu(), "sha256": hashlib.sha256(body).hexdigest()}
     text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + len(body)) % 4)
     return MAGIC + struct.pack("<Q", len(text)) + text + body
 
 
