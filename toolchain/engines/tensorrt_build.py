@@ -214,10 +214,12 @@ def _load_timing_cache(config: Any, place: str | None, say: Say) -> Any:
     except StoreError as error:
         say({"warning": f"{error.what}: {error.where}"})
         known = b""
-    cache = config.create_timing_cache(known)
-    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+    cache, empty = config.create_timing_cache(known), config.create_timing_cache(b"")
+    # Of one that is damaged TensorRT makes an empty one, or none, by its version; another GPU's it does not set.
+    lost = known and (cache is None or bytes(memoryview(cache.serialize())) == bytes(memoryview(empty.serialize())))
+    if lost or not config.set_timing_cache(cache, ignore_mismatch=False):
         say({"warning": f"TensorRT does not take the timing cache {place}; it is measured anew"})
-        cache = config.create_timing_cache(b"")
+        cache = empty
         config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
 
