@@ -140,7 +140,8 @@ class OnnxRuntimeBackend:
             known = _index({"weights": base})
             made = {}
             for name, tensor in _initializers(model):
-                if tensor.nbytes > PACKED_FROM_BYTES and _content(tensor.numpy()) not in known:
+                large = tensor.nbytes > PACKED_FROM_BYTES and tensor.dtype in DTYPES  # what else there is stays inside
+                if large and _content(tensor.numpy()) not in known:
                     made[name] = (DTYPES[tensor.dtype], static_shape(tensor), tensor)
             names = sorted(made)
             write_safetensors(out / PACKED, [(n, *made[n][:2]) for n in names], lambda n: made[n][2].numpy())

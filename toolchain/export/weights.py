@@ -22,7 +22,13 @@ from toolchain.graph.placeholder import is_weight, static_shape
 from toolchain.graph.transpose import SUFFIX
 from toolchain.weights import MappedWeights, TensorRef, numpy_dtype
 
-DTYPES = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16", ir.DataType.INT8: "I8"}
+DTYPES = {
+    ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16", ir.DataType.DOUBLE: "F64",
+    ir.DataType.INT8: "I8", ir.DataType.INT16: "I16", ir.DataType.INT32: "I32", ir.DataType.INT64: "I64",
+    ir.DataType.UINT8: "U8", ir.DataType.UINT16: "U16", ir.DataType.UINT32: "U32", ir.DataType.UINT64: "U64",
+    ir.DataType.BOOL: "BOOL",
+}  # fmt: skip
+"""What a weight file holds: it has no place for four bits or strings, and ours hold neither float8 nor complex numbers."""
 NUMPY = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),

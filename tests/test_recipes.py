@@ -1,0 +1,122 @@
+"""Every shipped recipe is built in its own precisions and with its own options, on a tiny model of its family.
+
+What is cut: the sizes, to those that tiny models have, and the list of sampler tables. A recipe for ONNX Runtime draws,
+one for TensorRT draws on the pretended GPU, one for TensorRT for RTX is built by NVIDIA's own builder: no GPU, no
+picture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import toolchain
+from tests.pretend import pretended
+from tests.rtx import real_trt
+from tests.tiny import make_sd
+from tests.tiny_flux import make_flux
+from tests.tiny_sd3 import make_sd3
+from tests.tiny_sdxl import make_sdxl
+from toolchain.recipe import Bucket, Recipe, load_recipe
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "sd": make_sd,
+    "sdxl": make_sdxl,
+    "sd3": lambda folder: make_sd3(folder, version="3.5"),
+    "flux": make_flux,
+}
+BUCKETS = {
+    "sd": ("1x64x64", "2x64x96"),
+    "sdxl": ("1x64x64", "2x64x96"),
+    "sd3": ("1x64x64", "1x96x128"),
+    "flux": ("1x64x64", "2x64x64"),
+}
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]:
+    """The tiny model that a recipe is for, made once."""
+    made: dict[str, Path] = {}
+
+    def of(recipe: Recipe) -> Path:
+        if recipe.name.startswith("shapes"):
+            return ROOT / "examples" / "shapes" / "model"
+        schnell = "schnell" in recipe.name
+        key = recipe.family + ("-schnell" if schnell else "")
+        if key not in made:
+            folder = tmp_path_factory.mktemp(key)
+            made[key] = make_flux(folder, guidance_embeds=False) if schnell else MODELS[recipe.family](folder)
+        return made[key]
+
+    return of
+
+
+def tiny(recipe: Recipe) -> Recipe:
+    """All of it but the sizes and the sampler's tables. Engines that buckets share need two of them."""
+    shared = recipe.backend == "tensorrt_rtx"
+    chosen = BUCKETS[recipe.family][: 2 if shared else 1]
+    buckets = recipe.buckets if recipe.name.startswith("shapes") else tuple(map(Bucket.parse, chosen))
+    sampling = dataclasses.replace(recipe.sampling, schedulers=("model",), step_counts=(STEPS,), steps=STEPS)
+    return dataclasses.replace(recipe, buckets=buckets, sampling=sampling)
+
+
+def require_picture(bundle: toolchain.Bundle) -> None:
+    """Neither black nor of one colour, and not what another prompt gives."""
+    pipe = toolchain.load(bundle.path)
+    try:
+        result = pipe("a red circle on a white background", seed=3)
+        other = pipe("a blue square", seed=3)
+    finally:
+        pipe.close()
+    pixels = np.asarray(result.images[0], np.float32)
+    assert np.isfinite(result.latents).all()
+    assert pixels.std() > 1
+    assert not np.array_equal(pixels, np.asarray(other.images[0]))
+
+
+def require_precisions(bundle: toolchain.Bundle) -> None:
+    """Every engine was asked for its recipe's type, and its builder's words do not deny it."""
+    for component, entries in bundle.engines.items():
+        wanted = bundle.recipe.component(component)
+        for entry in entries.values():
+            precision: Any = json.loads((bundle.path / entry.folder / "engine.json").read_text())["precision"]
+            asked = precision["asked"]
+            assert asked.keys() == {wanted.dtype} | ({"float32"} if wanted.keep_float32 else set()), component
+            assert sum(map(len, precision["wide"].values())) <= sum(asked.values()) // 4
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DIFFBUILD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe(path: Path, models: Callable[[Recipe], Path], store: Path, tmp_path: Path, cache: Path) -> None:
+    recipe = tiny(load_recipe(path))
+    model = str(models(recipe))
+    if recipe.backend == "tensorrt":
+        with pretended(DIFFBUILD_CACHE=str(cache)) as trt:
+            bundle = toolchain.build(recipe, model, tmp_path / "bundle", store=store)
+            require_precisions(bundle)
+            require_picture(bundle)
+            assert trt.violations == []
+    elif recipe.backend == "tensorrt_rtx":
+        real_trt()
+        require_precisions(toolchain.build(recipe, model, tmp_path / "bundle", store=store))
+    else:
+        require_picture(toolchain.build(recipe, model, tmp_path / "bundle", store=store))
+
+
+def test_the_kinds_of_backend_are_all_here() -> None:
+    """A recipe for another backend would be built above as if it were for the CPU."""
+    assert {load_recipe(path).backend for path in RECIPES} == {"onnxruntime", "tensorrt", "tensorrt_rtx"}
