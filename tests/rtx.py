@@ -5,6 +5,7 @@ Weights by reference are zeros here: a parser looks at types and shapes, and so 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class Parsed:
             def log(self, severity: Any, msg: str) -> None:
                 log.append((severity.name, msg))
 
-        self._trt, self._logger = trt, Log()
+        self._trt, self._logger, self._model = trt, Log(), model
         self.builder = trt.Builder(self._logger)
         self.network = self.builder.create_network(0)
         self.parser = trt.OnnxParser(self.network, self._logger)
@@ -63,10 +64,13 @@ class Parsed:
                 assert self.parser.load_initializer(name, kept[-1].ctypes.data, tensor.nbytes), name
         return kept
 
-    def build(self, *targets: str) -> bytes | None:
-        """The plan, or None: `log` says why. `targets` are names such as "SM89"; none stand for all of them."""
+    def build(self, *targets: str, profiles: Callable[[Any, Any, ir.Model], None] | None = None) -> bytes | None:
+        """The plan, or None: `log` says why. `targets` are names such as "SM89"; none stand for all of them. `profiles`
+        adds to a config the shapes of a graph with dynamic ones."""
         assert not self.refused, self.refused
         config = self.builder.create_builder_config()
+        if profiles is not None:
+            profiles(self.builder, config, self._model)
         if targets:
             config.num_compute_capabilities = len(targets)
             for index, target in enumerate(targets):

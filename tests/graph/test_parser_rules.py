@@ -1,10 +1,9 @@
-"""The numbered cases of `refusals`, each asked of NVIDIA's parser for RTX too; and our exports, which pass."""
+"""The numbered cases of `refusals`, each asked of the real parser too; exports: tests/test_precision_matrix.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,18 +12,10 @@ import pytest
 
 from tests.graph.test_simplify import constant, model
 from tests.rtx import Parsed, real_trt
-from tests.tiny import make_sd, recipe_for
-from tests.tiny_flux import make_flux
-from tests.tiny_sd3 import make_sd3
-from tests.tiny_sdxl import make_sdxl
-from toolchain.engines.tensorrt import TensorRtBackend
 from toolchain.engines.tensorrt_library import numbers
-from toolchain.export.capture import capture
 from toolchain.graph.parser_rules import refusals
 from toolchain.graph.parser_tables import NOT_THERE, OLDEST, TAKES, TAKES_RTX, Version
 from toolchain.graph.placeholder import placeholder
-from toolchain.models import MODELS, resolve_model
-from toolchain.recipe import Bucket
 
 D = ir.DataType
 PICTURE = (1, 4, 8, 8)
@@ -607,43 +598,3 @@ def test_the_tables_are_onnx_operators() -> None:
     assert set(TAKES) - LEGACY <= known
     assert set(NOT_THERE.split()) <= known
     assert not set(NOT_THERE.split()) & set(TAKES)
-
-
-# What we export
-
-MAKERS = {"sd": make_sd, "sdxl": make_sdxl, "sd3": make_sd3, "flux": make_flux}
-EXPORTS = [
-    *((family, part.name, "bfloat16") for family in MAKERS for part in MODELS[family].parts(recipe_for(family=family))),
-    *((family, "denoiser", "float16") for family in MAKERS),
-    ("sd3", "text_encoder_3", "float16"),
-    ("sdxl", "text_encoder_2", "float16"),
-    ("sdxl", "vae_encoder", "float16"),
-    ("sd", "denoiser", "float32"),
-    ("sd", "vae_decoder", "float32"),
-]
-"""bfloat16 meets the most rules. Of the other types a few will do: an export takes seconds."""
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(family: str) -> Path:
-        if family not in made:
-            made[family] = MAKERS[family](tmp_path_factory.mktemp("rules") / family)
-        return made[family]
-
-    return folder
-
-
-@pytest.mark.parametrize(("family", "name", "dtype"), EXPORTS, ids=lambda v: v)
-def test_what_we_export_is_accepted(folders: Callable[[str], Path], family: str, name: str, dtype: str) -> None:
-    """By the oldest TensorRT, as its backend prepares it.
-
-    The exporter itself writes bfloat16 Conv and InstanceNormalization under opset 20, which has neither.
-    """
-    recipe = recipe_for(name, family=family, dtype=dtype)
-    graph = capture(MODELS[family].component(name), resolve_model(str(folders(family))), recipe, Bucket(1, 64, 64))
-    assert refusals(TensorRtBackend().prepare(graph)) == []
-    newer = {"Conv", "InstanceNormalization"} & {node.op_type for node in graph.graph}
-    assert {line.split()[0] for line in refusals(graph)} == (newer if dtype == "bfloat16" else set())

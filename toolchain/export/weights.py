@@ -28,7 +28,7 @@ DTYPES = {
     ir.DataType.UINT8: "U8", ir.DataType.UINT16: "U16", ir.DataType.UINT32: "U32", ir.DataType.UINT64: "U64",
     ir.DataType.BOOL: "BOOL",
 }  # fmt: skip
-"""What a weight file holds. It has no place for four bits or strings, and none of ours for float8 or complex numbers."""
+"""What a weight file holds: no format has a place there for four bits or strings; float8 and complex are not read."""
 NUMPY = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),

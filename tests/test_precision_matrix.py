@@ -1,0 +1,133 @@
+"""What is exported, in every precision, is typed as ONNX has it, and taken by those who must take it.
+
+Each cell is one graph, as its backend prepares it: strict inference of types and shapes, the rules of TensorRT's oldest
+parser, ONNX Runtime where it has the types, and NVIDIA's own parser and builder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from tests.rtx import Parsed, real_trt
+from tests.test_recipes import BUCKETS
+from tests.test_recipes import MODELS as MAKERS
+from toolchain.artifacts import Store
+from toolchain.engines import BACKENDS
+from toolchain.engines.tensorrt_network import add_profiles
+from toolchain.graph.parser_rules import refusals
+from toolchain.graph.placeholder import is_weight
+from toolchain.graph.profiles import merge_buckets, read_profiles
+from toolchain.graph.typed import check_types
+from toolchain.models import MODELS, resolve_model
+from toolchain.plan import make_plan
+from toolchain.planner import GRAPH
+from toolchain.recipe import Bucket, Check, ComponentRecipe, Recipe
+
+DTYPES = ("float32", "float16", "bfloat16")
+COMPONENTS = {family: [component.name for component in MODELS[family].components] for family in MAKERS}
+CELLS = [
+    *((family, name, dtype, True) for family, names in COMPONENTS.items() for name in names for dtype in DTYPES),
+    *((family, "denoiser", dtype, False) for family in COMPONENTS for dtype in DTYPES),
+]
+NEWER = {"Conv", "InstanceNormalization"}
+"""What the exporter writes in bfloat16 whatever the opset, and ONNX has in it only since 22."""
+Graph = Callable[[str, str, str, bool, int], ir.Model]
+
+
+def identity(value: Any) -> str:
+    return {True: "guided", False: "plain"}[value] if isinstance(value, bool) else str(value)
+
+
+def kept(family: str, name: str, dtype: str) -> tuple[str, ...]:
+    """T5 in float16 is refused without it."""
+    t5 = {"sd3": "text_encoder_3", "flux": "text_encoder_2"}.get(family)
+    return ("encoder.block.*.layer.1.DenseReluDense.wo",) if (name, dtype) == (t5, "float16") else ()
+
+
+@pytest.fixture(scope="module")
+def graph(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    """The export of a family's component in a type, guided or not, for the first or second bucket. From the store that
+    all tests share: whoever needs it first exports it."""
+    sources: dict[str, Any] = {}
+
+    def of(family: str, name: str, dtype: str, guided: bool, number: int) -> ir.Model:
+        if family not in sources:
+            model = MAKERS[family](tmp_path_factory.mktemp(f"matrix-{family}"))
+            if family == "sdxl":  # a VAE that was trained for float16: the other one is refused in it
+                config = model / "vae" / "config.json"
+                config.write_text(json.dumps(json.loads(config.read_text()) | {"force_upcast": False}))
+            sources[family] = resolve_model(str(model))
+        bucket = BUCKETS[family][number]
+        recipe = Recipe(
+            name=f"matrix-{family}-{dtype}",
+            family=family,
+            backend="tensorrt_rtx",
+            buckets=(Bucket.parse(bucket),),
+            classifier_free_guidance=guided,
+            components={name: ComponentRecipe(dtype=dtype, keep_float32=kept(family, name, dtype))},  # type: ignore[arg-type]
+            check=Check(prompts=("a",)),
+        )
+        plan = make_plan(recipe, sources[family], Store(store), graphs_only=True)
+        (step,) = (s for s in plan.steps if s.subject.split()[1] == name)
+        artifact, _ = plan.store.get_or_build(
+            step.stage, step.subject, step.inputs, lambda folder: step.run({}, folder, lambda phase, share: None)
+        )
+        return ir.load(artifact.file(GRAPH))
+
+    return of
+
+
+def require_session(model: ir.Model) -> None:
+    """ONNX Runtime opens it, over weights of zeros."""
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    names, values = [], []
+    for name, value in model.graph.initializers.items():
+        if is_weight(value):
+            tensor = value.const_value
+            assert tensor is not None
+            array = np.zeros(tuple(int(d) for d in tensor.shape), tensor.dtype.numpy())
+            names.append(str(name))
+            values.append(ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(tensor.dtype)))
+    settings.add_external_initializers(names, values)
+    data = ir.to_proto(model).SerializeToString()
+    assert ort.InferenceSession(data, settings, providers=["CPUExecutionProvider"]).get_outputs()
+
+
+@pytest.mark.parametrize(("family", "name", "dtype", "guided"), CELLS, ids=identity)
+def test_a_graph(graph: Graph, family: str, name: str, dtype: str, guided: bool) -> None:
+    exported = graph(family, name, dtype, guided, 0)
+    prepared = BACKENDS["tensorrt_rtx"].prepare(exported)
+    check_types(prepared)
+    assert refusals(prepared) == []
+    newer = NEWER & {node.op_type for node in exported.graph}
+    assert {line.split()[0] for line in refusals(exported)} == (newer if dtype == "bfloat16" else set())
+    if dtype != "bfloat16":
+        require_session(BACKENDS["onnxruntime"].prepare(exported))
+    real_trt()
+    parsed = Parsed(prepared)
+    assert parsed.refused == []
+    assert parsed.build() is not None, parsed.errors()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", MAKERS)
+def test_the_denoisers_of_two_buckets_as_one_graph(graph: Graph, family: str, dtype: str) -> None:
+    backend = BACKENDS["tensorrt_rtx"]
+    merged = backend.prepare(merge_buckets([graph(family, "denoiser", dtype, True, number) for number in (0, 1)]))
+    check_types(merged)
+    assert len(read_profiles(merged)) == 2
+    assert refusals(merged) == []
+    real_trt()
+    parsed = Parsed(merged)
+    assert parsed.refused == []
+    assert parsed.build(profiles=add_profiles) is not None, parsed.errors()
