@@ -80,6 +80,7 @@ class Builder(_builder.Builder):
             self._report(Severity.VERBOSE, "Layers:\n" + "\n".join(map(_line, header["layers"])))
         header |= {"targets": targets, "version": VERSION, "gpu": _plan.gpu()}
         text = json.dumps(header).encode()
+        text += b" " * ((length - len(text)) % 4)  # a plan is handed out as floats
         return bytes(_plan.MAGIC + struct.pack("<Q", len(text)) + text + plan[16 + length :])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from tensorrt import _context, _engine, _plan
 from tensorrt._enums import ExecutionContextAllocationStrategy, _enumeration
 from tensorrt._graph import load_proto
-from tensorrt._interfaces import Buffer, IHostMemory, ILogger, Reporter, without_device
+from tensorrt._interfaces import Buffer, IHostMemory, ILogger, Reporter, padded, without_device
 from tensorrt._rules import Made, violate
 
 from tensorrt_rtx._rules import VERSION, capability, failing
@@ -146,7 +146,7 @@ class IRuntimeCache(Made):
     """Kernels by what they are for. A cache of another GPU or version is not taken, and leaves this one as it is."""
 
     def serialize(self) -> IHostMemory:
-        return IHostMemory(json.dumps([VERSION, capability(), sorted(self._kernels)]).encode())
+        return IHostMemory(padded(json.dumps([VERSION, capability(), sorted(self._kernels)]).encode()))
 
     def deserialize(self, blob: Buffer) -> bool:
         try:
