@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_run.part import end_with_parent
 from benchmarks.gpu_run.record import ROOT, Record
 
 FILES = tuple(f"tests/gpu/test_gpu_{name}.py" for name in ("memory", "onnxruntime", "tensorrt"))
@@ -111,6 +112,7 @@ class _Teller:
 def main() -> None:
     import pytest
 
+    end_with_parent()
     file, *without = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what pytest prints is no answer

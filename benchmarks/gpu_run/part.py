@@ -15,10 +15,14 @@ from benchmarks.gpu_run.record import Record
 PR_SET_PDEATHSIG = 1
 
 
+def end_with_parent() -> None:
+    """A process whose parent is killed outright must not hold the GPU any longer."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
     name, output, parent = sys.argv[1:]
-    # A part whose runner is killed outright must not hold the GPU any longer.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     if os.getppid() != int(parent):
         sys.exit("the runner is gone")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
