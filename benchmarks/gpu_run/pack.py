@@ -10,7 +10,6 @@ ten minutes or more. Nothing is downloaded or built again that lies in .gpu_run/
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import fnmatch
 import hashlib
 import json
@@ -18,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +57,12 @@ AFTER = {
     "": ("tests", "torch_steps"),
     "rtx_bundle": ("rtx",),
     "build": ("sd15", "sdxl"),
-    "onnxruntime_gpu": ("tests", "shapes", "sd15", "sdxl"),
+    "onnxruntime_gpu": ("tests", "shapes"),
 }
-"""Pack -> the parts that can say something new once it has come; the first ones need none."""
+"""Pack -> the parts that can say something new once it has come; the first ones need none. Without a backend, `sd15`
+and `sdxl` make their models and graphs."""
+LAST = ("sd15", "sdxl")
+"""Parts that take a call of their own, after everything has come."""
 
 
 def download(name: str, made: Path) -> Path:
@@ -84,38 +86,23 @@ def download(name: str, made: Path) -> Path:
     return archive
 
 
-def build_bundle(made: Path) -> Path | None:
-    """The bundle of `shapes` for RTX and what it is to draw, as one archive; None where this checkout has no backend
-    for it."""
+def build_bundle(made: Path) -> Path:
+    """The bundle of `shapes` for RTX and what it is to draw, as one archive."""
     from benchmarks.gpu_run import rtx
-    from toolchain.engines import BACKENDS
     from toolchain.recipe import load_recipe
 
-    if "tensorrt_rtx" not in BACKENDS:
-        return None
     archive, folder = made / "rtx_bundle.zip", made / "rtx_bundle"
     if archive.exists():
         return archive
-    recipe: Any = load_recipe(ROOT / "recipes" / "shapes-fp32.toml")
-    options = dataclasses.replace(recipe.tensorrt_rtx, tf32=False)
-    recipe = dataclasses.replace(recipe, name="shapes-rtx", backend="tensorrt_rtx", tensorrt_rtx=options)
-    rtx.make(folder, recipe, ROOT / "examples" / "shapes" / "model", made / "store")
+    shutil.rmtree(folder, ignore_errors=True)
+    rtx.make(folder, load_recipe(rtx.RECIPE), rtx.MODEL, made / "store")
     beside = archive.with_suffix(".part")
-    with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as out:
+    with zipfile.ZipFile(beside, "w", zipfile.ZIP_LZMA) as out:
         for path in sorted([folder / rtx.EXPECTED, *(folder / rtx.BUNDLE).rglob("*")]):
             if path.is_file():
                 out.write(path, path.relative_to(folder))
     beside.rename(archive)
     return archive
-
-
-def pieces(archive: Path, size: int) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of consecutive pieces of a file."""
-    with archive.open("rb") as file:
-        number = 1
-        while data := file.read(size):
-            yield f"{archive.name}.{number:02}", data
-            number += 1
 
 
 def split(archives: dict[str, Path], packed: Path, room: int, piece_bytes: int) -> list[tuple[int, list[str]]]:
@@ -125,17 +112,23 @@ def split(archives: dict[str, Path], packed: Path, room: int, piece_bytes: int) 
     manifest: dict[str, Any] = {}
     calls: list[tuple[int, list[str]]] = [(0, [])]
     for name, archive in archives.items():
-        folder = "site" if name in WHEELS else name
-        manifest[name] = {"folder": folder, "pieces": []}
-        for piece, data in pieces(archive, min(piece_bytes, room)):
-            if calls[-1][0] + len(data) > room:
-                calls.append((0, []))
-            place = packed / f"call-{len(calls)}"
-            place.mkdir(exist_ok=True, parents=True)
-            (place / piece).write_bytes(data)
-            manifest[name]["pieces"].append({"name": piece, "sha256": hashlib.sha256(data).hexdigest()})
-            calls[-1] = (calls[-1][0] + len(data), calls[-1][1])
+        pieces: list[dict[str, str]] = []
+        with archive.open("rb") as file:
+            while data := file.read(min(piece_bytes, room - calls[-1][0])):
+                place = packed / f"call-{len(calls)}"
+                place.mkdir(exist_ok=True, parents=True)
+                piece = f"{archive.name}.{len(pieces) + 1:02}"
+                (place / piece).write_bytes(data)
+                pieces.append({"name": piece, "sha256": hashlib.sha256(data).hexdigest()})
+                calls[-1] = (calls[-1][0] + len(data), calls[-1][1])
+                if calls[-1][0] == room and file.tell() < archive.stat().st_size:
+                    calls.append((0, []))
+        manifest[name] = {"folder": "site" if name in WHEELS else name, "pieces": pieces}
         calls[-1][1].append(name)
+        if calls[-1][0] == room:
+            calls.append((0, []))
+    if not calls[-1][0]:
+        calls.pop()
     for number in range(1, len(calls) + 1):  # each brings the whole list, so that one knows what is still to come
         (packed / f"call-{number}" / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return calls
@@ -158,9 +151,14 @@ def call_lines(calls: Sequence[tuple[int, list[str]]]) -> Iterator[str]:
     for number, (nbytes, complete) in enumerate(calls, 1):
         parts = [*(AFTER[""] if number == 1 else ()), *(part for name in complete for part in AFTER.get(name, ()))]
         yield f"call {number}: carry [.gpu_run/call-{number}], {nbytes / 1e6:.0f} MB, timeout_s 600"
-        names = " ".join(dict.fromkeys(parts))
-        run = f'PYTHONPATH=. python3 benchmarks/gpu_run/run.py --output "$OUT" --seconds 570 --parts {names}'
-        yield f"    {run if parts else 'true'}"
+        yield f"    {_command(dict.fromkeys(parts)) if parts else 'true'}"
+    for number, part in enumerate(LAST, len(calls) + 1):
+        yield f"call {number}: carry nothing, timeout_s 600"
+        yield f"    {_command([part])}"
+
+
+def _command(parts: Iterable[str]) -> str:
+    return f'PYTHONPATH=. python3 benchmarks/gpu_run/run.py --output "$OUT" --seconds 570 --parts {" ".join(parts)}'
 
 
 def main() -> None:
@@ -171,11 +169,7 @@ def main() -> None:
     made.mkdir(parents=True, exist_ok=True)
     archives = {}
     for name in ORDER:
-        archive = download(name, made) if name in WHEELS else build_bundle(made)
-        if archive is None:
-            print(f"{name} is not packed: this checkout has no backend tensorrt_rtx", file=sys.stderr)
-            continue
-        archives[name] = archive
+        archives[name] = archive = download(name, made) if name in WHEELS else build_bundle(made)
         print(f"{name}: {archive.stat().st_size / 1e6:.0f} MB", file=sys.stderr)
     calls = split(archives, packed, TRANSFER_BYTES - tree_bytes() - MARGIN_BYTES, PIECE_BYTES)
     lines = "\n".join(call_lines(calls))

@@ -5,6 +5,7 @@ NVIDIA lists no compute capability 9.0 for it, so a machine with such a GPU is a
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,20 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.gpu_run.record import Record
+from benchmarks.gpu_run.record import ROOT, Record
 from toolchain.bundle import read_bundle
 from toolchain.check.report import Pair
 from toolchain.engines import BACKENDS
 from toolchain.engines.cuda import device_facts
-from toolchain.engines.tensorrt_library import LIBRARIES_BY_BACKEND
+from toolchain.engines.rtx_runtime import ask_validity, runtime_config
+from toolchain.engines.tensorrt_library import TENSORRT_RTX
 from toolchain.provenance import note_built
+from toolchain.recipe import Recipe
 from toolchain.runtime.pipeline import Pipeline
+from toolchain.signing import admit
 
+RECIPE = Path(__file__).parent / "shapes-rtx.toml"
+MODEL = ROOT / "examples" / "shapes" / "model"
 BUNDLE, EXPECTED = "bundle", "expected.npz"
 PROMPT, SEED = "a red circle left of a blue square on a white background", 7
 
@@ -30,27 +36,31 @@ def measure(record: Record) -> None:
 
 
 def measure_folder(record: Record, folder: Path) -> None:
-    """The answers of the library first: they come whether or not the bundle can be opened."""
+    """What the library says of each plan first: it is known even where opening one kills the process."""
     bundle = read_bundle(folder / BUNDLE)
     bundle.verify()
     backend = BACKENDS[bundle.backend]
     options = bundle.recipe.to_json()[bundle.backend]
     record("bundle", {"built_on": dict(bundle.device), "tools": dict(bundle.tools)})
     record.stage("gpu", device_facts)
-    plans = sorted(path for path in (folder / BUNDLE).rglob("*.plan"))
-    record.stage("raw", lambda: {str(p.relative_to(folder)): answers(bundle.backend, p) for p in plans})
     record.stage("refusal", lambda: {"reason": backend.available() or backend.refuse(bundle.device, options)})
+    plans = {str(path.relative_to(folder)): path for path in sorted((folder / BUNDLE).rglob("*.plan"))}
+    record.stage("validity", lambda: {name: validity(plan) for name, plan in plans.items()})
+    for name, plan in plans.items():
+        record.stage(f"opened {name}", lambda p=plan: opened(p))  # type: ignore[misc]
     note_built(bundle)  # its pieces were compared with the digests that came with them
     expected = np.load(folder / EXPECTED)
-    record.stage("picture", lambda: drawn(folder / BUNDLE, expected))
-    if "error" in record.found["stages"]["picture"] and record.found["stages"]["refusal"].get("reason"):
-        with mock.patch.object(type(backend), "refuse", return_value=None):
-            record.stage("picture_although_refused", lambda: drawn(folder / BUNDLE, expected))
+    if not record.stage("picture", lambda: drawn(folder / BUNDLE, expected)):
+        with (
+            mock.patch.object(type(backend), "refuse", return_value=None),
+            mock.patch("toolchain.engines.tensorrt_plan.ask_validity", return_value=("valid", "not asked")),
+        ):
+            record.stage("picture_unasked", lambda: drawn(folder / BUNDLE, expected))
 
 
-def answers(backend: str, plan: Path) -> dict[str, Any]:
-    """What NVIDIA's runtime says of a plan, and whether it opens and gives a context."""
-    trt = LIBRARIES_BY_BACKEND[backend].module()
+def runtime_and_log() -> tuple[Any, list[str]]:
+    """A runtime of the library, and what it will say from warnings on."""
+    trt = TENSORRT_RTX.module()
     said: list[str] = []
 
     class Log(trt.ILogger):  # type: ignore[misc,name-defined]
@@ -61,29 +71,32 @@ def answers(backend: str, plan: Path) -> dict[str, Any]:
             if severity.name in ("INTERNAL_ERROR", "ERROR", "WARNING"):
                 said.append(f"{severity.name}: {msg}")
 
-    logger = Log()
-    runtime = trt.Runtime(logger)
+    return trt.Runtime(Log()), said
+
+
+def validity(plan: Path) -> dict[str, Any]:
+    runtime, said = runtime_and_log()
     data = plan.read_bytes()
-    found: dict[str, Any] = {"version": trt.__version__, "plan_bytes": len(data), "said": said}
-    if hasattr(runtime, "get_engine_validity"):
-        validity, diagnostics = runtime.get_engine_validity(data)
-        flags = trt.EngineInvalidityDiagnostics.__members__
-        # A set of flags may come as their sum, which is no member.
-        found["validity"] = str(validity)
-        found["diagnostics"] = [name for name, flag in flags.items() if int(flag) & int(diagnostics)]
-    engine = runtime.deserialize_cuda_engine(data)
-    found["deserialised"] = engine is not None
+    answer, why = ask_validity(TENSORRT_RTX.module(), runtime, data)
+    return {"plan_bytes": len(data), "answer": answer, "why": why, "said": said}
+
+
+def opened(plan: Path) -> dict[str, Any]:
+    """Whether a plan opens and gives a context, whatever its validity."""
+    runtime, said = runtime_and_log()
+    engine = runtime.deserialize_cuda_engine(plan.read_bytes())
+    found = {"engine": engine is not None, "context": False, "said": said}
     if engine is not None:
-        found["context"] = engine.create_execution_context() is not None
+        config = runtime_config(TENSORRT_RTX.module(), engine, "eager")
+        found["context"] = engine.create_execution_context(config) is not None
     return found
 
 
 def drawn(bundle: Path, expected: Any) -> dict[str, Any]:
-    from toolchain.signing import admit
-
     pipe = Pipeline(admit(read_bundle(bundle)), open_buckets=1)
     try:
         first, second = (pipe(PROMPT, seed=SEED) for _ in range(2))
+        captures = pipe._memory.counters.captures
     finally:
         pipe.close()
     pixels = np.asarray(first.images[0])
@@ -91,14 +104,13 @@ def drawn(bundle: Path, expected: Any) -> dict[str, Any]:
         "psnr_db": Pair(expected["pixels"], pixels).psnr_db,
         "largest_difference_of_latents": float(np.abs(first.latents - expected["latents"]).max()),
         "repeats": bool((pixels == np.asarray(second.images[0])).all()),
+        "captures": captures,
         "ms": second.timings.total_ms,
     }
 
 
-def make(folder: Path, recipe: Any, model: Path, store: Path) -> None:
+def make(folder: Path, recipe: Recipe, model: Path, store: Path) -> None:
     """Builds the bundle, and the CPU's picture to hold it against."""
-    import dataclasses
-
     import toolchain
 
     toolchain.build(recipe, str(model), folder / BUNDLE, store=store)
