@@ -126,6 +126,56 @@ def test_an_empty_network(trt: Any) -> None:
     assert built.said("Network must have at least one output")
 
 
+def test_what_is_not_there_is_none(trt: Any) -> None:
+    built = Built(trt, model())
+    assert built.parser.parse(built.data)
+    network = built.network
+    for index in (-1, 99):
+        assert network.get_layer(index) is None
+        assert network.get_input(index) is None
+        assert network.get_output(index) is None
+        assert built.parser.get_error(index) is None
+
+
+def test_operators(trt: Any) -> None:
+    parser = Built(trt, model()).parser
+    assert [parser.supports_operator(name) for name in ("MatMul", "Det", "Nothing")] == [True, False, False]
+
+
+def test_a_network_is_strongly_typed_whether_asked_or_not(trt: Any) -> None:
+    """As TensorRT's are from 11 on. Those of 10 must be asked: test_a_weakly_typed_network_of_10_runs_in_float."""
+    builder = Built(trt, model()).builder
+    flag = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+    for flags in (0, 1 << int(flag)):
+        network = builder.create_network(flags)
+        assert network.get_flag(flag)
+        assert network.flags == 1 << int(flag)
+
+
+def attention(trt: Any, width: int, *, decomposable: bool) -> Built:
+    """Of two heads of a width, under opset 23."""
+    given = [helper.make_tensor_value_info(name, HALF, (1, 2, 16, width)) for name in "qkv"]
+    made = helper.make_node("Attention", ["q", "k", "v"], ["y"], name="n")
+    graph = helper.make_graph([made], "g", given, [helper.make_tensor_value_info("y", HALF, None)])
+    opsets = [helper.make_opsetid("", 23)]
+    built = Built(trt, helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
+    assert built.parser.parse(built.data), errors(built)
+    layers = [built.network.get_layer(index) for index in range(built.network.num_layers)]
+    (layer,) = (layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT)
+    layer.__class__ = trt.IAttentionInputLayer
+    assert not layer.attention.decomposable
+    layer.attention.decomposable = decomposable
+    return built
+
+
+@pytest.mark.parametrize(("width", "fuses"), [(8, False), (16, True), (256, True), (264, False), (512, False)])
+def test_attention_that_no_kernel_fits_must_be_decomposable(trt: Any, width: int, fuses: bool) -> None:
+    """A width of 12, no multiple of 8 as TensorRT's documentation wants, is fused here, and not by the stand-in."""
+    assert (attention(trt, width, decomposable=False).plan(parse=False) is not None) == fuses
+    if not fuses:
+        assert attention(trt, width, decomposable=True).plan(parse=False) is not None
+
+
 # Weights
 
 
@@ -215,39 +265,66 @@ def test_weights_are_known_by_their_address(trt: Any, columns: int, taken: bool)
     assert errors(built) == [] if taken else "Weights of same values but of diff" in errors(built)[0][2]
 
 
-DROPPED = """
-import gc, sys
+BEFORE = """
+import gc, mmap, sys
+import numpy as np
 from tests.trt.built import Built, model
 if sys.argv[1] == "real":
     from tests.rtx import real_trt
-    built = Built(real_trt(), model())
+    trt = real_trt()
 else:
-    import tensorrt
-    built = Built(tensorrt, model())
+    import tensorrt as trt
+"""
+FREED = {
+    "the network of a parser": (
+        """
+built = Built(trt, model())
 del built.network
 gc.collect()
+print("now", flush=True)
 built.parser.parse(built.data)
-"""
+""",
+        "the network of a parser was freed before it parsed\n",
+    ),
+    "weights before the build": (
+        """
+pages = mmap.mmap(-1, 1 << 16)
+weight = np.frombuffer(pages, np.float16, 32)
+built = Built(trt, model(external=True))
+assert built.parser.load_model_proto(built.data)
+assert built.parser.load_initializer("w", weight.ctypes.data, weight.nbytes)
+assert built.parser.parse_model_proto()
+del weight
+pages.close()
+print("now", flush=True)
+built.plan(parse=False)
+""",
+        "the buffer of initializer w at the time of the build lies in memory that was freed\n",
+    ),
+}
 
 
+@pytest.mark.parametrize("case", FREED)
 @pytest.mark.parametrize("library", ["pretended", "real"])
-def test_a_parser_does_not_keep_its_network(library: str, tmp_path: Path) -> None:
+def test_what_is_not_kept_alive(library: str, case: str, tmp_path: Path) -> None:
     """The real one reads freed memory and crashes; the pretended one says so."""
+    code, violation = FREED[case]
     if library == "real":
         real_trt()
     told, root = tmp_path / "violations", str(Path(__file__).parents[2])
     path = root if library == "real" else os.pathsep.join([str(FAKES), root])
     done = subprocess.run(
-        [sys.executable, "-c", DROPPED, library],
+        [sys.executable, "-c", BEFORE + code, library],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path, "FAKE_TENSORRT_VIOLATIONS": str(told)},
         check=False,
     )
+    assert done.stdout == "now\n", done.stderr
     if library == "real":
         assert done.returncode < 0, done.stderr
     else:
-        assert told.read_text() == "the network of a parser was freed before it parsed\n"
+        assert told.read_text() == violation
 
 
 # The config
@@ -259,6 +336,8 @@ def test_levels_and_streams_out_of_range(trt: Any) -> None:
     assert config.builder_optimization_level == 5
     config.builder_optimization_level = -1
     assert config.builder_optimization_level == 5
+    config.builder_optimization_level = True
+    assert config.builder_optimization_level == 1
     config.max_aux_streams = 2
     config.max_aux_streams = -5
     assert config.max_aux_streams == 2
@@ -280,6 +359,15 @@ BAD_CALLS: dict[str, Callable[[Built], Any]] = {
     "unknown option": lambda b: setattr(b.config, "builder_optimisation_level", 3),
     "number for a flag": lambda b: b.config.set_flag(6),
     "string for a number": lambda b: setattr(b.config, "builder_optimization_level", "3"),
+    "fraction for a number": lambda b: setattr(b.config, "builder_optimization_level", 3.0),
+    "number for an enumeration": lambda b: setattr(b.config, "profiling_verbosity", 2),
+    "number for a monitor": lambda b: setattr(b.config, "progress_monitor", 3),
+    "workspace below zero": lambda b: b.config.set_memory_pool_limit(b.trt.MemoryPoolType.WORKSPACE, -1),
+    "no cache": lambda b: b.config.create_timing_cache(None),
+    "no logger": lambda b: b.trt.Builder(None),
+    "no network": lambda b: b.trt.OnnxParser(None, b.logger),
+    "no writer": lambda b: b.builder.build_serialized_network_to_stream(b.network, b.config, None),
+    "string for a model": lambda b: b.parser.parse("model"),
     "path": lambda b: b.parser.parse_from_file(Path("graph.onnx")),
     "wrong keyword": lambda b: b.config.set_timing_cache(b.config.create_timing_cache(b""), ignore_mismatches=False),
     "missing argument": lambda b: b.config.set_timing_cache(b.config.create_timing_cache(b"")),
@@ -358,6 +446,14 @@ def test_shapes_that_are_none(trt: Any) -> None:
     assert profile.get_shape("x") == []
 
 
+@pytest.mark.parametrize("shape", [("1", "4"), (1.5, 4.5), (1,) * 9], ids=["strings", "fractions", "9 axes"])
+def test_shapes_that_the_binding_refuses(trt: Any, shape: Any) -> None:
+    _, profile = dynamic(trt)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        profile.set_shape("x", shape, shape, shape)
+    assert profile.get_shape("x") == []
+
+
 MISFITS = {
     "another size": (("x", (1, 5)), "Dimension mismatch for tensor x and profile 0. At dimension axis 1"),
     "another input": (("z", (1, 4)), "Dynamic input tensor x is missing dimensions in profile 0"),
@@ -422,6 +518,64 @@ def test_a_plan_is_a_buffer_and_nothing_else(trt: Any) -> None:
     assert view.format == "f"
     assert view.nbytes == plan.nbytes == len(bytes(plan)) == len(bytes(view))
     assert bytes(plan) == bytes(view)
+
+
+def writer(trt: Any, answer: Callable[[int], Any], got: list[bytes]) -> Any:
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: bytes) -> Any:
+            got.append(data)
+            return answer(len(data))
+
+    return Writer()
+
+
+ANSWERS: dict[str, Callable[[int], Any]] = {
+    "all of it": lambda size: size,
+    "less": lambda size: size - 1,
+    "nothing": lambda size: 0,
+    "below zero": lambda size: -1,
+    "None": lambda size: None,
+    "a string": lambda size: "yes",
+    "an exception": lambda size: 1 / 0,
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_a_plan_goes_to_a_writer_at_once_whatever_it_answers(trt: Any, case: str) -> None:
+    """So a writer must itself remember that it failed. What TensorRT does is not documented: it may stop."""
+    built, got = Built(trt, model()), list[bytes]()
+    assert built.parser.parse(built.data)
+    assert built.builder.build_serialized_network_to_stream(
+        built.network, built.config, writer(trt, ANSWERS[case], got)
+    )
+    (data,) = got
+    assert type(data) is bytes
+    assert len(data) > WEIGHT.nbytes
+
+
+def test_where_there_is_no_plan_a_writer_gets_nothing(trt: Any) -> None:
+    built, got = Built(trt, model()), list[bytes]()
+    stream = writer(trt, lambda size: size, got)
+    assert not built.builder.build_serialized_network_to_stream(built.network, built.config, stream)
+    assert built.said("Network must have at least one output")
+    assert built.parser.parse(built.data)
+    built.config.progress_monitor = monitor(trt, lambda: False, [])
+    assert not built.builder.build_serialized_network_to_stream(built.network, built.config, stream)
+    assert built.said("BuildCanceled")
+    assert got == []
+
+
+def test_a_writer_that_does_not_call_its_base(trt: Any) -> None:
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            pass
+
+    built = Built(trt, model())
+    with pytest.raises(TypeError, match="must be called when overriding"):
+        built.builder.build_serialized_network_to_stream(built.network, built.config, Writer())
 
 
 def test_errors_are_recorded(trt: Any) -> None:

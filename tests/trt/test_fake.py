@@ -79,21 +79,6 @@ def test_weights_are_read_when_the_network_is_built(trt: Any) -> None:
     assert len(trt.violations) == 1
 
 
-def test_weights_that_were_unmapped(trt: Any) -> None:
-    import mmap
-
-    pages = mmap.mmap(-1, 1 << 16)
-    weight = np.frombuffer(pages, np.float16, 32)
-    built = Built(trt, model(external=True))
-    built.parser.load_model_proto(built.data)
-    built.parser.load_initializer("w", weight.ctypes.data, weight.nbytes)
-    assert built.parser.parse_model_proto()
-    del weight
-    pages.close()
-    with pytest.raises(AssertionError, match="freed"):
-        built.plan(parse=False)
-
-
 BROKEN_RULES: dict[str, tuple[Callable[[Built, Bound], Any], str]] = {
     "alignment": (lambda b, c: c.context.set_tensor_address("x", c.x.ctypes.data + 2), "not aligned"),
     "unknown tensor": (lambda b, c: c.context.set_tensor_address("xx", c.x.ctypes.data), "no tensor named xx"),

@@ -13,7 +13,7 @@ from typing import Any
 
 from tensorrt import _plan
 from tensorrt._config import IBuilderConfig, IOptimizationProfile
-from tensorrt._enums import BuilderFlag, DataType, ErrorCodeTRT, MemoryPoolType, Severity
+from tensorrt._enums import BuilderFlag, DataType, ErrorCodeTRT, MemoryPoolType, NetworkDefinitionCreationFlag, Severity
 from tensorrt._graph import Executable
 from tensorrt._interfaces import (
     IErrorRecorder,
@@ -29,7 +29,6 @@ from tensorrt._network import INetworkDefinition
 from tensorrt._rules import Native, at_least, failing, violate
 
 WEAK_FLAGS = ("FP16", "BF16", "INT8", "FP8", "INT4", "FP4")
-PIECE = 1 << 16
 OUT_OF_MEMORY = (
     (Severity.ERROR, "[defaultAllocator.cpp::allocate::62] Error Code 1: Cuda Runtime (In allocate at "
      "common/dispatch/defaultAllocator.cpp:62: out of memory)"),
@@ -117,6 +116,7 @@ class Builder(Native):
 
     def create_network(self, flags: int = 0) -> INetworkDefinition:
         empty: dict[str, list[Any]] = {"layers": [], "inputs": [], "outputs": [], "attentions": []}
+        flags |= 1 << int(NetworkDefinitionCreationFlag.STRONGLY_TYPED) if at_least(11) else 0
         return INetworkDefinition._make(flags=int(flags), name="Unnamed Network 0", model=None, **empty)
 
     def create_builder_config(self) -> IBuilderConfig:
@@ -143,14 +143,16 @@ class Builder(Native):
     def build_serialized_network_to_stream(
         self, network: INetworkDefinition, config: IBuilderConfig, writer: IStreamWriter
     ) -> bool:
-        """False on every failure, a writer's that takes less than it is given included."""
+        """False where there is no plan. True where a writer fails: its exceptions are printed, its answers ignored."""
         initialised(writer)
         plan = self.build_serialized_network(network, config)
         if plan is None:
             return False
-        data = bytes(memoryview(plan))
-        pieces = (data[at : at + PIECE] for at in range(0, len(data), PIECE))
-        return all(writer.write(piece) == len(piece) for piece in pieces)
+        try:
+            writer.write(bytes(memoryview(plan)))
+        except BaseException as error:
+            print(f"[ERROR] Exception caught in write(): {error}", file=sys.stderr)
+        return True
 
     def _build(self, network: INetworkDefinition, config: IBuilderConfig) -> bytes | None:
         why = self._refuses(network, config)

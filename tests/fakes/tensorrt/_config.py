@@ -28,6 +28,9 @@ class IOptimizationProfile(Made):
     """`set_shape` takes what is no range; the config does not take the profile then. What is no shape raises."""
 
     def set_shape(self, input: str, min: Any, opt: Any, max: Any) -> None:
+        for shape in (min, opt, max):
+            if not all(hasattr(size, "__index__") for size in shape) or len(shape) > Dims.MAX_DIMS:
+                raise TypeError(f"set_shape(): incompatible function arguments: {shape!r} is no shape")
         shapes = [tuple(int(d) for d in s) for s in (min, opt, max)]
         for name, shape in zip(("min", "opt", "max"), shapes, strict=True):
             if any(size < 0 for size in shape):
@@ -133,6 +136,8 @@ class IBuilderConfig(Made):
         self._flags = int(value)
 
     def set_memory_pool_limit(self, pool: MemoryPoolType, pool_size: int) -> None:
+        if pool_size < 0:
+            raise TypeError(f"set_memory_pool_limit(): incompatible function arguments: {pool_size} is no size_t")
         self._pools[pool] = int(pool_size)
 
     def get_memory_pool_limit(self, pool: MemoryPoolType) -> int:
@@ -187,7 +192,7 @@ def _option(name: str, kind: Any, default: Any) -> None:
         return self._values.get(name, default)
 
     def set_(self: Any, value: Any) -> None:
-        wrong = isinstance(value, bool | str) or not hasattr(value, "__index__") if kind is int else False
+        wrong = not hasattr(value, "__index__") if kind is int else False
         if wrong or (kind is not int and not isinstance(value, kind)):
             raise TypeError(f"IBuilderConfig.{name}: incompatible value {value!r}, expected {kind.__name__}")
         if name == "builder_optimization_level":

@@ -48,6 +48,11 @@ CONVERTED = frozenset({"Clip", "Pad"})
 """Operators whose constants the parser converts to the type of their data."""
 
 
+def _at(items: list[Any], index: int) -> Any:
+    """None where there is none, and for numbers below zero too."""
+    return items[index] if 0 <= index < len(items) else None
+
+
 class ITensor(Made):
     @property
     def name(self) -> str:
@@ -173,13 +178,13 @@ class INetworkDefinition(Made):
         return len(self._outputs)
 
     def get_layer(self, index: int) -> ILayer:
-        return self._layers[index]
+        return _at(self._layers, index)
 
     def get_input(self, index: int) -> ITensor:
-        return self._inputs[index]
+        return _at(self._inputs, index)
 
     def get_output(self, index: int) -> ITensor:
-        return self._outputs[index]
+        return _at(self._outputs, index)
 
     def _strongly_typed(self) -> bool:
         return at_least(11) or self.get_flag(NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -389,7 +394,7 @@ class OnnxParser(Native):
         return len(self._loader.errors)
 
     def get_error(self, index: int) -> ParserError:
-        return self._loader.errors[index]
+        return _at(self._loader.errors, index)
 
     def clear_errors(self) -> None:
         self._loader.errors.clear()
@@ -412,4 +417,6 @@ class OnnxParser(Native):
         return bool(self._flags >> int(flag) & 1)
 
     def supports_operator(self, op_name: str) -> bool:
-        return op_name not in UNSUPPORTED
+        import onnx
+
+        return op_name not in UNSUPPORTED and onnx.defs.has(op_name)
