@@ -6,7 +6,10 @@ that version here. What the two are documented to differ in stands beside the te
 
 from __future__ import annotations
 
+import errno
 import gc
+import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -21,6 +24,8 @@ from onnx import TensorProto, helper
 from tests.pretend import FAKES, pretended
 from tests.rtx import real_trt
 from tests.trt.built import WEIGHT, Built, model, monitor
+from toolchain.engines.plan_file import make_plan_file
+from toolchain.errors import EngineError
 
 HALF, FLOAT, BF16, INT32, INT64 = (
     *(TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.INT32, TensorProto.INT64),
@@ -554,6 +559,44 @@ def test_a_plan_goes_to_a_writer_at_once_whatever_it_answers(trt: Any, case: str
     (data,) = got
     assert type(data) is bytes
     assert len(data) > WEIGHT.nbytes
+
+
+class Full(io.BytesIO):
+    """A file that takes nothing."""
+
+    name = "engine.plan"
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, data: Any) -> int:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(OSError(errno.ENOSPC, "full"), EngineError), (MemoryError(), MemoryError), (ValueError(), ValueError)],
+    ids=["full disk", "no memory", "other"],
+)
+def test_a_plan_that_cannot_be_written(trt: Any, error: Exception, raised: type[Exception]) -> None:
+    """The library says that it built the engine."""
+    built = Built(trt, model())
+    assert built.parser.parse(built.data)
+    plan = make_plan_file(trt, Full(error))
+    assert built.builder.build_serialized_network_to_stream(built.network, built.config, plan)
+    with pytest.raises(raised):
+        plan.require_written()
+
+
+def test_a_plan_in_its_file(trt: Any) -> None:
+    built, file = Built(trt, model()), io.BytesIO()
+    assert built.parser.parse(built.data)
+    plan = make_plan_file(trt, file)
+    assert built.builder.build_serialized_network_to_stream(built.network, built.config, plan)
+    plan.require_written()
+    assert len(file.getvalue()) > WEIGHT.nbytes
+    assert plan.digest == hashlib.sha256(file.getvalue()).hexdigest()
 
 
 def test_where_there_is_no_plan_a_writer_gets_nothing(trt: Any) -> None:
