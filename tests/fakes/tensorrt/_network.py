@@ -12,7 +12,6 @@ from tensorrt._enums import (
     LayerType,
     NetworkDefinitionCreationFlag,
     OnnxParserFlag,
-    Severity,
     TensorLocation,
 )
 from tensorrt._graph import (
@@ -352,8 +351,6 @@ class OnnxParser(Native):
             return False
         version = opset(loader.model)
         loader.types = tensor_types(loader.model)
-        if version > 24:
-            loader.report(Severity.WARNING, f"The model's opset {version} is newer than the parser's 24")
         for index, node in enumerate(loader.model.graph.node):
             why = self._refuses(node, version, index)
             if why:
