@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -16,6 +17,7 @@ from safetensors.numpy import save_file
 
 from tests.pretend import pretended
 from tests.step_engine import OPTIONS, SPEC, STATE, WEIGHT, bound, expected, opened, run, write_engine
+from toolchain.engines.device_memory import ALLOCATION
 from toolchain.engines.tensorrt_engine import TensorRtMemory, open_memory
 from toolchain.engines.tensorrt_library import TENSORRT
 from toolchain.engines.tensorrt_plan import read_facts
@@ -362,3 +364,24 @@ def test_closing_frees_everything_in_order(folder: Path, memory_first: bool, mod
     assert freed == ["context", "engine", "runtime"]
     memory.close()
     assert memory._graphs == {}
+
+
+def test_contexts_and_plans_are_not_freed_while_another_thread_allocates_or_captures(
+    trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = TensorRtMemory(TENSORRT)
+    engine = opened(write_engine(trt, tmp_path / "locked"), memory)
+    bound(engine, memory)
+    memory.release(*engine._launches)
+    monkeypatch.setattr(memory, "release", lambda *launches: None)  # it waits too, for the graphs that it destroys
+    (first, *_), (plan,) = engine._bindings, memory._plans.values()
+    closing = threading.Thread(target=engine.close)
+    with ALLOCATION:
+        closing.start()
+        closing.join(0.5)
+        assert first.context is not None
+        assert plan.engine is not None
+    closing.join()
+    assert first.context is None
+    assert plan.engine is None
+    memory.close()

@@ -91,8 +91,9 @@ class TensorRtEngine:
 
     def close(self) -> None:
         self._memory.release(*self._launches)
-        for binding in self._bindings:
-            binding.context = None
+        with ALLOCATION:
+            for binding in self._bindings:
+                binding.context = None
         self._places.free()
         self._bindings, self._launches = [], []
         if self._plan is not None:

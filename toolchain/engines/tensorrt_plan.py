@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from toolchain.engines.cuda import device_facts
+from toolchain.engines.device_memory import ALLOCATION
 from toolchain.engines.forecast import FEWER_BUCKETS, OUT_OF_MEMORY
 from toolchain.engines.rtx_runtime import ask_validity, runtime_config
 from toolchain.engines.runtime_cache import RuntimeCache
@@ -121,9 +122,10 @@ class OpenPlan:
             self._kernels.save()
 
     def close(self) -> None:
-        self._kernels = self._config = None
-        self.engine = None  # after its contexts and before its runtime
-        self._runtime = None
+        with ALLOCATION:
+            self._kernels = self._config = None
+            self.engine = None  # after its contexts and before its runtime
+            self._runtime = None
 
     def failure(self, what: str, details: Sequence[str] = (), hint: str | None = None) -> EngineError:
         """An error that says what TensorRT logged last, and what helps where that is a lack of memory."""
