@@ -140,6 +140,13 @@ def test_targets(tmp_path: Path) -> None:
     assert facts["plan_sha256"] != build(tmp_path, "all")["plan_sha256"]
 
 
+def test_float32_that_is_not_rounded(tmp_path: Path) -> None:
+    write_network(tmp_path, "float32")
+    facts = build(tmp_path, tf32=False)
+    assert facts["options"]["tf32"] is False
+    assert facts["plan_sha256"] != build(tmp_path, "rounded")["plan_sha256"]
+
+
 def test_two_buckets_in_one_engine(tmp_path: Path) -> None:
     write_two_buckets(tmp_path)
     facts = build(tmp_path)

@@ -333,3 +333,18 @@ def test_a_bundle_draws_what_the_cpu_draws(
     drawing = CliRunner().invoke(cli, ["generate", str(made.path), "a", "--output", str(tmp_path / "a.png")])
     assert drawing.exit_code == 1
     assert "the bundle cannot run here" in drawing.output
+
+
+def test_a_bundle_with_an_engine_for_each_bucket(tiny_model: Path, store: Path, tmp_path: Path) -> None:
+    import toolchain
+
+    text = RECIPE.format(backend="tensorrt_rtx") + '[tensorrt_rtx]\nprofile_per_bucket = false\ntargets = ["8.9"]\n'
+    (tmp_path / "own.toml").write_text(text)
+    with pretended(DIFFBUILD_CACHE=str(tmp_path / "cache"), **ADA) as trt:
+        made = toolchain.build(tmp_path / "own.toml", str(tiny_model), tmp_path / "own", store=store)
+        assert {Path(entry.folder).name for entry in made.engines["denoiser"].values()} == {"1x64x64", "2x64x96"}
+        told = CliRunner().invoke(cli, ["inspect", str(made.path)]).output
+        assert "touch, for compute capability 8.9:" in told
+        first, second = drawn(made.path)
+        assert not np.array_equal(first, second)
+        assert trt.violations == []
