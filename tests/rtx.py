@@ -24,6 +24,19 @@ def real_trt() -> Any:
         pytest.skip(f"{error.what}: {error.got}")
 
 
+def recording_logger(trt: Any, log: list[tuple[str, str]]) -> Any:
+    """A logger of either library, real or pretended, that puts (severity, message) into `log`."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            log.append((severity.name, msg))
+
+    return Log()
+
+
 class Parsed:
     """A graph in the hands of the real parser, which keeps bare addresses: what it needs lives as long as this.
 
@@ -34,16 +47,7 @@ class Parsed:
     def __init__(self, model: ir.Model) -> None:
         trt = real_trt()
         self.log: list[tuple[str, str]] = []
-        log = self.log
-
-        class Log(trt.ILogger):  # type: ignore[misc]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, severity: Any, msg: str) -> None:
-                log.append((severity.name, msg))
-
-        self._trt, self._logger, self._model = trt, Log(), model
+        self._trt, self._logger, self._model = trt, recording_logger(trt, self.log), model
         self.builder = trt.Builder(self._logger)
         self.network = self.builder.create_network(0)
         self.parser = trt.OnnxParser(self.network, self._logger)

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.rtx import recording_logger
+
 WEIGHT = np.arange(32, dtype=np.float16).reshape(4, 8)
 
 
@@ -34,17 +36,9 @@ class Built:
     """A parsed network and its config; `plan()` builds it."""
 
     def __init__(self, trt: Any, data: bytes) -> None:
-        self.trt, self.log = trt, []  # type: ignore[var-annotated]
-        log = self.log
-
-        class Log(trt.ILogger):  # type: ignore[misc]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, severity: Any, msg: str) -> None:
-                log.append((severity.name, msg))
-
-        self.logger = Log()
+        self.trt = trt
+        self.log: list[tuple[str, str]] = []
+        self.logger = recording_logger(trt, self.log)
         self.builder = trt.Builder(self.logger)
         strong = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         self.network = self.builder.create_network(strong)

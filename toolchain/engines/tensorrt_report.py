@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolchain.engines.build_monitor import Say
 from toolchain.engines.inspector import (
     Layer,
     asked_dtypes,
@@ -26,8 +27,6 @@ from toolchain.errors import EngineError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-Say = Callable[[dict[str, Any]], None]
 
 
 def report(library: Library, model: ir.Model, plan: Path, logger: Any, graph: Path, say: Say) -> dict[str, Any]:
