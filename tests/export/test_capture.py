@@ -11,14 +11,16 @@ import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import toolchain.export.weights as weights_module
 from tests.tiny import recipe_for
 from toolchain import api
 from toolchain.errors import ExportError, ModelError, WeightsError
-from toolchain.export.capture import capture, check_signature
+from toolchain.export.capture import TRANSLATIONS, capture, check_signature
 from toolchain.export.safetensors import read_folder
 from toolchain.export.weights import find_tensors, weight_uses, write_weights
+from toolchain.graph import OPSET
 from toolchain.graph.placeholder import is_weight
 from toolchain.models import MODELS, resolve_model
 from toolchain.models.component import Component
@@ -55,6 +57,12 @@ def test_every_weight_is_a_reference_and_in_the_checkpoint(
 def test_the_whole_unet_is_used(graphs: dict[str, ir.Model], tiny_model: Path) -> None:
     weights = {n for n, v in graphs["denoiser"].graph.initializers.items() if is_weight(v)}
     assert weights == set(read_folder(tiny_model / "unet"))
+
+
+def test_the_exporters_table_is_read_once_and_left_as_it_was(graphs: dict[str, ir.Model]) -> None:
+    assert TRANSLATIONS.cache_info().misses == 1
+    assert isinstance(ONNXRegistry.__dict__["from_torchlib"], classmethod)
+    assert TRANSLATIONS(OPSET).functions.keys() == ONNXRegistry.from_torchlib(OPSET).functions.keys()
 
 
 def test_a_graph_with_another_signature_is_refused(graphs: dict[str, ir.Model]) -> None:

@@ -173,6 +173,23 @@ def test_the_step_without_guidance_is_the_unet(source: ModelSource, model: Path)
     torch.testing.assert_close(evaluate(source, recipe, inputs), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_sizes_are_exact_beyond_2048_pixels(source: ModelSource) -> None:
+    """Joined to the pooled prompt in float32, and rounded to float16 together with it: 2049 in float16 is 2048."""
+    graph = capture(FAMILY.component("denoiser"), source, in_dtype("float16", "denoiser"), BUCKET).graph
+    (time_ids,) = (value for value in graph.inputs if value.name == "time_ids")
+    reached, joined = {time_ids}, None
+    for node in graph:
+        if joined is None and reached & set(node.inputs):
+            reached |= set(node.outputs)
+            if node.op_type == "Concat" and len({v.shape[-1] for v in node.inputs}) > 1:  # type: ignore[union-attr, index]
+                joined = node
+    assert joined is not None
+    assert joined.outputs[0].shape.numpy() == (4, POOLED + 6 * TIME_EMBEDDING)  # type: ignore[union-attr]
+    assert {value.dtype.name for value in reached} == {"FLOAT"}  # type: ignore[union-attr]
+    (after,) = (use.node for use in joined.outputs[0].uses())
+    assert (after.op_type, after.outputs[0].dtype.name) == ("Cast", "FLOAT16")
+
+
 def test_every_input_matters(source: ModelSource) -> None:
     """Else the tiny model could not show that one of them is left out or misplaced."""
     inputs = random_inputs(source, RECIPE)
