@@ -24,10 +24,21 @@ def misses(plan: toolchain.api.Plan) -> list[str]:  # type: ignore[name-defined]
     return [step.name for step in plan.steps if not step.hit]
 
 
+@pytest.fixture(scope="module")
+def own_store(
+    tiny_bundle: Path, tiny_recipe: Path, tiny_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A store of what `tiny_bundle` was built from and no more: other workers put anything into the shared one."""
+    own = tmp_path_factory.mktemp("own") / "store"
+    for step in toolchain.plan_build(tiny_recipe, str(tiny_model), store=store).steps:
+        shutil.copytree(store / step.stage / step.key, own / step.stage / step.key)
+    return own
+
+
 @pytest.fixture
-def built(tiny_bundle: Path, store: Path, tiny_model: Path, tmp_path: Path) -> dict[str, object]:
+def built(own_store: Path, tiny_model: Path) -> dict[str, object]:
     """Arguments of `plan_build` for the model that `tiny_bundle` was built from."""
-    return {"model": str(tiny_model), "store": store}
+    return {"model": str(tiny_model), "store": own_store}
 
 
 def test_a_second_build_is_all_hits(built: dict[str, str], tiny_recipe: Path) -> None:
@@ -89,15 +100,15 @@ def test_keys_name_the_family_and_the_component(built: dict[str, str], tiny_reci
 
 
 def test_a_second_bucket_writes_no_weight_again(
-    tiny_bundle: Path, store: Path, tiny_recipe: Path, tiny_model: Path
+    tiny_bundle: Path, own_store: Path, tiny_recipe: Path, tiny_model: Path
 ) -> None:
     """What a bucket adds is its graph: nothing the size of a weight lies beside it."""
-    plan = toolchain.plan_build(tiny_recipe, str(tiny_model), store=store)
-    weights = Store(store).lookup("weights", plan.step("weights tiny denoiser").key)
+    plan = toolchain.plan_build(tiny_recipe, str(tiny_model), store=own_store)
+    weights = Store(own_store).lookup("weights", plan.step("weights tiny denoiser").key)
     assert weights is not None
     total = sum(record.size for record in weights.files.values())
     for bucket in ("1x64x64", "2x64x96"):
-        engine = Store(store).lookup("engine", plan.step(f"engine tiny denoiser {bucket}").key)
+        engine = Store(own_store).lookup("engine", plan.step(f"engine tiny denoiser {bucket}").key)
         assert engine is not None
         assert set(engine.files) == {"graph.onnx", "engine.json"}
         assert sum(record.size for record in engine.files.values()) < 0.3 * total
@@ -135,9 +146,9 @@ def damage_weights(own: Path, plan: toolchain.api.Plan) -> None:  # type: ignore
 
 
 def test_a_damaged_artifact_reaches_no_bundle(
-    tiny_bundle: Path, tiny_recipe: Path, tiny_model: Path, store: Path, tmp_path: Path
+    tiny_bundle: Path, tiny_recipe: Path, tiny_model: Path, own_store: Path, tmp_path: Path
 ) -> None:
-    own = Path(shutil.copytree(store, tmp_path / "store", ignore=shutil.ignore_patterns(".tmp")))
+    own = Path(shutil.copytree(own_store, tmp_path / "store", ignore=shutil.ignore_patterns(".tmp")))
     damage_weights(own, toolchain.plan_build(tiny_recipe, str(tiny_model), store=own))
     with pytest.raises(StoreError, match="damaged") as error:
         toolchain.build(tiny_recipe, str(tiny_model), tmp_path / "bundle", store=own)
@@ -146,10 +157,10 @@ def test_a_damaged_artifact_reaches_no_bundle(
 
 
 def test_what_a_step_reads_is_verified_before_it_runs(
-    tiny_bundle: Path, tiny_recipe: Path, tiny_model: Path, store: Path, tmp_path: Path
+    tiny_bundle: Path, tiny_recipe: Path, tiny_model: Path, own_store: Path, tmp_path: Path
 ) -> None:
     """Damage that keeps the size is no miss: packed into another artifact it would be under a digest of its own."""
-    own = Path(shutil.copytree(store, tmp_path / "store", ignore=shutil.ignore_patterns(".tmp")))
+    own = Path(shutil.copytree(own_store, tmp_path / "store", ignore=shutil.ignore_patterns(".tmp")))
     plan = toolchain.plan_build(tiny_recipe, str(tiny_model), store=own)
     damage_weights(own, plan)
     for stage in ("packed", "engine"):
@@ -184,10 +195,10 @@ def test_the_number_of_threads_rebuilds_nothing(built: dict[str, str], tmp_path:
 
 
 def test_a_flipped_byte_in_a_bundle_is_repaired(
-    tiny_recipe: Path, tiny_model: Path, store: Path, bundle_copy: Path
+    tiny_recipe: Path, tiny_model: Path, own_store: Path, bundle_copy: Path
 ) -> None:
     flip_last_byte(bundle_copy / "engines" / "denoiser" / "weights.safetensors")
-    toolchain.build(tiny_recipe, str(tiny_model), bundle_copy, store=store)
+    toolchain.build(tiny_recipe, str(tiny_model), bundle_copy, store=own_store)
     toolchain.read_bundle(bundle_copy).verify()
 
 
@@ -261,10 +272,10 @@ def test_an_export_replaces_graphs_and_keeps_other_files(
 
 
 def test_a_damaged_bundle_is_put_together_again(
-    tiny_recipe: Path, tiny_model: Path, store: Path, bundle_copy: Path
+    tiny_recipe: Path, tiny_model: Path, own_store: Path, bundle_copy: Path
 ) -> None:
     (bundle_copy / "engines" / "denoiser" / "weights.safetensors").unlink()
-    toolchain.build(tiny_recipe, str(tiny_model), bundle_copy, store=store)
+    toolchain.build(tiny_recipe, str(tiny_model), bundle_copy, store=own_store)
     toolchain.read_bundle(bundle_copy).verify()
 
 
@@ -294,10 +305,10 @@ def test_a_pattern_that_matches_no_module(built: dict[str, str], tmp_path: Path)
     assert "conv_in" in str(error.value)
 
 
-def test_graphs_alone_need_no_weights(tiny_copy: Path, tiny_recipe: Path, store: Path, tmp_path: Path) -> None:
+def test_graphs_alone_need_no_weights(tiny_copy: Path, tiny_recipe: Path, own_store: Path, tmp_path: Path) -> None:
     for file in tiny_copy.rglob("*.safetensors"):
         file.unlink()
-    graphs = toolchain.export_graphs(tiny_recipe, str(tiny_copy), tmp_path / "graphs", store=store)
+    graphs = toolchain.export_graphs(tiny_recipe, str(tiny_copy), tmp_path / "graphs", store=own_store)
     assert sorted(g.name for g in graphs) == [
         "denoiser-1x64x64.onnx",
         "denoiser-2x64x96.onnx",
@@ -312,8 +323,8 @@ def test_graphs_alone_need_no_weights(tiny_copy: Path, tiny_recipe: Path, store:
 
 
 def test_graphs_point_into_the_checkpoint_where_it_is_there(
-    tiny_model: Path, tiny_recipe: Path, store: Path, tmp_path: Path
+    tiny_model: Path, tiny_recipe: Path, own_store: Path, tmp_path: Path
 ) -> None:
-    toolchain.export_graphs(tiny_recipe, str(tiny_model), tmp_path / "graphs", store=store)
+    toolchain.export_graphs(tiny_recipe, str(tiny_model), tmp_path / "graphs", store=own_store)
     weights = json.loads((tmp_path / "graphs" / "vae_decoder-1x64x64.weights.json").read_text())
     assert all(Path(entry["file"]).is_file() and entry["nbytes"] > 0 for entry in weights)
