@@ -21,6 +21,7 @@ import pytest
 from click.testing import CliRunner
 
 import toolchain
+from tests.manifests import edit_manifest
 from toolchain.artifacts import Store
 from toolchain.cli import cli
 from toolchain.errors import RequestError
@@ -124,7 +125,7 @@ def bundle_file(change: Callable[[World], object], command: str = "generate") ->
 
 
 def manifest(change: Callable[[dict[str, Any]], object]) -> Prepare:
-    return bundle_file(lambda w: edit_json(w.bundle / "bundle.json", change))
+    return bundle_file(lambda w: edit_manifest(w.bundle, change))
 
 
 def request(*options: object, **given: Any) -> Prepare:
@@ -200,7 +201,7 @@ def add_file(name: str) -> Callable[[dict[str, Any]], None]:
 
 
 def thresholding(w: World) -> list[object]:
-    edit_json(w.bundle / "bundle.json", lambda d: d["settings"]["scheduler"].update(thresholding=True))
+    edit_manifest(w.bundle, lambda d: d["settings"]["scheduler"].update(thresholding=True))
     return w.generate("--scheduler", "dpm++2m")
 
 

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from tests.manifests import edit_manifest
 from toolchain.bundle import read_bundle
 from toolchain.errors import BundleError
 from toolchain.recipe import Bucket
 
 Change = Callable[[dict[str, Any], str], object]
 BUCKET = "1x64x64"
-
-
-def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    path = bundle / "bundle.json"
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
 
 
 FIELDS: dict[str, Change] = {
@@ -39,7 +33,7 @@ def test_no_path_leaves_the_bundle(bundle_copy: Path, field: str, name: str) -> 
     outside = bundle_copy.with_name("outside")
     (outside / "x").mkdir(parents=True)
     (bundle_copy / "out").symlink_to(outside)
-    edit(bundle_copy, lambda d: FIELDS[field](d, name))
+    edit_manifest(bundle_copy, lambda d: FIELDS[field](d, name))
     with pytest.raises(BundleError, match="leaves the bundle") as error:
         read_bundle(bundle_copy)
     assert error.value.got == name
@@ -47,7 +41,7 @@ def test_no_path_leaves_the_bundle(bundle_copy: Path, field: str, name: str) -> 
 
 @pytest.mark.parametrize("field", [f for f in FIELDS if f != "files"])
 def test_nothing_is_used_that_is_not_listed(bundle_copy: Path, field: str) -> None:
-    edit(bundle_copy, lambda d: FIELDS[field](d, "engines/other"))
+    edit_manifest(bundle_copy, lambda d: FIELDS[field](d, "engines/other"))
     with pytest.raises(BundleError, match="list"):
         read_bundle(bundle_copy)
 
@@ -87,13 +81,13 @@ def test_a_listed_file_that_is_gone_is_left_to_verify(bundle_copy: Path) -> None
     ],
 )
 def test_a_damaged_structure(bundle_copy: Path, change: Callable[[dict[str, Any]], object], part: str) -> None:
-    edit(bundle_copy, change)
+    edit_manifest(bundle_copy, change)
     with pytest.raises(BundleError, match=f"is damaged(.|\n)*{part}"):
         read_bundle(bundle_copy)
 
 
 def test_a_missing_component(bundle_copy: Path) -> None:
-    edit(bundle_copy, lambda d: d["engines"].pop("text_encoder"))
+    edit_manifest(bundle_copy, lambda d: d["engines"].pop("text_encoder"))
     with pytest.raises(BundleError, match=r"no such engine(.|\n)*text_encoder 1x64x64"):
         read_bundle(bundle_copy).engine("text_encoder", Bucket.parse(BUCKET))
 
@@ -102,13 +96,27 @@ def test_a_missing_component(bundle_copy: Path) -> None:
     ("guided", "embedded", "expected"), [(True, False, 5.0), (False, True, 5.0), (True, True, 5.0), (False, False, 1.0)]
 )
 def test_default_guidance(bundle_copy: Path, guided: bool, embedded: bool, expected: float) -> None:
-    edit(bundle_copy, lambda d: d["recipe"].update(classifier_free_guidance=guided))
-    edit(bundle_copy, lambda d: d["settings"].update(embedded_guidance=embedded))
+    edit_manifest(bundle_copy, lambda d: d["recipe"].update(classifier_free_guidance=guided))
+    edit_manifest(bundle_copy, lambda d: d["settings"].update(embedded_guidance=embedded))
     assert read_bundle(bundle_copy).default_guidance == expected
 
 
 def test_buckets_come_in_the_order_of_the_recipe(bundle_copy: Path) -> None:
-    edit(bundle_copy, lambda d: d["recipe"]["buckets"].reverse())
+    edit_manifest(bundle_copy, lambda d: d["recipe"]["buckets"].reverse())
     assert [str(b) for b in read_bundle(bundle_copy).buckets] == ["2x64x96", BUCKET]
-    edit(bundle_copy, lambda d: d["recipe"]["buckets"].insert(0, "1x8x8"))
+    edit_manifest(bundle_copy, lambda d: d["recipe"]["buckets"].insert(0, "1x8x8"))
     assert [str(b) for b in read_bundle(bundle_copy).buckets] == ["2x64x96", BUCKET]
+
+
+def test_no_bit_of_the_manifest_can_change_unseen(bundle_copy: Path) -> None:
+    path = bundle_copy / "bundle.json"
+    raw = path.read_bytes()
+    random = np.random.default_rng(0)
+    for position, bit in zip(random.integers(0, len(raw), 400), random.integers(0, 8, 400), strict=True):
+        damaged = bytearray(raw)
+        damaged[position] ^= 1 << bit
+        path.write_bytes(damaged)
+        with pytest.raises(BundleError, match=r"bundle\.json|format"):
+            read_bundle(bundle_copy)
+    path.write_bytes(raw)
+    read_bundle(bundle_copy).verify()

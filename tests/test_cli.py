@@ -21,6 +21,7 @@ from PIL import Image
 
 import toolchain
 import toolchain.api
+from tests.manifests import edit_manifest
 from toolchain import progress
 from toolchain.artifacts import Store
 from toolchain.cli import cli
@@ -403,10 +404,7 @@ def test_inspect(tiny_bundle: Path) -> None:
 
 
 def test_inspect_of_a_foreign_bundle_says_that_it_cannot_run_here(bundle_copy: Path) -> None:
-    manifest = bundle_copy / "bundle.json"
-    data = json.loads(manifest.read_text())
-    data["device"]["cpu"] = "riscv64"
-    manifest.write_text(json.dumps(data))
+    edit_manifest(bundle_copy, lambda data: data["device"].update(cpu="riscv64"))
     assert "no: built on riscv64" in run("inspect", bundle_copy).stdout
     assert run_json("inspect", bundle_copy)["runs_here"] is False
 

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 import toolchain
+from tests.manifests import edit_manifest
 from toolchain.artifacts import Store
 from toolchain.cli import cli
 from toolchain.memory import RUNTIME_BYTES, TOKENIZER_TIMES, EngineMemory, Forecast, forecast, planned
@@ -98,14 +99,13 @@ def test_inspect_tells_it(tiny_bundle: Path) -> None:
 @pytest.mark.parametrize("damaged", [None, "", "[1, 2]", '{"activation_bytes": "many", "mapped_bytes": null}'])
 def test_a_bundle_that_says_nothing_of_it_is_inspected_all_the_same(bundle_copy: Path, damaged: str | None) -> None:
     """Such as one that was built before, or by a backend that cannot tell."""
-    manifest = json.loads((bundle_copy / "bundle.json").read_text())
     for file in bundle_copy.rglob("engine.json"):
         if damaged is None:
-            del manifest["files"][file.relative_to(bundle_copy).as_posix()]
+            name = file.relative_to(bundle_copy).as_posix()
+            edit_manifest(bundle_copy, lambda manifest, name=name: manifest["files"].pop(name))
             file.unlink()
         else:
             file.write_text(damaged)
-    (bundle_copy / "bundle.json").write_text(json.dumps(manifest))
     found = json.loads(run("inspect", bundle_copy, "--json"))["memory"]
     assert (found["engines"], found["total"], len(found["unknown"])) == ([], None, 7)
     text = run("inspect", bundle_copy)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import toolchain
+from tests.parity import random_images
 from tests.pretend import pretended
 from tests.rtx import real_trt
 from tests.tiny import make_sd
@@ -70,17 +71,20 @@ def tiny(recipe: Recipe) -> Recipe:
 
 
 def require_picture(bundle: toolchain.Bundle) -> None:
-    """Neither black nor of one colour, and not what another prompt gives."""
+    """Neither black nor of one colour, and not what another prompt gives; and one that goes through the encoder."""
     pipe = toolchain.load(bundle.path)
     try:
         result = pipe("a red circle on a white background", seed=3)
         other = pipe("a blue square", seed=3)
+        # At full strength, whose tables are those of a picture from noise.
+        image = random_images(1, pipe.bundle.buckets[0].height, pipe.bundle.buckets[0].width)[0]
+        began = pipe("a blue square", seed=3, image=image, strength=1.0)
     finally:
         pipe.close()
-    pixels = np.asarray(result.images[0], np.float32)
-    assert np.isfinite(result.latents).all()
-    assert pixels.std() > 1
-    assert not np.array_equal(pixels, np.asarray(other.images[0]))
+    for drawn in (result, began):
+        assert np.isfinite(drawn.latents).all()
+        assert np.asarray(drawn.images[0], np.float32).std() > 1
+    assert not np.array_equal(np.asarray(result.images[0]), np.asarray(other.images[0]))
 
 
 def require_precisions(bundle: toolchain.Bundle) -> None:

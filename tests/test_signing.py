@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import toolchain
+from tests.manifests import edit_manifest
 from tests.test_cli import modules_after, run, run_json
 from toolchain.bench.run import measure
 from toolchain.errors import BundleError, SignatureError, UsageError
@@ -88,21 +89,20 @@ def test_others_can_compare_a_signature(signed: Path, keys: Keys, tmp_path: Path
 # --- what must not be run ---------------------------------------------------------------------------------------------
 
 
-def edit_manifest(bundle: Path) -> None:
-    path = bundle / "bundle.json"
-    path.write_text(path.read_text().replace('"diffbuild"', '"Diffbuild"'))
+def rename_tool(bundle: Path) -> None:
+    edit_manifest(bundle, lambda manifest: manifest["tools"].update(diffbuild="9"))
 
 
 def rewrite_engine(bundle: Path) -> None:
     """What an attacker does: the manifest's digest is that of the new file."""
     import hashlib
 
-    path, manifest = bundle / ENGINE, bundle / "bundle.json"
-    old = hashlib.sha256(path.read_bytes()).hexdigest()
+    path = bundle / ENGINE
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    manifest.write_text(manifest.read_text().replace(old, hashlib.sha256(data).hexdigest()))
+    digest = hashlib.sha256(data).hexdigest()
+    edit_manifest(bundle, lambda manifest: manifest["files"][ENGINE].update(sha256=digest))
     toolchain.read_bundle(bundle).verify()
 
 
@@ -110,7 +110,7 @@ def sign_other(bundle: Path) -> None:
     """The signature of another bundle by the same key, copied in."""
     keys = Keys(bundle, bundle.parent / "keys" / "private.pem", bundle)
     other = Path(shutil.copytree(bundle, bundle.with_name("other")))
-    edit_manifest(other)
+    rename_tool(other)
     toolchain.sign_bundle(other, keys.private)
     shutil.copy(other / "bundle.sig", bundle / "bundle.sig")
 
@@ -133,7 +133,7 @@ BUNDLES: dict[str, tuple[Callable[[Path], object], type[BundleError], str]] = {
     "tampered file": (flip, BundleError, "was changed"),
     "missing file": (lambda b: (b / ENGINE).unlink(), BundleError, "is missing"),
     "extra file": (lambda b: (b / ENGINE).with_name("x").write_text("x"), BundleError, "does not list"),
-    "tampered manifest": (edit_manifest, SignatureError, "bundle.json is not the one that was signed"),
+    "tampered manifest": (rename_tool, SignatureError, "bundle.json is not the one that was signed"),
     "tampered file and manifest": (rewrite_engine, SignatureError, "bundle.json is not the one that was signed"),
     "manifest cut off": (lambda b: (b / "bundle.json").write_text("{"), BundleError, "cannot be read"),
     "signature of another bundle": (sign_other, SignatureError, "bundle.json is not the one that was signed"),

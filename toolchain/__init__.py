@@ -8,6 +8,7 @@ pipe("a red circle on a white background", seed=0).images[0].save("a.png")
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from toolchain.recipe import Bucket, Recipe, load_recipe
     from toolchain.runtime.pipeline import Pipeline, Progress, Result, load
     from toolchain.signing import sign_bundle, verify_bundle
+
+# ONNX Runtime 1.29 and newer reports every session that it opens to Microsoft, and writes an identifier of the machine
+# and a database of events to the user's home, from the moment it is imported. Here that is the user's decision: set to
+# 0 before this package is imported, it stays on.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOME = {
     "build": "toolchain.api",

@@ -22,6 +22,7 @@ from toolchain.bundle import (
     Bundle,
     EngineEntry,
     FileEntry,
+    encode,
     read_bundle,
 )
 from toolchain.errors import BundleError, StoreError, UsageError
@@ -151,7 +152,7 @@ class _Writer:
 
     def fill(self, folder: Path) -> None:
         bundle = self.bundle(folder)
-        (folder / MANIFEST).write_text(json.dumps(bundle.to_json(), indent=1) + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_bytes(encode(bundle.to_json()))
         try:
             bundle.verify()  # the store checks sizes on lookup, and digests only when it is asked to
         except BundleError as error:

@@ -1,7 +1,8 @@
 """A bundle: a folder with `bundle.json` that a runtime can load after it was moved or copied, without the model.
 
 Every file is listed with its size and sha256, and verified before any of it reaches an engine's loader. A flipped bit
-in a weight passes every loader silently, so the digests are ours to check.
+in a weight passes every loader silently, so the digests are ours to check. The manifest carries its own as well: a
+flipped bit in it may be a guidance, a step count or a name in valid JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from toolchain.recipe import Bucket, Recipe
 from toolchain.settings import ModelSettings
 from toolchain.signature import GraphSpec
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.sig"
 """Of the manifest, where somebody has signed it: see `toolchain.signing`."""
@@ -166,6 +167,12 @@ class Bundle:
         return None
 
 
+def encode(manifest: Mapping[str, Any]) -> bytes:
+    """The text of `bundle.json`: what it says, in this order, and the sha256 of that."""
+    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return (json.dumps({**manifest, "digest": digest}, indent=1) + "\n").encode()
+
+
 def read_bundle(path: Path) -> Bundle:
     """Reads and checks `bundle.json`, and which files lie beside it; reads no other file. Raises BundleError."""
     manifest = path / MANIFEST
@@ -189,6 +196,12 @@ def read_bundle(path: Path) -> Bundle:
             expected=f"format {FORMAT}",
             got=f"format {data['format']}",
             hint="update diffbuild" if newer else "build the bundle again",
+        )
+    data.pop("digest", None)
+    # Byte for byte, so that no edit at all passes, not even of white space.
+    if encode(data) != text:
+        raise BundleError(
+            f"{MANIFEST} was changed", where=manifest, expected="what was written, with its digest", hint=AGAIN
         )
     try:
         bundle = replace(_structure(path, data), digest=hashlib.sha256(text).hexdigest())

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import toolchain
+from tests.manifests import edit_manifest
 from toolchain.bundle import Bundle, read_bundle
 from toolchain.check import CheckReport, compare
 from toolchain.check.components import RECORDED, _recorded
@@ -37,12 +38,14 @@ def run(bundle: Path, model: Path) -> CheckReport:
 
 def resign(bundle: Path, *changed: Path, edit: Callable[[dict[str, Any]], None] = lambda manifest: None) -> None:
     """Writes size and sha256 of changed files into the manifest, after `edit` has changed it."""
-    manifest = json.loads((bundle / "bundle.json").read_text())
-    edit(manifest)
-    for path in changed:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        manifest["files"][path.relative_to(bundle).as_posix()] = {"sha256": digest, "size": path.stat().st_size}
-    (bundle / "bundle.json").write_text(json.dumps(manifest))
+
+    def change(manifest: dict[str, Any]) -> None:
+        edit(manifest)
+        for path in changed:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            manifest["files"][path.relative_to(bundle).as_posix()] = {"sha256": digest, "size": path.stat().st_size}
+
+    edit_manifest(bundle, change)
 
 
 def edit_tensor(path: Path, key: str, change: Callable[[np.ndarray], Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import toolchain
+from tests.manifests import edit_manifest
 from tests.pretend import pretended
 from tests.test_signing import write_pair
 from toolchain.cli import cli
@@ -150,8 +150,7 @@ def test_a_bundle_from_elsewhere_needs_a_signature(
 
 
 def test_a_rewritten_manifest_is_not_one_that_was_built_here(bundle: Path) -> None:
-    manifest = bundle / "bundle.json"
-    manifest.write_text(manifest.read_text().replace('"steps": 2', '"steps": 3', 1))
+    edit_manifest(bundle, lambda manifest: manifest["recipe"]["sampling"].update(steps=3))
     code, said = generate(bundle)
     assert code == 1
     assert "nobody vouches for it" in said
@@ -164,10 +163,9 @@ def test_a_build_with_nothing_to_do_vouches_for_no_other_bundle(
     monkeypatch.setenv("DIFFBUILD_CACHE", str(tmp_path / "cache"))
     name = "engines/denoiser/1x64x64/engine.plan"
     honest = (bundle / name).read_bytes()
-    manifest = json.loads((bundle / "bundle.json").read_text())
     (bundle / name).write_bytes(b"evil")
-    manifest["files"][name] = {"sha256": hashlib.sha256(b"evil").hexdigest(), "size": 4}
-    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    evil = {"sha256": hashlib.sha256(b"evil").hexdigest(), "size": 4}
+    edit_manifest(bundle, lambda manifest: manifest["files"].update({name: evil}))
     assert generate(bundle)[0] == 1
     toolchain.build(built.parent / "refused.toml", str(tiny_model), bundle, store=store)
     assert (bundle / name).read_bytes() == honest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +184,33 @@ print(result.images[0].size)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "(64, 64)"
+
+
+@pytest.mark.parametrize("asked", [None, "0"])
+def test_nothing_is_reported_to_anybody_unless_the_user_wants_it(
+    tiny_bundle: Path, tmp_path: Path, asked: str | None
+) -> None:
+    """ONNX Runtime would: what it leaves in the user's home says whether it does."""
+    code = f"import toolchain; toolchain.load({str(tiny_bundle)!r})('a red circle', seed=0)"
+    # On a CI system it reports nothing of its own accord.
+    unset = ("ORT_DISABLE_TELEMETRY", "CI", "XDG_CACHE_HOME")
+    given = {name: value for name, value in os.environ.items() if name not in unset} | {"HOME": str(tmp_path)}
+    given |= {} if asked is None else {"ORT_DISABLE_TELEMETRY": asked}
+    done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    reports = [path.name for path in tmp_path.rglob("*") if "onnxruntime" in str(path.relative_to(tmp_path))]
+    assert bool(reports) == (asked == "0")
+
+
+def test_a_home_that_cannot_be_written_is_no_news(tiny_bundle: Path, tmp_path: Path) -> None:
+    code = f"import toolchain; toolchain.load({str(tiny_bundle)!r})('a red circle', seed=0)"
+    given = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
+    home = tmp_path / "file" / "home"
+    home.parent.touch()  # not even the superuser makes a folder in a file
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=given | {"HOME": str(home)}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_without_diffusers_a_missing_table_is_a_clear_error(
