@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.errors import UsageError
+from toolchain.errors import RequestError, UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,16 +41,17 @@ def draw(pipe: Pipeline, request: Mapping[str, Any], shown: Callback) -> Drawn:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file as RGB. Raises UsageError."""
+    """An image file as RGB, as `diffusers.utils.load_image` reads it. Raises UsageError."""
     from PIL import Image
+
+    from toolchain.runtime.request import to_rgb
 
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise UsageError(
-            "the image cannot be read", where=path, expected="a PNG, JPEG or WebP file", got=error
-        ) from None
+            return to_rgb(image)
+    except Exception as error:  # as in `to_rgb`, and whatever the disk says
+        got = error.got if isinstance(error, RequestError) else error
+        raise UsageError("the image cannot be read", where=path, expected="a PNG, JPEG or WebP file", got=got) from None
 
 
 def save(drawn: Drawn, output: Path | None) -> list[dict[str, Any]]:

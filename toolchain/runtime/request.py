@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 import secrets
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from toolchain.bundle import Bundle
 from toolchain.errors import RequestError
@@ -22,6 +23,7 @@ Size = tuple[int, int]
 Texts = str | Sequence[str]
 Picture = Image.Image | NDArray[np.uint8]
 
+log = logging.getLogger("toolchain")
 STRENGTH = 0.6  # where neither the request nor the recipe says
 
 
@@ -45,7 +47,8 @@ class Options:
     aspect                  width / height: the built bucket that comes nearest, in place of a size
     crop                    take the nearest larger bucket and cut the middle out of it
     latents                 float32 [N, C, h, w], standard normal, in place of the seed's
-    image                   image to image: a PIL image or uint8 [H, W, 3], one for all or one for each; it is resized
+    image                   image to image: a PIL image or uint8 [H, W, 3], one for all or one for each; it is turned
+                            upright as its EXIF data say, and resized
     strength                above 0, at most 1: how much of the schedule an image goes through
     original_size, crop_top_left, target_size, and the same with `negative_`
                             SDXL's micro-conditioning; sizes default to the picture's own
@@ -246,5 +249,25 @@ def check_images(image: Picture | Sequence[Picture], count: int) -> list[Image.I
                 expected="a PIL image or a uint8 array [H, W, 3], or a list of them",
                 got=f"{type(one).__name__} {getattr(one, 'dtype', '')} {getattr(one, 'shape', '')}".strip(),
             )
-        images.append(Image.fromarray(one) if isinstance(one, np.ndarray) else one.convert("RGB"))
+        images.append(Image.fromarray(one) if isinstance(one, np.ndarray) else to_rgb(one))
     return repeat("image", images, count)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture that `diffusers.utils.load_image` makes of it: turned upright as its EXIF data say, then RGB. Raises
+    RequestError for what cannot be decoded.
+
+    Alpha is dropped, not blended; of an animation the frame at hand is taken, and 16-bit and float values above 255
+    are cut off. The latter two are said.
+    """
+    try:
+        frames = getattr(image, "n_frames", 1)
+        upright = ImageOps.exif_transpose(image)
+        rgb = upright.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise anything for a damaged file
+        raise RequestError("the image cannot be decoded", got=error) from error
+    if frames > 1:
+        log.warning("the image has %d frames; frame %d of them is taken", frames, image.tell() + 1)
+    if upright.mode.startswith(("I", "F")) and upright.getextrema()[1] > 255:  # type: ignore[operator]
+        log.warning("the image's values above 255 are cut off, as in diffusers; scale them to 8 bits")
+    return rgb
