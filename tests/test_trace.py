@@ -19,8 +19,8 @@ from toolchain.cli import cli
 from toolchain.engines import BACKENDS
 from toolchain.engines.memory import HostMemory
 from toolchain.errors import RequestError, UsageError
-from toolchain.runtime.pipeline import Timings
 from toolchain.runtime.prompt import PromptTokenizer
+from toolchain.runtime.result import Timings
 from toolchain.trace.operators import most_expensive, read_profile
 from toolchain.trace.record import trace
 from toolchain.trace.report import Trace

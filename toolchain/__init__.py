@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from toolchain.bundle import Bundle, read_bundle
     from toolchain.errors import DiffbuildError
     from toolchain.recipe import Bucket, Recipe, load_recipe
-    from toolchain.runtime.pipeline import Pipeline, Progress, Result, load
+    from toolchain.runtime.pipeline import Pipeline, load
+    from toolchain.runtime.progress import Progress
+    from toolchain.runtime.result import Result
     from toolchain.signing import sign_bundle, verify_bundle
 
 # ONNX Runtime 1.29 and newer reports every session that it opens to Microsoft, and writes an identifier of the machine
@@ -36,8 +38,8 @@ _HOME = {
     "Recipe": "toolchain.recipe",
     "load_recipe": "toolchain.recipe",
     "Pipeline": "toolchain.runtime.pipeline",
-    "Progress": "toolchain.runtime.pipeline",
-    "Result": "toolchain.runtime.pipeline",
+    "Progress": "toolchain.runtime.progress",
+    "Result": "toolchain.runtime.result",
     "load": "toolchain.runtime.pipeline",
     "sign_bundle": "toolchain.signing",
     "verify_bundle": "toolchain.signing",

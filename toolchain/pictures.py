@@ -14,7 +14,9 @@ from toolchain.errors import RequestError, UsageError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from toolchain.runtime.pipeline import Callback, Pipeline, Result
+    from toolchain.runtime.pipeline import Pipeline
+    from toolchain.runtime.progress import Callback
+    from toolchain.runtime.result import Result
 
 
 @dataclass(frozen=True)

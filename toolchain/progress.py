@@ -15,7 +15,7 @@ import click
 from toolchain.report import subject
 
 if TYPE_CHECKING:
-    from toolchain.runtime.pipeline import Progress as Evaluation
+    from toolchain.runtime.progress import Progress as Evaluation
     from toolchain.steps import Step
 
 log = logging.getLogger("toolchain")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from toolchain.memory import EngineMemory, Forecast
     from toolchain.plan import Plan
     from toolchain.progress import Finished
-    from toolchain.runtime.pipeline import Timings
+    from toolchain.runtime.result import Timings
     from toolchain.signing import Signature, Verdict
     from toolchain.steps import Step
 

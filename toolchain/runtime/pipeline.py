@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +21,13 @@ from toolchain.engines.memory import Memory
 from toolchain.errors import BundleError, RequestError
 from toolchain.recipe import Bucket
 from toolchain.runtime.engines import F32, BucketEngines, open_engine, open_memory, usable_backend
+from toolchain.runtime.lock import FairLock
 from toolchain.runtime.loop import denoise
 from toolchain.runtime.noise import Generator
+from toolchain.runtime.progress import Callback, Look, Progress
 from toolchain.runtime.request import Options, Request, Size, Texts
 from toolchain.runtime.resolve import resolve
+from toolchain.runtime.result import Result, Timings
 from toolchain.runtime.start import draw, upload
 from toolchain.runtime.text import Conditions, TextEncoders, place
 from toolchain.sampler.schedulers import parse
@@ -36,78 +37,13 @@ from toolchain.signing import open_bundle
 CACHED_TABLES = 64
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What a callback sees after each evaluation of the network: on a GPU, after it was enqueued."""
-
-    index: int
-    total: int
-    timestep: float
-    read_latents: Callable[[], F32] = field(repr=False)
-
-    @property
-    def latents(self) -> F32:
-        """A copy [B, C, h, w]. On a GPU asking for it waits for the evaluation."""
-        return self.read_latents()
-
-
-Callback = Callable[[Progress], bool | None]
-
-
-@dataclass
-class Timings:
-    """Milliseconds per stage of one call, summed over its runs. On a GPU they are the stream's, not the host's.
-
-    text_ms      prompts to conditions, of which tokenize_ms are the tokenizers'; next to nothing for known prompts
-    encode_ms    drawing the noise and, for image to image, encoding the picture; uploading what the steps read
-    denoise_ms   the loop; steps_ms are its evaluations
-    launch_ms    what the host spent inside the launches of the loop; on a CPU that is the work itself
-    launches     how often an engine was launched
-    """
-
-    text_ms: float = 0.0
-    tokenize_ms: float = 0.0
-    encode_ms: float = 0.0
-    denoise_ms: float = 0.0
-    launch_ms: float = 0.0
-    decode_ms: float = 0.0
-    total_ms: float = 0.0
-    steps_ms: list[float] = field(default_factory=list)
-    launches: int = 0
-
-    def add(self, memory: Memory, marks: Sequence[Any], evaluated: Sequence[Any]) -> None:
-        """Adds a run: marks at its start and after text, start, loop and decoder, and after each evaluation."""
-        stages = [memory.elapsed_ms(*pair) for pair in itertools.pairwise(marks)]
-        self.text_ms += stages[0]
-        self.encode_ms += stages[1]
-        self.denoise_ms += stages[2]
-        self.decode_ms += stages[3]
-        self.steps_ms += [memory.elapsed_ms(*pair) for pair in itertools.pairwise([marks[2], *evaluated])]
-
-
-@dataclass(frozen=True)
-class Result:
-    """One call's outcome.
-
-    images   one per prompt, none without decoding
-    latents  float32 [N, C, h, w] after the last step
-    request  what ran, with every default filled in
-    table    the sampler that it ran with
-    """
-
-    images: list[Image.Image]
-    latents: F32
-    request: Request
-    table: SamplerTable
-    timings: Timings
-
-    @property
-    def seeds(self) -> list[int]:
-        return self.request.seeds
-
-
 class Pipeline:
-    """A loaded bundle. Not safe for concurrent calls: load one per worker; the weights are mapped and shared."""
+    """A loaded bundle.
+
+    Threads may share it: whatever uses its engines waits for its turn, first come, first served. Pictures are drawn one
+    call after another; what several processors should do at once takes a pipeline for each, whose weights are mapped
+    and shared on a CPU. A callback may not use the pipeline that is calling it: RequestError.
+    """
 
     def __init__(self, bundle: Bundle, *, warm_up: bool = True, open_buckets: int | None = None) -> None:
         """Opens the text encoders and, with `warm_up`, every bucket that may be open, and runs each engine once.
@@ -117,6 +53,8 @@ class Pipeline:
         if open_buckets is not None and open_buckets < 1:
             raise RequestError("too few buckets may be open", expected="1 or more, or None", got=open_buckets)
         self._open_buckets = open_buckets or len(bundle.buckets)
+        self._lock = FairLock()
+        self._closed = False
         self.bundle = bundle
         self._backend = usable_backend(bundle)
         self._buckets: OrderedDict[Bucket, BucketEngines] = OrderedDict()  # the one used longest ago first
@@ -144,40 +82,66 @@ class Pipeline:
         Raises RequestError for anything the bundle cannot do.
         """
         started = time.perf_counter()
-        timings = Timings()
         request = resolve(self.bundle, Options.of({"prompt": prompt, **options}))
-        table = self.table(request.scheduler, request.steps, request.run_size, request.skip)
-        images: list[Image.Image] = []
-        parts: list[F32] = []
-        first = 0
-        for batch in bucket_batches(self.bundle, len(request.prompts), request.run_size):
-            count = min(batch, len(request.prompts) - first)
-            engines = self._engines(Bucket(batch, *request.run_size))
-            chosen = [first + min(i, count - 1) for i in range(batch)]  # a part-filled batch repeats its last picture
-            pixels, result = self._run(engines, request, table, chosen, decode, callback, timings)
-            parts.append(result[:count])
-            images += [_crop(Image.fromarray(p), request.size) for p in pixels[:count]]
-            first += count
-        timings.total_ms = (time.perf_counter() - started) * 1e3
-        return Result(images, np.concatenate(parts), request, table, timings)
+        asked = time.perf_counter()
+        with self._turn():
+            started += time.perf_counter() - asked  # other calls are no part of this one
+            return self._draw(request, decode, callback, started)
 
     def warm_up(self) -> None:
         """Opens every bucket, or the first that may be open at once, and runs each engine once."""
-        self._texts(dict.fromkeys(self.bundle.tokenizers, ""), 0)
-        for bucket in self.bundle.buckets[: self._open_buckets]:
-            self._engines(bucket).warm_up()
+        with self._turn():
+            self._texts(dict.fromkeys(self.bundle.tokenizers, ""), 0)
+            for bucket in self.bundle.buckets[: self._open_buckets]:
+                self._engines(bucket).warm_up()
 
     def forget_prompts(self) -> None:
         """Empties the cache of encoded prompts."""
-        self._texts.forget()
+        with self._turn():
+            self._texts.forget()
 
     def close(self) -> None:
-        """Frees every engine."""
-        self._opened.close()
+        """Frees every engine, after the calls that came before. Calls that come later are RequestErrors."""
+        with self._lock:
+            self._closed = True
+            self._opened.close()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The engines for this thread alone."""
+        with self._lock:
+            if self._closed:
+                raise RequestError(
+                    "the pipeline is closed", where=self.bundle.path, hint="toolchain.load opens it anew"
+                )
+            yield
 
     def _close_buckets(self) -> None:
         while self._buckets:
             self._buckets.popitem(last=False)[1].close()
+
+    def _draw(self, request: Request, decode: bool, callback: Callback | None, started: float) -> Result:
+        timings = Timings()
+        table = self._table(request.scheduler, request.steps, request.run_size, request.skip)
+        images: list[Image.Image] = []
+        parts: list[F32] = []
+        for engines, chosen, count in self._batches(len(request.prompts), request.run_size):
+            pixels, result = self._run(engines, request, table, chosen, decode, callback, timings)
+            parts.append(result[:count])
+            images += [_crop(Image.fromarray(p), request.size) for p in pixels[:count]]
+        timings.total_ms = (time.perf_counter() - started) * 1e3
+        return Result(images, np.concatenate(parts), request, table, timings)
+
+    def _batches(self, count: int, size: Size) -> Iterator[tuple[BucketEngines, list[int], int]]:
+        """Buckets that together hold `count` pictures: which picture lies in each place, and how many are different.
+
+        A part-filled batch repeats its last picture.
+        """
+        first = 0
+        for batch in bucket_batches(self.bundle, count, size):
+            filled = min(batch, count - first)
+            yield self._engines(Bucket(batch, *size)), [first + min(i, filled - 1) for i in range(batch)], filled
+            first += filled
 
     def table(self, scheduler: str, steps: int, size: Size, skip: int = 0) -> SamplerTable:
         """The sampler table of a scheduler, from the bundle or compiled now.
@@ -185,6 +149,10 @@ class Pipeline:
         size  (height, width) of the bucket, which decides the schedule of some flow-matching models
         skip  steps that image to image leaves out
         """
+        with self._turn():
+            return self._table(scheduler, steps, size, skip)
+
+    def _table(self, scheduler: str, steps: int, size: Size, skip: int) -> SamplerTable:
         settings = self.bundle.settings
         spec, tokens = parse(scheduler).canonical, settings.tokens(*size)
         name = table_name(spec, steps, tokens=tokens, skip=skip)
@@ -291,9 +259,12 @@ class Pipeline:
         for index in denoise(steps, table.noise_draws, lambda: draw(memory, engines.inputs["noise"], generators)):
             marks.append(memory.mark())
             if callback is not None:
-                read = partial(_first, memory, engines.states[(index + 1) % 2][0])
-                if callback(Progress(index, table.evaluations, float(table.timesteps[index]), read)) is False:
-                    break
+                look = Look(partial(_first, memory, engines.states[(index + 1) % 2][0]))
+                try:
+                    if callback(Progress(index, table.evaluations, float(table.timesteps[index]), look)) is False:
+                        break
+                finally:
+                    look.end()
         return len(marks), marks
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -98,6 +99,9 @@ _SDE_CLASSES = frozenset(
         "EDMDPMSolverMultistepScheduler",
     }
 )
+
+_QUIET = threading.RLock()
+"""Log level and warning filters are the process's: two threads at once would leave each other's behind."""
 
 OptionValue = bool | int | float | str
 
@@ -237,14 +241,15 @@ def quiet() -> Iterator[None]:
     """Without diffusers' log lines and deprecation warnings, which are for those who write pipelines."""
     from diffusers.utils import logging
 
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
+    with _QUIET:
+        level = logging.get_verbosity()
+        logging.set_verbosity(logging.CRITICAL)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logging.set_verbosity(level)
 
 
 def _entry(spec: SchedulerSpec, model_config: Mapping[str, Any]) -> Entry:

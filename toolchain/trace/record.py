@@ -19,8 +19,9 @@ from toolchain.bundle import ANY, Bundle
 from toolchain.engines import Buffers, Engine, backend_of
 from toolchain.engines.memory import HostMemory, Memory
 from toolchain.errors import UsageError
-from toolchain.runtime.pipeline import Pipeline, Result, Timings
+from toolchain.runtime.pipeline import Pipeline
 from toolchain.runtime.prompt import PromptTokenizer
+from toolchain.runtime.result import Result, Timings
 from toolchain.signature import GraphSpec
 from toolchain.trace.operators import Launch, read_profile
 from toolchain.trace.report import Span, Trace

@@ -1,0 +1,68 @@
+"""What a call gives back."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from toolchain.engines.memory import Memory
+from toolchain.runtime.progress import F32
+from toolchain.runtime.request import Request
+from toolchain.sampler.table import SamplerTable
+
+
+@dataclass
+class Timings:
+    """Milliseconds per stage of one call, summed over its runs. On a GPU they are the stream's, not the host's.
+
+    text_ms      prompts to conditions, of which tokenize_ms are the tokenizers'; next to nothing for known prompts
+    encode_ms    drawing the noise and, for image to image, encoding the picture; uploading what the steps read
+    denoise_ms   the loop; steps_ms are its evaluations
+    launch_ms    what the host spent inside the launches of the loop; on a CPU that is the work itself
+    total_ms     of the whole call, without its wait for calls that came before
+    launches     how often an engine was launched
+    """
+
+    text_ms: float = 0.0
+    tokenize_ms: float = 0.0
+    encode_ms: float = 0.0
+    denoise_ms: float = 0.0
+    launch_ms: float = 0.0
+    decode_ms: float = 0.0
+    total_ms: float = 0.0
+    steps_ms: list[float] = field(default_factory=list)
+    launches: int = 0
+
+    def add(self, memory: Memory, marks: Sequence[Any], evaluated: Sequence[Any]) -> None:
+        """Adds a run: marks at its start and after text, start, loop and decoder, and after each evaluation."""
+        stages = [memory.elapsed_ms(*pair) for pair in itertools.pairwise(marks)]
+        self.text_ms += stages[0]
+        self.encode_ms += stages[1]
+        self.denoise_ms += stages[2]
+        self.decode_ms += stages[3]
+        self.steps_ms += [memory.elapsed_ms(*pair) for pair in itertools.pairwise([marks[2], *evaluated])]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One call's outcome.
+
+    images   one per prompt, none without decoding
+    latents  float32 [N, C, h, w] after the last step
+    request  what ran, with every default filled in
+    table    the sampler that it ran with
+    """
+
+    images: list[Image.Image]
+    latents: F32
+    request: Request
+    table: SamplerTable
+    timings: Timings
+
+    @property
+    def seeds(self) -> list[int]:
+        return self.request.seeds
