@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,19 +173,22 @@ class Planner:
             if component.tokenizer is None:
                 continue
             folder, cls = self.source.path / component.tokenizer, self.source.class_of(component.tokenizer)
+            t5 = self.source.class_of(component.folder).startswith("T5")
             ids = component.spec(self.source, self.recipe.buckets[0], self.recipe).input("ids")
             files = sorted(f for f in folder.glob("*") if f.suffix in (".json", ".txt", ".model"))
             inputs: dict[str, Json] = {
                 "files": {f.name: self.store.digest_of(f) for f in files},
                 "class": cls,
+                "t5": t5,
+                "inversion": self.family.inversion,
                 "length": ids.shape[1],
                 "tools": tool_versions(("transformers", "tokenizers")),
             }
 
-            def run(
-                _: Built, out: Path, within: Within, folder: Path = folder, cls: str = cls, length: int = ids.shape[1]
-            ) -> None:
-                write_tokenizer(folder, cls, length, out)
+            write = partial(write_tokenizer, folder, cls, ids.shape[1], t5=t5, inversion=self.family.inversion)
+
+            def run(_: Built, out: Path, within: Within, write: Callable[[Path], None] = write) -> None:
+                write(out)
 
             self.add("tokenizer", component.tokenizer, inputs, run)
 

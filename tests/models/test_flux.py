@@ -271,7 +271,8 @@ def test_text_encoders_give_what_the_pipeline_computes(either: ModelSource) -> N
         assert component.tokenizer is not None
         length = component.spec(either, BUCKET, PLAIN).input("ids").shape[1]
         out = either.path / "written" / component.tokenizer
-        write_tokenizer(either.path / component.tokenizer, either.class_of(component.tokenizer), length, out)
+        cls, t5 = either.class_of(component.tokenizer), name == "text_encoder_2"
+        write_tokenizer(either.path / component.tokenizer, cls, length, out, t5=t5, inversion=True)
         tokenizer, module = PromptTokenizer(out), component.reference(either, PLAIN)
         with torch.no_grad():
             ours, other = (module(torch.from_numpy(tokenizer.encode(text).ids)) for text in (prompt, "a"))

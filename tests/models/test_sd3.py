@@ -282,7 +282,14 @@ def test_text_encoders_and_their_join_are_the_pipelines(
         spec = component.spec(source, BUCKET, GUIDED)
         out = tmp_path / component.tokenizer
         cls = source.class_of(component.tokenizer)
-        write_tokenizer(source.path / component.tokenizer, cls, spec.input("ids").shape[1], out)
+        write_tokenizer(
+            source.path / component.tokenizer,
+            cls,
+            spec.input("ids").shape[1],
+            out,
+            t5=component.name == T5,
+            inversion=False,
+        )
         inputs = {"ids": torch.from_numpy(PromptTokenizer(out).encode(prompt).ids)}
         if component.name != T5:
             inputs["clip_skip"] = torch.tensor([clip_skip])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import CLIPTokenizer, T5Tokenizer
+from transformers import CLIPTokenizer, T5Tokenizer, TokenizersBackend
 
 from tests.tiny_t5 import write_spiece, write_t5_tokenizer
 from toolchain.errors import BundleError, ModelError, RequestError
@@ -75,6 +75,10 @@ def t5_saved_again(folder: Path) -> Path:
     return folder / "new"
 
 
+def write(folder: Path, cls: str, out: Path, **options: bool) -> None:
+    write_tokenizer(folder, cls, MAX_LENGTH, out, **{"t5": cls.startswith("T5"), "inversion": True} | options)
+
+
 CLIP = (from_vocab, from_tokenizer_json, with_another_pad)
 T5 = (t5, t5_with_both_files, t5_saved_again)
 Tokenizer = CLIPTokenizer | T5Tokenizer
@@ -86,7 +90,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = request.param(tmp_path_factory.mktemp("model") / "tokenizer")
     out = tmp_path_factory.mktemp("bundle") / "tokenizer"
     theirs = T5Tokenizer if request.param in T5 else CLIPTokenizer
-    write_tokenizer(folder, theirs.__name__, MAX_LENGTH, out)
+    write(folder, theirs.__name__, out)
     assert sorted(path.name for path in out.iterdir()) == ["settings.json", "tokenizer.json"]
     return theirs.from_pretrained(folder), PromptTokenizer(out)
 
@@ -211,7 +215,7 @@ def refused(folder: Path, cls: str, damage: Callable[[Path], None], says: str) -
     damage(folder)
     out = folder.parent / "out"
     with pytest.raises(ModelError, match=says) as caught:
-        write_tokenizer(folder, cls, MAX_LENGTH, out)
+        write(folder, cls, out)
     assert str(folder) in str(caught.value)
     assert not out.exists()
 
@@ -220,7 +224,7 @@ def test_a_sentencepiece_model_alone_needs_its_package(tmp_path: Path, monkeypat
     write_spiece(tmp_path / "spiece.model")
     monkeypatch.setattr("toolchain.models.tokenizers.find_spec", lambda name: None)
     with pytest.raises(ModelError, match="pip install sentencepiece") as caught:
-        write_tokenizer(tmp_path, "T5Tokenizer", MAX_LENGTH, tmp_path / "out")
+        write(tmp_path, "T5Tokenizer", tmp_path / "out")
     assert "save_pretrained" in str(caught.value)
 
 
@@ -230,13 +234,13 @@ def test_a_sentencepiece_model_alone_is_read_with_its_package(tmp_path: Path) ->
     write_spiece(tmp_path / "old" / "spiece.model")
     write_t5_tokenizer(tmp_path / "new")
     for name in ("old", "new"):
-        write_tokenizer(tmp_path / name, "T5Tokenizer", MAX_LENGTH, tmp_path / f"{name}-out")
+        write(tmp_path / name, "T5Tokenizer", tmp_path / f"{name}-out")
     old, new = (PromptTokenizer(tmp_path / f"{name}-out") for name in ("old", "new"))
     for prompt in PROMPTS:
         assert np.array_equal(old.encode(prompt).ids, new.encode(prompt).ids)
 
 
-SETTINGS = {"max_length": 16, "bos": 1, "eos": 2, "pad": 2}
+SETTINGS = {"max_length": 16, "bos": 1, "eos": 2, "pad": 2, "vectors": {}}
 
 
 @pytest.mark.parametrize(
@@ -253,12 +257,86 @@ SETTINGS = {"max_length": 16, "bos": 1, "eos": 2, "pad": 2}
         replace("settings.json", json.dumps(SETTINGS | {"pad": -1})),
         replace("settings.json", json.dumps(SETTINGS | {"eos": None})),
         replace("settings.json", json.dumps(SETTINGS | {"more": 1})),
+        replace("settings.json", json.dumps(SETTINGS | {"vectors": ["<s>"]})),
+        replace("settings.json", json.dumps(SETTINGS | {"vectors": {"<s>": 1}})),
         replace("settings.json", json.dumps({"max_length": 16})),
     ],
 )
 def test_runtime_refuses_damaged_bundles(tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    write_tokenizer(write_model_tokenizer(tmp_path / "tokenizer"), "CLIPTokenizer", MAX_LENGTH, tmp_path / "out")
+    write(write_model_tokenizer(tmp_path / "tokenizer"), "CLIPTokenizer", tmp_path / "out")
     PromptTokenizer(tmp_path / "out")
     damage(tmp_path / "out")
     with pytest.raises(BundleError, match="tokenizer"):
         PromptTokenizer(tmp_path / "out")
+
+
+def add_inversions(folder: Path, cls: type[Tokenizer]) -> Tokenizer:
+    """As `load_textual_inversion` leaves a tokenizer: three vectors, two of a token in capitals, one, two in a word."""
+    tokenizer = cls.from_pretrained(folder)
+    tokenizer.add_tokens(["<s>", "<s>_1", "<s>_2", "<Big>", "<Big>_1", "<one>", "s", "s_1"])
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+INVERSIONS = [
+    "a <s> of <s>, red",
+    "<s>",
+    "a<s>b <S> <Big> <big>",
+    "<s>_1 and <s>_2, <one> left",
+    "<s> <s>_1",
+    "circles s",
+    "<s> " * MAX_LENGTH,
+    "the red circle",
+]
+
+
+@pytest.mark.parametrize("make", [from_vocab, t5], ids=lambda f: f.__name__)
+def test_textual_inversions_of_several_vectors(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    cls = T5Tokenizer if make in T5 else CLIPTokenizer
+    theirs = add_inversions(make(tmp_path / "tokenizer"), cls)
+    write(tmp_path / "tokenizer", cls.__name__, tmp_path / "out")
+    write(tmp_path / "tokenizer", cls.__name__, tmp_path / "plain", inversion=False)
+    ours, plain = PromptTokenizer(tmp_path / "out"), PromptTokenizer(tmp_path / "plain")
+    for prompt in INVERSIONS:
+        converted = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, theirs)
+        for text, tokenizer in ((converted, ours), (prompt, plain)):
+            expected = theirs(text, padding="max_length", max_length=MAX_LENGTH, truncation=True).input_ids
+            assert tokenizer.encode(prompt).ids[0].tolist() == expected, prompt
+    third = theirs.convert_tokens_to_ids("<s>_2")
+    assert third in ours.encode("a <s>").ids
+    assert third not in plain.encode("a <s>").ids
+
+
+def generic(folder: Path, made: Path) -> Path:
+    """As transformers 5 saves a tokenizer that it knows no class of."""
+    tokenizer = (T5Tokenizer if made.name == "t5" else CLIPTokenizer).from_pretrained(made)
+    TokenizersBackend(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        **{name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")},
+    ).save_pretrained(folder)
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend"
+    return folder
+
+
+@pytest.mark.parametrize("name", ["clip", "t5"])
+def test_a_tokenizer_without_a_class_of_its_own(tmp_path: Path, name: str) -> None:
+    made = write_model_tokenizer(tmp_path / name) if name == "clip" else write_t5_tokenizer(tmp_path / name)
+    folder = generic(tmp_path / "generic", made)
+    write(folder, "TokenizersBackend", tmp_path / "out", t5=name == "t5")
+    theirs, ours = TokenizersBackend.from_pretrained(folder), PromptTokenizer(tmp_path / "out")
+    for prompt in PROMPTS:
+        expected = theirs(prompt, padding="max_length", max_length=MAX_LENGTH, truncation=True).input_ids
+        assert ours.encode(prompt).ids[0].tolist() == expected
+
+
+def test_a_tokenizer_without_a_class_must_end_prompts_as_its_text_encoder_expects(tmp_path: Path) -> None:
+    folder = generic(tmp_path / "generic", write_model_tokenizer(tmp_path / "clip"))
+    data = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(data | {"post_processor": None}))
+    with pytest.raises(ModelError, match="does not begin, end or pad prompts"):
+        write(folder, "TokenizersBackend", tmp_path / "out")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"expected: tokenizer\.json"):
+        write(folder, "TokenizersBackend", tmp_path / "out")

@@ -58,7 +58,7 @@ def text_length(source: ModelSource, family: Family, recipe: Recipe) -> dict[str
     """How long a prompt T5 takes, as the pipeline is told it, where the recipe has a T5: pipelines have a default of
     their own."""
     for component in family.parts(recipe):
-        if component.tokenizer and source.class_of(component.tokenizer).startswith("T5"):
+        if component.tokenizer and source.class_of(component.folder).startswith("T5"):
             ids = component.spec(source, recipe.buckets[0], recipe).input("ids")
             return {"max_sequence_length": ids.shape[1]}
     return {}

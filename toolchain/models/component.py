@@ -55,6 +55,7 @@ class Family:
     check      (source, recipe) -> raises ModelError for what this family does not cover and RecipeError for what the
                recipe cannot ask of this model, before any long work
     settings   (source) -> what the runtime must know of the model
+    inversion  whether its pipeline writes the other vectors of a textual inversion behind its first token
     """
 
     name: str
@@ -62,6 +63,7 @@ class Family:
     components: tuple[Component, ...]
     check: Callable[[ModelSource, Recipe], None]
     settings: Callable[[ModelSource], ModelSettings]
+    inversion: bool = True
 
     def component(self, name: str) -> Component:
         return next(c for c in self.components if c.name == name)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain.errors import ModelError, RecipeError
 from toolchain.models.component import Component
 from toolchain.models.source import ModelSource
-from toolchain.models.tokenizers import require_vocabulary
+from toolchain.models.tokenizers import GENERIC, require_vocabulary
 from toolchain.recipe import Bucket, Recipe
 from toolchain.sampler.table import MAX_EVALUATIONS, MAX_STATES, ROW
 from toolchain.signature import GraphSpec, TensorSpec
@@ -17,8 +17,8 @@ from toolchain.signature import GraphSpec, TensorSpec
 if TYPE_CHECKING:
     from torch import nn
 
-CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-T5_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast")
+CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", GENERIC)
+T5_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", GENERIC)
 # Named, because a config can name one too: a kernel that transformers would fetch from the hub and run.
 ATTENTION = "sdpa"
 CLIP_LENGTH = 77
@@ -282,7 +282,7 @@ def check_clip(source: ModelSource, folder: str, network: str) -> None:
     )
     tokenizer = folder.replace("text_encoder", "tokenizer")
     if source.has_weights(network):
-        require_vocabulary(source.path / tokenizer)
+        require_vocabulary(source.path / tokenizer, t5=False, generic=source.class_of(tokenizer) == GENERIC)
     config = source.path / tokenizer / "tokenizer_config.json"
     longest = source.config(tokenizer).get("model_max_length") if config.is_file() else None
     if longest is not None and longest != length:
@@ -316,7 +316,8 @@ def check_t5(source: ModelSource, folder: str, network: str, recipe: Recipe, mos
     layers = source.config(folder).get("num_layers", 6)
     check_sizes(source, {(folder, "d_model"): source.setting(folder, "d_model"), (folder, "num_layers"): layers})
     if source.has_weights(network):
-        require_vocabulary(source.path / folder.replace("text_encoder", "tokenizer"), t5=True)
+        tokenizer = folder.replace("text_encoder", "tokenizer")
+        require_vocabulary(source.path / tokenizer, t5=True, generic=source.class_of(tokenizer) == GENERIC)
     own = recipe.component(folder)
     if own.tokens > most_tokens:
         raise RecipeError(

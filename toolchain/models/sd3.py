@@ -192,4 +192,5 @@ SD3 = Family(
     ),
     check=check,
     settings=settings,
+    inversion=False,
 )

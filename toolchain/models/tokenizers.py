@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from toolchain.errors import ModelError
 
+# Of transformers 5: whatever tokenizer.json says. It stands where a tokenizer was loaded without a class of its own.
+GENERIC = "TokenizersBackend"
+PROBES = ("", "a lighthouse, at dusk!")
 
-def write_tokenizer(folder: Path, cls: str, length: int, out: Path) -> None:
+
+def write_tokenizer(folder: Path, cls: str, length: int, out: Path, *, t5: bool, inversion: bool) -> None:
     """A model's tokenizer folder -> `tokenizer.json` and `settings.json` in `out`, for `runtime.prompt`.
 
-    cls     CLIPTokenizer: `folder` holds vocab.json and merges.txt, or tokenizer.json. T5Tokenizer: spiece.model or
-            tokenizer.json
-    length  tokens that the text encoder takes
+    cls        the class that model_index.json names
+    length     tokens that the text encoder takes
+    t5         whether the text encoder is a T5: `folder` holds spiece.model or tokenizer.json then; of a CLIP,
+               vocab.json and merges.txt, or tokenizer.json
+    inversion  whether the family's pipeline writes the other vectors of a textual inversion behind its first token
 
     ModelError when files are missing or cannot be read, or when the tokenizer does something that the runtime does not
     repeat.
     """
-    t5 = cls.startswith("T5")
-    require_vocabulary(folder, t5)
-    tokenizer = _load(folder, "T5Tokenizer" if t5 else "CLIPTokenizer")
+    require_vocabulary(folder, t5=t5, generic=cls == GENERIC)
+    tokenizer = _load(folder, GENERIC if cls == GENERIC else "T5Tokenizer" if t5 else "CLIPTokenizer")
     for key in ("padding_side", "truncation_side"):
         if getattr(tokenizer, key) != "right":
             raise ModelError(
@@ -37,20 +44,52 @@ def write_tokenizer(folder: Path, cls: str, length: int, out: Path) -> None:
     for key, value in settings.items():
         if not isinstance(value, int) and not (t5 and key == "bos"):
             raise ModelError(f"the tokenizer has no {key} token", where=folder, expected="a token of its vocabulary")
+    if cls == GENERIC:
+        _require_repeatable(folder, tokenizer, settings)
+    vectors = _vectors(tokenizer.added_tokens_encoder) if inversion else {}
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.json").write_text(_plain(tokenizer), encoding="utf-8")
-    (out / "settings.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    (out / "settings.json").write_text(json.dumps(settings | {"vectors": vectors}) + "\n", encoding="utf-8")
 
 
-def require_vocabulary(folder: Path, t5: bool = False) -> None:
+def _vectors(added: Collection[str]) -> dict[str, str]:
+    """Added token -> the text that diffusers puts in its place, `TextualInversionLoaderMixin.maybe_convert_prompt`."""
+    found = {}
+    for token in added:
+        numbered = (f"{token}_{i}" for i in itertools.count(1))
+        others = list(itertools.takewhile(added.__contains__, numbered))
+        if others:
+            found[token] = " ".join([token, *others])
+    return found
+
+
+def _require_repeatable(folder: Path, tokenizer: Any, settings: dict[str, Any]) -> None:
+    """ModelError unless prompts begin, end and are padded as in the runtime: tokenizer.json alone decides that here."""
+    length = settings["max_length"]
+    for probe in PROBES:
+        got = tokenizer(probe, padding="max_length", max_length=length, truncation=True).input_ids
+        ids = tokenizer(probe, add_special_tokens=False).input_ids
+        start = [] if settings["bos"] is None else [settings["bos"]]
+        row = [*start, *ids[: length - 1 - len(start)], settings["eos"]]
+        expected = row + [settings["pad"]] * (length - len(row))
+        if got != expected:
+            raise ModelError(
+                "the tokenizer does not begin, end or pad prompts as the text encoder's own class does",
+                where=folder / "tokenizer.json",
+                expected=f"{expected[:8]} for {probe!r}",
+                got=got[:8],
+            )
+
+
+def require_vocabulary(folder: Path, *, t5: bool, generic: bool) -> None:
     """ModelError without it: transformers makes a tokenizer of two words then, and says nothing."""
-    wanted = {"spiece.model"} if t5 else {"vocab.json", "merges.txt"}
+    wanted = set() if generic else {"spiece.model"} if t5 else {"vocab.json", "merges.txt"}
     held = {name for name in (*wanted, "tokenizer.json") if (folder / name).is_file()}
-    if "tokenizer.json" not in held and held != wanted:
+    if "tokenizer.json" not in held and (generic or held != wanted):
         raise ModelError(
             "the tokenizer is incomplete",
             where=folder,
-            expected=f"{' and '.join(sorted(wanted, reverse=True))}, or tokenizer.json",
+            expected=", or ".join(filter(None, [" and ".join(sorted(wanted, reverse=True)), "tokenizer.json"])),
             got=", ".join(sorted(held)) or "none of them",
             hint="download the model again",
         )

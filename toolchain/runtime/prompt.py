@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 from toolchain.errors import BundleError, RequestError
 
 REBUILD = "build the bundle again"
-SETTINGS = ("max_length", "bos", "eos", "pad")
+NUMBERS = ("max_length", "bos", "eos", "pad")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class PromptTokenizer:
     `max_length`.
 
     Loads what `models.tokenizers.write_tokenizer` wrote: `tokenizer.json`, the tokenizer with its normalisation, and
-    `settings.json`, {"max_length": 77, "bos": id, "eos": id, "pad": id}; bos is null for T5, which begins without.
+    `settings.json`, {"max_length": 77, "bos": id, "eos": id, "pad": id, "vectors": {token: text}}; bos is null for T5,
+    which begins without. `vectors` has the tokens of textual inversions of several vectors, and what to read for each.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,6 +39,7 @@ class PromptTokenizer:
         settings = _read_settings(folder / "settings.json")
         self.max_length, self.eos, self.pad = (settings[key] or 0 for key in ("max_length", "eos", "pad"))
         self.bos = settings["bos"]
+        self._vectors: dict[str, str] = settings["vectors"]
         path = folder / "tokenizer.json"
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
@@ -49,14 +52,25 @@ class PromptTokenizer:
             got = f"{type(prompt).__name__} {prompt!r}"
             raise RequestError("the prompt is not text", expected="a string", got=got)
         try:
-            ids: list[int] = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+            encoding = self._tokenizer.encode(prompt, add_special_tokens=False)
+            whole = self._with_all_vectors(prompt, encoding.tokens)
+            if whole != prompt:
+                encoding = self._tokenizer.encode(whole, add_special_tokens=False)
         except (UnicodeEncodeError, TypeError) as error:  # half of a surrogate pair is no character
             raise RequestError("the prompt is not valid Unicode", got=repr(prompt)) from error
+        ids: list[int] = encoding.ids
         start = [] if self.bos is None else [self.bos]
         room = self.max_length - 1 - len(start)
         row = [*start, *ids[:room], self.eos]
         row += [self.pad] * (self.max_length - len(row))
         return Encoded(ids=np.array([row], np.int64), cut=self._decode(ids[room:]))
+
+    def _with_all_vectors(self, prompt: str, tokens: list[str]) -> str:
+        """As diffusers: it goes by the tokens that were found and replaces text, inside of longer words too."""
+        for token in dict.fromkeys(tokens):
+            if token in self._vectors:
+                prompt = prompt.replace(token, self._vectors[token])
+        return prompt
 
     def _decode(self, ids: list[int]) -> str:
         # The suffix of a word's last token is not part of the decoder: transformers replaces it just so.
@@ -64,21 +78,23 @@ class PromptTokenizer:
         return text.replace("</w>", " ").strip()
 
 
-def _read_settings(path: Path) -> dict[str, int | None]:
+def _read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BundleError("the tokenizer's settings cannot be read", where=path, got=error, hint=REBUILD) from error
     if not (
         isinstance(settings, dict)
-        and set(settings) == set(SETTINGS)
-        and all(type(v) is int and v >= 0 for k, v in settings.items() if k != "bos" or v is not None)
+        and set(settings) == {*NUMBERS, "vectors"}
+        and all(type(v := settings[k]) is int and v >= 0 for k in NUMBERS if k != "bos" or settings[k] is not None)
         and settings["max_length"] > 2
+        and isinstance(settings["vectors"], dict)
+        and all(isinstance(text, str) for text in settings["vectors"].values())
     ):
         raise BundleError(
             "the tokenizer's settings are wrong",
             where=path,
-            expected=f"{', '.join(SETTINGS)}: integers, max_length above 2; bos may be null",
+            expected=f"{', '.join(NUMBERS)}: integers, max_length above 2, bos may be null; vectors: a table of texts",
             got=json.dumps(settings)[:200],
             hint=REBUILD,
         )

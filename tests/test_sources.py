@@ -1,0 +1,70 @@
+"""Models as people have them, of other pipelines, tools and releases: their pictures are diffusers'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import toolchain
+from tests.parity import LEAST_PSNR_DB, Build, draw_with_diffusers, least_psnr_db
+from tests.tiny import recipe_for
+from tests.tiny_sdxl import make_sdxl
+from toolchain.artifacts import Store
+from toolchain.models import resolve_model
+from toolchain.plan import make_plan
+from toolchain.runtime.prompt import PromptTokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+RECIPE = """\
+family = "sd"
+buckets = ["1x64x64"]
+[sampling]
+steps = 4
+[check]
+prompts = ["a red circle"]
+"""
+
+
+def compare(pipe: toolchain.Pipeline, model: Path, prompt: str, negative: str) -> float:
+    ours = pipe(prompt, seed=3, steps=4, guidance=5.0, negative_prompt=negative).images
+    options: dict[str, Any] = {"negative_prompt": [negative], "num_inference_steps": 4, "guidance_scale": 5.0}
+    options |= {"height": 64, "width": 64}
+    theirs = draw_with_diffusers("StableDiffusionPipeline", model, [prompt], [3], "model", **options)
+    return least_psnr_db(ours, theirs)
+
+
+def test_a_textual_inversion_of_several_vectors(build: Build, tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_model)
+    torch.manual_seed(1)
+    theirs.load_textual_inversion({"<s>": torch.randn(3, 32)}, token="<s>")
+    theirs.load_textual_inversion({"<bad>": torch.randn(2, 32)}, token="<bad>")
+    theirs.save_pretrained(tmp_path / "model")
+    pipe = build("inversion", tmp_path / "model", RECIPE)
+    assert compare(pipe, tmp_path / "model", "a red <s> on white", "<bad> circle") >= LEAST_PSNR_DB
+
+
+def test_textual_inversions_of_both_text_encoders(tmp_path: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    model = make_sdxl(tmp_path / "model")
+    theirs = StableDiffusionXLPipeline.from_pretrained(model)
+    vectors = {"tokenizer": ["<s>", "<s>_1"], "tokenizer_2": ["<s>", "<s>_1", "<s>_2"]}
+    for name, tokens in vectors.items():
+        tokenizer = getattr(theirs, name)
+        tokenizer.add_tokens(tokens)
+        tokenizer.save_pretrained(model / name)
+    plan = make_plan(recipe_for(family="sdxl"), resolve_model(str(model)), Store(tmp_path / "store"))
+    for step in (step for step in plan.steps if step.stage == "tokenizer"):
+        name = step.subject.removeprefix("tiny ")
+        step.run({}, tmp_path / name, lambda *_: None)
+        tokenizer = getattr(theirs, name)
+        prompt = theirs.maybe_convert_prompt("a <s> on white", tokenizer)
+        expected = tokenizer(prompt, padding="max_length", max_length=24, truncation=True).input_ids
+        assert PromptTokenizer(tmp_path / name).encode("a <s> on white").ids[0].tolist() == expected
+        assert prompt.count("<s>") == len(vectors.pop(name))
+    assert not vectors
