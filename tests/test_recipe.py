@@ -52,6 +52,12 @@ def problems(text: str) -> list[str]:
     return [line.removeprefix("  ") for line in lines]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "test.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + SMALLEST.encode())
+    assert load_recipe(path) == parse(SMALLEST)
+
+
 def test_defaults() -> None:
     assert parse(SMALLEST) == Recipe(
         name="test",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +70,28 @@ def test_textual_inversions_of_both_text_encoders(tmp_path: Path) -> None:
         assert PromptTokenizer(tmp_path / name).encode("a <s> on white").ids[0].tolist() == expected
         assert prompt.count("<s>") == len(vectors.pop(name))
     assert not vectors
+
+
+def as_a_whole_clip_model(folder: Path) -> None:
+    """The text encoder inside of the model that it was trained with, as the original CLIP is published."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTextModel
+
+    text = CLIPTextModel.from_pretrained(folder)
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=text.config.to_dict(), vision_config={**vision, "image_size": 8, "patch_size": 4}, projection_dim=32
+    )
+    whole = CLIPModel(config)
+    whole.text_model.load_state_dict(text.state_dict())
+    shutil.rmtree(folder)
+    whole.save_pretrained(folder)
+
+
+def test_a_whole_clip_model_as_text_encoder(build: Build, tiny_copy: Path) -> None:
+    as_a_whole_clip_model(tiny_copy / "text_encoder")
+    config = tiny_copy / "text_encoder" / "config.json"
+    read = json.loads(config.read_text())
+    assert "hidden_size" not in read
+    config.write_text(json.dumps(read | {"attn_implementation": "eager"}))
+    pipe = build("whole-clip", tiny_copy, RECIPE)
+    assert compare(pipe, tiny_copy, "a red circle", "white") >= LEAST_PSNR_DB

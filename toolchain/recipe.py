@@ -169,7 +169,7 @@ class Recipe:
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe file. RecipeError when it cannot be read, is not TOML, or holds anything but a recipe."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a byte-order mark
     except UnicodeDecodeError as error:
         got = f"byte {error.object[error.start]:#04x} at offset {error.start}"
         raise RecipeError("the recipe is not text", where=path, expected="TOML in UTF-8", got=got) from error

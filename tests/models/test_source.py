@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 
 from tests.tiny import recipe_for
 from toolchain.errors import ModelError
-from toolchain.models import ModelSource, family_of, resolve_model
+from toolchain.models import MODELS, ModelSource, family_of, resolve_model
 from toolchain.models.source import select_files
 
 
@@ -45,9 +45,15 @@ BAD_MODELS = [
     ("unet/config.json", {"addition_embed_type": "text_time"}, "SDXL"),
     ("unet/config.json", {"num_class_embeds": 10}, "class-conditional"),
     ("unet/config.json", {"cross_attention_dim": 1024}, "the text encoder does not fit the UNet"),
+    ("unet/config.json", {"cross_attention_dim": [32, 64]}, "the text encoder does not fit the UNet"),
     ("model_index.json", {"scheduler": ["my_scheduler", "Mine"]}, "outside diffusers and transformers"),
     ("text_encoder/config.json", {"attn_implementation": "owner/kernel"}, "attn_implementation = 'owner/kernel'"),
     ("text_encoder/config.json", {"_attn_implementation_internal": "owner/kernel"}, "code of its own"),
+    (
+        "text_encoder/config.json",
+        {"attn_implementation": {"": "sdpa", "text_config": "owner/kernel"}},
+        "code of its own",
+    ),
     ("text_encoder/config.json", {"text_config": {"_attn_implementation": {"": "o/k"}}}, "text_config._attn_impl"),
     ("unet/config.json", {"auto_map": {"AutoModel": "mine.UNet"}}, "the unet's config asks for code"),
     ("vae/config.json", {"auto_map": {"AutoModel": "mine.VAE"}}, "the vae's config asks for code"),
@@ -63,6 +69,26 @@ def test_unsupported_models(tiny_copy: Path, file: str, changes: dict[str, objec
     with pytest.raises(ModelError) as error:
         family_of(resolve_model(str(tiny_copy)), recipe_for())
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["sdpa", "eager", {"": "eager", "text_config": "sdpa"}, None])
+def test_attention_of_the_library_s_own_is_no_code(tiny_copy: Path, value: object) -> None:
+    edit(tiny_copy / "text_encoder/config.json", attn_implementation=value)
+    edit(tiny_copy / "vae/config.json", attn_implementation="eager")
+    family_of(resolve_model(str(tiny_copy)), recipe_for())
+
+
+def test_the_width_of_the_context_may_be_a_list(tiny_copy: Path) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    component = MODELS["sd"].component("denoiser")
+    source = resolve_model(str(tiny_copy))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        plain = component.module(source, recipe_for()).state_dict()
+        edit(tiny_copy / "unet/config.json", cross_attention_dim=[32, 32])
+        listed = component.module(source, recipe_for()).state_dict()
+    family_of(source, recipe_for())
+    assert {k: v.shape for k, v in listed.items()} == {k: v.shape for k, v in plain.items()}
 
 
 def test_a_flag_of_older_configs_names_no_code(tiny_copy: Path) -> None:

@@ -21,6 +21,7 @@ CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", GENERIC)
 T5_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", GENERIC)
 # Named, because a config can name one too: a kernel that transformers would fetch from the hub and run.
 ATTENTION = "sdpa"
+BUILT_IN_ATTENTION = ("eager", "sdpa")
 CLIP_LENGTH = 77
 # Where T5 exceeds float16 first: https://github.com/huggingface/transformers/issues/5651
 T5_WIDE = "encoder.block.*.layer.1.DenseReluDense.wo"
@@ -101,7 +102,8 @@ def clip_text_encoder(
 
         own = recipe.component(folder)
         # The model with projection builds its inner model in the config's dtype, whatever the default is.
-        given = {key: value for key, value in source.config(folder).items() if key not in ("dtype", "torch_dtype")}
+        own_keys = ("dtype", "torch_dtype", "attn_implementation", "_attn_implementation")
+        given = {key: value for key, value in source.config(folder).items() if key not in own_keys}
         config = transformers.CLIPTextConfig(**given | {"attn_implementation": ATTENTION, "dtype": own.dtype})
         return wrap(construct(lambda: getattr(transformers, cls)(config), own.dtype, own.keep_float32, folder))
 
@@ -244,9 +246,8 @@ def refuse_code(source: ModelSource, folder: str) -> None:
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         for key, inner in items:
             name = f"{path}.{key}" if path else str(key)
-            # Older releases of transformers wrote true or false under a name like these; that names no code.
-            names_code = key == "auto_map" or ("attn_implementation" in str(key) and not isinstance(inner, bool))
-            if names_code and inner is not None:
+            is_map, is_attention = key == "auto_map", "attn_implementation" in str(key)
+            if (is_map and inner is not None) or (is_attention and _names_code(inner)):
                 raise ModelError(
                     f"the {folder}'s config asks for code of its own, which is not run",
                     where=source.path / folder / "config.json",
@@ -255,7 +256,14 @@ def refuse_code(source: ModelSource, folder: str) -> None:
                 )
             visit(inner, name)
 
-    visit(source.config(folder), "")
+    visit(source.config_file(folder), "")
+
+
+def _names_code(attention: Any) -> bool:
+    """Older releases of transformers wrote true or false under a name like these; one name per part is a table."""
+    if isinstance(attention, dict):
+        return any(map(_names_code, attention.values()))
+    return not isinstance(attention, bool) and attention not in (None, *BUILT_IN_ATTENTION)
 
 
 def check_sizes(source: ModelSource, sizes: Mapping[tuple[str, str], Any]) -> None:
@@ -341,7 +349,7 @@ def check_t5(source: ModelSource, folder: str, network: str, recipe: Recipe, mos
 def check_equal(source: ModelSource, network: str, key: str, expected: int, of: str) -> None:
     """ModelError unless a setting of the denoising network is what the text encoders `of` it give."""
     got = source.setting(network, key)
-    if got != expected:
+    if any(value != expected for value in (got if isinstance(got, list) and got else [got])):  # block by block
         raise ModelError(
             "the text encoder does not fit the UNet" if network == "unet" else f"{of} does not fit the {network}",
             where=source.path / network / "config.json",

@@ -19,6 +19,8 @@ VARIANT = re.compile(r"(?P<stem>.+)\.(fp16|bf16|non_ema|ema_only)(?P<rest>(-\d+-
 WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors"
 )
+# Of transformers, where the text encoder's config inside of a whole CLIPModel's is silent.
+CLIP_DEFAULTS = {"hidden_size": 512, "projection_dim": 512}
 LIBRARIES = ("diffusers", "transformers")
 
 log = logging.getLogger("toolchain")
@@ -38,7 +40,13 @@ class ModelSource:
         return self._json(self.path / "model_index.json")
 
     def config(self, folder: str) -> dict[str, Any]:
-        """The config of one component; the scheduler's and the tokenizer's have names of their own."""
+        """The config of one component, of a whole CLIPModel that of its text encoder: what the libraries make of it."""
+        config = self.config_file(folder)
+        nested = config.get("text_config") if folder.startswith("text_encoder") else None
+        return CLIP_DEFAULTS | nested if isinstance(nested, dict) else config
+
+    def config_file(self, folder: str) -> dict[str, Any]:
+        """All that the file says; the scheduler's and the tokenizer's have names of their own."""
         names = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
         kind = folder.partition("_")[0]  # tokenizer_2 is a tokenizer too
         return self._json(self.path / folder / names.get(kind, "config.json"))
