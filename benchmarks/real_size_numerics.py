@@ -33,7 +33,7 @@ def recipe_of(model: str, *buckets: Bucket) -> Recipe:
     from toolchain.models import MODELS
 
     folder_class = PUBLISHED[model].files["model_index.json"]["_class_name"]
-    family = next(name for name, f in MODELS.items() if folder_class in f.pipelines)
+    family = next(name for name, f in MODELS.items() if folder_class == f.pipeline)
     own = ComponentRecipe(dtype=DTYPES[model])  # type: ignore[arg-type]
     return Recipe(
         name=f"{model}-random",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,8 @@ from tests.parity import LEAST_PSNR_DB, Build, draw_with_diffusers, least_psnr_d
 from tests.tiny import recipe_for
 from tests.tiny_sdxl import make_sdxl
 from toolchain.artifacts import Store
-from toolchain.models import resolve_model
+from toolchain.check.reference import reference_pipeline
+from toolchain.models import MODELS, Family, resolve_model
 from toolchain.plan import make_plan
 from toolchain.runtime.prompt import PromptTokenizer
 
@@ -95,3 +97,34 @@ def test_a_whole_clip_model_as_text_encoder(build: Build, tiny_copy: Path) -> No
     config.write_text(json.dumps(read | {"attn_implementation": "eager"}))
     pipe = build("whole-clip", tiny_copy, RECIPE)
     assert compare(pipe, tiny_copy, "a red circle", "white") >= LEAST_PSNR_DB
+
+
+def test_a_folder_that_a_controlnet_pipeline_saved(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every key is the base model's, and so is every engine; diffusers' pipeline to compare with is the base class."""
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
+
+    base = StableDiffusionPipeline.from_pretrained(tiny_model)
+    nets = [ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(8, 8)) for _ in range(2)]
+    StableDiffusionControlNetPipeline(
+        **base.components | {"controlnet": nets}, requires_safety_checker=False
+    ).save_pretrained(tmp_path / "model")
+    keys = []
+    for model in (tiny_model, tmp_path / "model"):
+        recipe, source = recipe_for(), resolve_model(str(model))
+        plan = make_plan(recipe, source, Store(tmp_path / "store"))
+        keys.append([step.key for step in plan.steps if step.stage != "tokenizer"])
+    assert keys[0] == keys[1]
+    assert caplog.text.count("saved by StableDiffusionControlNetPipeline over ordinary networks") == 1
+    assert type(reference_pipeline(source, plan.family, recipe)) is StableDiffusionPipeline
+
+
+@pytest.mark.parametrize("family", MODELS.values(), ids=lambda family: family.name)
+def test_pipelines_over_ordinary_networks(family: Family) -> None:
+    """diffusers has each class, and it takes every component of the family."""
+    import diffusers
+
+    for name in family.others:
+        taken = inspect.signature(getattr(diffusers, name).__init__).parameters
+        assert {component.folder for component in family.components} <= set(taken), name

@@ -304,8 +304,8 @@ BAD_CONFIGS: dict[str, tuple[Edit, list[str]]] = {
     ),
     "refiner without the entry": (change("model_index.json", text_encoder=None), ["no first text encoder"]),
     "refiner as published": (
-        change("model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline"),
-        ["StableDiffusionXLImg2ImgPipeline is not supported"],
+        change("model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline", text_encoder=[None, None]),
+        ["no first text encoder", "refiner"],
     ),
     "no second encoder": (change("model_index.json", text_encoder_2=None), ["the model has no text_encoder_2"]),
     "second encoder without projection": (

@@ -31,7 +31,7 @@ def reference_module(component: Component, source: ModelSource, recipe: Recipe) 
 
 
 def reference_pipeline(source: ModelSource, family: Family, recipe: Recipe) -> Any:
-    """The diffusers pipeline that the model names, without what looks at finished pictures and what the recipe leaves
+    """The family's diffusers pipeline, without what looks at finished pictures and what the recipe leaves
     out. ModelError as above."""
     import diffusers
     import torch
@@ -39,7 +39,7 @@ def reference_pipeline(source: ModelSource, family: Family, recipe: Recipe) -> A
     # Folders that are never downloaded, because nothing here compiles them.
     without = {**dict.fromkeys(UNUSED_FOLDERS), "requires_safety_checker": False}
     with _loading(source):
-        cls = getattr(diffusers, source.index["_class_name"])
+        cls = getattr(diffusers, family.pipeline)
         accepted = inspect.signature(cls.__init__).parameters
         kwargs: dict[str, Any] = {key: value for key, value in without.items() if key in accepted}
         # Each by its own loader: a pipeline's takes one variant of the weights for all, and attention from the config.

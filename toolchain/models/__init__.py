@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import logging
+from functools import cache
 
 from toolchain.errors import ModelError
 from toolchain.models.component import Component, Family
@@ -13,6 +15,7 @@ from toolchain.models.sdxl import SDXL
 from toolchain.models.source import ModelSource, resolve_model
 from toolchain.recipe import Recipe
 
+log = logging.getLogger("toolchain")
 __all__ = ["MODELS", "Component", "Family", "ModelSource", "family_of", "resolve_model"]
 
 MODELS: dict[str, Family] = {"sd": SD, "sdxl": SDXL, "sd3": SD3, "flux": FLUX}
@@ -21,27 +24,35 @@ MODELS: dict[str, Family] = {"sd": SD, "sdxl": SDXL, "sd3": SD3, "flux": FLUX}
 def family_of(source: ModelSource, recipe: Recipe) -> Family:
     """The family that a recipe names, after checking that the model is of it. Raises ModelError and RecipeError."""
     wanted = recipe.family
-    supported = {pipeline: family.name for family in MODELS.values() for pipeline in family.pipelines}
+    supported = {name: family for family in MODELS.values() for name in (family.pipeline, *family.others)}
     pipeline = str(source.index["_class_name"])
     if pipeline not in supported:
         close = difflib.get_close_matches(pipeline, supported, n=1)
         raise ModelError(
             f"{pipeline} is not supported",
             where=source.path / "model_index.json",
-            expected="one of " + ", ".join(sorted(supported)),
+            expected="one of " + ", ".join(sorted(family.pipeline for family in MODELS.values())),
             got=pipeline,
             hint=f"the nearest supported class is {close[0]}" if close else None,
         )
     if wanted not in MODELS:
         raise ModelError("the recipe names an unknown family", expected=" or ".join(sorted(MODELS)), got=wanted)
-    if supported[pipeline] != wanted:
+    found = supported[pipeline]
+    if found.name != wanted:
         raise ModelError(
             "the recipe is for another family than the model",
             where=source.path / "model_index.json",
-            expected=f"a model of family {wanted} ({', '.join(MODELS[wanted].pipelines)})",
-            got=f"{pipeline}, family {supported[pipeline]}",
-            hint=f"use a recipe with family = {supported[pipeline]!r}",
+            expected=f"a model of family {wanted} ({MODELS[wanted].pipeline})",
+            got=f"{pipeline}, family {found.name}",
+            hint=f"use a recipe with family = {found.name!r}",
         )
-    family = MODELS[wanted]
-    family.check(source, recipe)
-    return family
+    found.check(source, recipe)
+    if pipeline != found.pipeline:
+        _say_that_it_is_ordinary(source.name, pipeline, found.pipeline)
+    return found
+
+
+@cache
+def _say_that_it_is_ordinary(model: str, pipeline: str, base: str) -> None:
+    """Once for a model: a command plans more than once."""
+    log.warning("%s was saved by %s over ordinary networks: it is compiled as a %s", model, pipeline, base)

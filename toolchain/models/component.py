@@ -51,7 +51,8 @@ class Component:
 class Family:
     """A kind of model: its components in the order in which a picture passes through them.
 
-    pipelines  diffusers pipeline classes that are of this family
+    pipeline   the diffusers pipeline class that draws as this family does
+    others     its classes over the same networks, which leave their own names in a model's folder when they save it
     check      (source, recipe) -> raises ModelError for what this family does not cover and RecipeError for what the
                recipe cannot ask of this model, before any long work
     settings   (source) -> what the runtime must know of the model
@@ -59,7 +60,8 @@ class Family:
     """
 
     name: str
-    pipelines: tuple[str, ...]
+    pipeline: str
+    others: tuple[str, ...]
     components: tuple[Component, ...]
     check: Callable[[ModelSource, Recipe], None]
     settings: Callable[[ModelSource], ModelSettings]

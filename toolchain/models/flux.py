@@ -127,7 +127,14 @@ FLUX = Family(
     name="flux",
     # Fill, Control and Kontext have pipelines of their own: their networks are given pictures beside the latents. A
     # Kontext network in a folder of this pipeline cannot be told from dev's, and draws from text here as in diffusers.
-    pipelines=("FluxPipeline",),
+    pipeline="FluxPipeline",
+    others=(
+        "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+        "FluxControlNetPipeline",
+        "FluxControlNetImg2ImgPipeline",
+        "FluxControlNetInpaintPipeline",
+    ),
     components=(
         parts.clip_text_encoder("text_encoder", cls="CLIPTextModel", layer=None, pooled="pooled"),
         parts.t5_text_encoder("text_encoder_2", context="context", tokens=T5_TOKENS, optional=False),

@@ -88,7 +88,20 @@ def settings(source: ModelSource) -> ModelSettings:
 
 SD = Family(
     name="sd",
-    pipelines=("StableDiffusionPipeline",),
+    pipeline="StableDiffusionPipeline",
+    others=(
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionControlNetImg2ImgPipeline",
+        "StableDiffusionControlNetInpaintPipeline",
+        "StableDiffusionAdapterPipeline",
+        "StableDiffusionPAGPipeline",
+        "StableDiffusionPAGImg2ImgPipeline",
+        "StableDiffusionPAGInpaintPipeline",
+        "StableDiffusionControlNetPAGPipeline",
+        "StableDiffusionControlNetPAGInpaintPipeline",
+    ),
     components=(
         parts.clip_text_encoder("text_encoder", cls="CLIPTextModel", layer=1, normed=True, context="context"),
         Component("denoiser", "unet", "unet.", True, True, step_spec, step_module, step_reference),

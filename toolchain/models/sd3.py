@@ -181,7 +181,15 @@ def _clip(folder: str, context: str, pooled: str) -> Component:
 
 SD3 = Family(
     name="sd3",
-    pipelines=("StableDiffusion3Pipeline",),
+    pipeline="StableDiffusion3Pipeline",
+    others=(
+        "StableDiffusion3Img2ImgPipeline",
+        "StableDiffusion3InpaintPipeline",
+        "StableDiffusion3ControlNetPipeline",
+        "StableDiffusion3ControlNetInpaintingPipeline",
+        "StableDiffusion3PAGPipeline",
+        "StableDiffusion3PAGImg2ImgPipeline",
+    ),
     components=(
         _clip("text_encoder", "context", "pooled"),
         _clip("text_encoder_2", "context_2", "pooled_2"),

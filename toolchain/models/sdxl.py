@@ -152,7 +152,23 @@ def settings(source: ModelSource) -> ModelSettings:
 
 SDXL = Family(
     name="sdxl",
-    pipelines=("StableDiffusionXLPipeline",),
+    pipeline="StableDiffusionXLPipeline",
+    others=(
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLControlNetImg2ImgPipeline",
+        "StableDiffusionXLControlNetInpaintPipeline",
+        "StableDiffusionXLControlNetUnionPipeline",
+        "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+        "StableDiffusionXLControlNetUnionInpaintPipeline",
+        "StableDiffusionXLAdapterPipeline",
+        "StableDiffusionXLPAGPipeline",
+        "StableDiffusionXLPAGImg2ImgPipeline",
+        "StableDiffusionXLPAGInpaintPipeline",
+        "StableDiffusionXLControlNetPAGPipeline",
+        "StableDiffusionXLControlNetPAGImg2ImgPipeline",
+    ),
     components=(
         parts.clip_text_encoder("text_encoder", cls="CLIPTextModel", layer=PENULTIMATE, context="context"),
         parts.clip_text_encoder(

@@ -13,7 +13,7 @@ from typing import Any
 from toolchain.errors import ModelError, UsageError
 
 # Parts of a repository that nothing here compiles: a safety checker alone is 1.2 GB.
-UNUSED_FOLDERS = ("safety_checker", "feature_extractor", "image_encoder")
+UNUSED_FOLDERS = ("safety_checker", "feature_extractor", "image_encoder", "controlnet", "adapter")
 VARIANT = re.compile(r"(?P<stem>.+)\.(fp16|bf16|non_ema|ema_only)(?P<rest>(-\d+-of-\d+)?\.safetensors(\.index\.json)?)")
 # The shards' numbers stand before or after the variant, as the writer's version had it.
 WEIGHTS = re.compile(
