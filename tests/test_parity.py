@@ -132,6 +132,16 @@ def test_image_to_image(pipe: toolchain.Pipeline, tiny_model: Path, scheduler: s
     assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_images_are_repeated_in_the_order_of_diffusers(pipe: toolchain.Pipeline, tiny_model: Path, count: int) -> None:
+    prompts, seeds = [*PROMPTS, *PROMPTS[::-1]], [3, 9, 5, 3]
+    run: dict[str, Any] = {"image": random_images(count, 64, 96), "strength": 0.6}
+    ours = pipe(prompts, seed=seeds, steps=3, guidance=5.0, scheduler="euler", **run).images
+    run |= {"num_inference_steps": 3, "guidance_scale": 5.0}
+    theirs = draw_with_diffusers(FROM_IMAGE, tiny_model, prompts, seeds, "euler", **run)
+    assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
+
+
 def test_a_prompt_longer_than_the_encoder_is_cut_as_in_diffusers(
     pipe: toolchain.Pipeline, tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

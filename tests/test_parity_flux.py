@@ -149,6 +149,17 @@ def test_image_to_image(request: pytest.FixtureRequest, kind: str, strength: flo
     assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_repeated_image_is_encoded_once_as_in_diffusers(plain: toolchain.Pipeline, dev: Path, count: int) -> None:
+    """With the generators of the first prompts; those of the others draw nothing for it."""
+    prompts, seeds, images = [*PROMPTS, *OTHERS], [3, 9, 5, 3], random_images(count, 64, 64)
+    run: dict[str, Any] = {"image": images, "strength": 0.6}
+    ours = plain(prompts, seed=seeds, steps=3, guidance=1.0, **run).images
+    run |= {"num_inference_steps": 3, "guidance_scale": 1.0, "height": 64, "width": 64}
+    theirs = draw_with_diffusers(dev, prompts, seeds, "model", "FluxImg2ImgPipeline", **run)
+    assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
+
+
 def test_noise_is_drawn_in_packed_order(plain: toolchain.Pipeline, dev: Path) -> None:
     """FluxPipeline gives its scheduler no generator: the noise goes on in torch's own, as do latents without one."""
     import torch

@@ -119,6 +119,7 @@ def settings(source: ModelSource) -> ModelSettings:
         token_pixels=factor * PATCH,
         linear_sigmas=True,
         embedded_guidance=embeds_guidance(source),
+        encode_once=True,
         early_start=True,
     )
 

@@ -18,7 +18,6 @@ from toolchain.signature import TensorSpec
 from toolchain.signing import vouch
 
 F32 = NDArray[np.float32]
-Array = NDArray[np.generic]
 
 
 def usable_backend(bundle: Bundle) -> Backend:

@@ -47,8 +47,8 @@ class Options:
     aspect                  width / height: the built bucket that comes nearest, in place of a size
     crop                    take the nearest larger bucket and cut the middle out of it
     latents                 float32 [N, C, h, w], standard normal, in place of the seed's
-    image                   image to image: a PIL image or uint8 [H, W, 3], one for all or one for each; it is turned
-                            upright as its EXIF data say, and resized
+    image                   image to image: a PIL image or uint8 [H, W, 3], or a list of them, repeated where there are
+                            fewer than prompts; it is turned upright as its EXIF data say, and resized
     strength                above 0, at most 1: how much of the schedule an image goes through
     original_size, crop_top_left, target_size, and the same with `negative_`
                             SDXL's micro-conditioning; sizes default to the picture's own
@@ -105,6 +105,8 @@ class Request:
     time_ids            SDXL's, of the prompt and of the negative prompt
     latents             [N, C, h, w] standard normal, or None
     images              uint8 [N, H, W, 3] of run_size, or None
+    encoded_with        per picture, that picture (its index) whose generator samples the image's posterior: its own, or
+                        where the model encodes a repeated image once, the first that has the image
     """
 
     prompts: list[str]
@@ -124,6 +126,7 @@ class Request:
     time_ids: tuple[tuple[int, ...], tuple[int, ...]]
     latents: F32 | None
     images: NDArray[np.uint8] | None
+    encoded_with: list[int]
 
 
 def texts_by_encoder(
@@ -238,7 +241,7 @@ def check_pair(name: str, value: object, least: int) -> Size:
 
 
 def check_images(image: Picture | Sequence[Picture], count: int) -> list[Image.Image]:
-    """One RGB image for each picture; RequestError."""
+    """RGB images, each for every len(images)-th picture; RequestError unless they divide `count`."""
     given: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
     images = []
     for one in given:
@@ -250,7 +253,10 @@ def check_images(image: Picture | Sequence[Picture], count: int) -> list[Image.I
                 got=f"{type(one).__name__} {getattr(one, 'dtype', '')} {getattr(one, 'shape', '')}".strip(),
             )
         images.append(Image.fromarray(one) if isinstance(one, np.ndarray) else to_rgb(one))
-    return repeat("image", images, count)
+    if not images or count % len(images):
+        expected = f"{count}, or a number that divides it"
+        raise RequestError("as many images as prompts are needed", expected=expected, got=len(images))
+    return images
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

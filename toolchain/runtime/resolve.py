@@ -51,7 +51,8 @@ def resolve(bundle: Bundle, options: Options) -> Request:
         run_size=run_size,
         time_ids=_time_ids(bundle, options, run_size),
         latents=_latents(options),
-        images=None if images is None else _pixels(images, run_size),
+        images=None if images is None else _pixels(images, run_size, count),
+        encoded_with=[i % len(images) if images and bundle.settings.encode_once else i for i in range(count)],
     )
 
 
@@ -201,8 +202,8 @@ def _time_ids(bundle: Bundle, options: Options, run_size: Size) -> tuple[tuple[i
     return own, (*original, *values["negative_crop_top_left"], *target)
 
 
-def _pixels(images: list[Image.Image], size: Size) -> NDArray[np.uint8]:
-    """uint8 [N, H, W, 3], resized as diffusers does."""
+def _pixels(images: list[Image.Image], size: Size, count: int) -> NDArray[np.uint8]:
+    """uint8 [N, H, W, 3] for `count` pictures, resized as diffusers does, and repeated in its order: a, b, a, b."""
     height, width = size
     wanted = [i if i.size == (width, height) else i.resize((width, height), Image.Resampling.LANCZOS) for i in images]
-    return np.stack([np.asarray(image, np.uint8) for image in wanted])
+    return np.stack([np.asarray(wanted[i % len(wanted)], np.uint8) for i in range(count)])

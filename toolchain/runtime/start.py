@@ -9,7 +9,7 @@ import numpy as np
 
 from toolchain.engines.memory import Memory
 from toolchain.errors import RequestError
-from toolchain.runtime.engines import F32, Array, BucketEngines
+from toolchain.runtime.engines import F32, BucketEngines
 from toolchain.runtime.noise import Generator
 from toolchain.runtime.request import Request
 from toolchain.sampler.table import SamplerTable
@@ -42,7 +42,7 @@ def _place_start(
     memory, start = engines.memory, engines.states[0][0]
     shape = engines.latent_shape
     if request.images is not None:
-        memory.copy(start, _noised_image(engines, table, request.images[chosen], generators))
+        memory.copy(start, _noised_image(engines, table, request, chosen, generators))
         return
     if request.latents is None:
         noise = normal(shape, generators)
@@ -57,16 +57,24 @@ def _place_start(
     memory.write(start, noise * np.float32(table.init_noise_sigma))
 
 
-def _noised_image(engines: BucketEngines, table: SamplerTable, images: Array, generators: list[Generator]) -> Any:
+def _noised_image(
+    engines: BucketEngines, table: SamplerTable, request: Request, chosen: list[int], generators: list[Generator]
+) -> Any:
     if table.noising is None:
         raise RequestError(
             "this scheduler cannot noise an image", got=table.name, hint="take another one, such as euler or dpm++2m"
         )
     assert engines.encoder is not None
+    assert request.images is not None
     # The order of the draws is diffusers': the posterior's first, then the noise.
-    draws = {name: normal(engines.latent_shape, generators) for name in ("noise", "start_noise")}
+    samplers = [
+        own if request.encoded_with[i] == i else Generator(request.seeds[request.encoded_with[i]])
+        for i, own in zip(chosen, generators, strict=True)
+    ]
+    posterior, noise = normal(engines.latent_shape, samplers), normal(engines.latent_shape, generators)
     signal, sigma = table.noising
-    return engines.encoder({"pixels": images, **draws, "signal": signal, "sigma": sigma})["latents"]
+    inputs = {"pixels": request.images[chosen], "noise": posterior, "start_noise": noise}
+    return engines.encoder({**inputs, "signal": signal, "sigma": sigma})["latents"]
 
 
 def place_sampler(memory: Memory, inputs: Mapping[str, Any], table: SamplerTable) -> None:
