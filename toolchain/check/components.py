@@ -74,8 +74,10 @@ class _Comparison:
             tokenizer = PromptTokenizer(self.bundle.path / place_)
             component = self.family.component(name)
             spec = self.bundle.engine(name, self.bundle.buckets[0]).spec
-            zeros = {t.name: np.zeros(t.shape, t.dtype) for t in spec.inputs}
-            feeds = [Feed(n, {**zeros, "ids": tokenizer.encode(t).ids}) for n, t in zip(labels, texts, strict=True)]
+            feeds = []
+            for label, encoded in zip(labels, map(tokenizer.encode, texts), strict=True):
+                given = {"ids": encoded.ids, "mask": encoded.mask, "clip_skip": np.zeros(1, np.int64)}
+                feeds.append(Feed(label, {t.name: given[t.name] for t in spec.inputs}))
             with self._reference(component) as module:
                 compared = self._compare(component, None, module, feeds)
             for text, outputs in zip(texts, compared, strict=True):

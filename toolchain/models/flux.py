@@ -74,6 +74,7 @@ def check(source: ModelSource, recipe: Recipe) -> None:
     parts.check_classes(source, CLASSES)
     latent_channels = source.setting("vae", "latent_channels")
     parts.check_sizes(source, {("vae", "latent_channels"): latent_channels})
+    parts.check_shift(source)
     parts.check_clip(source, "text_encoder", "transformer")
     parts.check_t5(source, "text_encoder_2", "transformer", recipe, T5_TOKENS)
     parts.check_channels(source, "transformer", latent_channels * PATCH * PATCH)
@@ -140,8 +141,8 @@ FLUX = Family(
         parts.clip_text_encoder("text_encoder", cls="CLIPTextModel", layer=None, pooled="pooled"),
         parts.t5_text_encoder("text_encoder_2", context="context", tokens=T5_TOKENS, optional=False),
         Component("denoiser", "transformer", "transformer.", True, True, step_spec, step_module, step_reference),
-        parts.vae_decoder(),
-        parts.vae_encoder(),
+        parts.vae_decoder(shifted=True),
+        parts.vae_encoder(shifted=True),
     ),
     check=check,
     settings=settings,

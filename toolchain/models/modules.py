@@ -119,6 +119,8 @@ class ClipTextEncoder(nn.Module):
               None: no hidden state and no input clip_skip
     normed    whether the final layer norm is applied to it
     pooled    whether the pooled output is wanted: projected where the model has a projection
+
+    mask [1, L] int64, where it is given, is 0 for padding, which no token attends to then.
     """
 
     def __init__(self, text: nn.Module, *, layer: int | None, normed: bool, pooled: bool) -> None:
@@ -128,10 +130,14 @@ class ClipTextEncoder(nn.Module):
         self.normed = normed
         self.pooled = pooled
 
-    def forward(self, ids: Tensor, clip_skip: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, ids: Tensor, clip_skip: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         # Given here, because the model's own are a buffer, which has no values under fake tensors.
         positions = torch.arange(ids.shape[1])[None]
-        output = self.text(ids, position_ids=positions, output_hidden_states=self.layer is not None)
+        output = self.text(
+            ids, attention_mask=mask, position_ids=positions, output_hidden_states=self.layer is not None
+        )
         pooled: Tensor = output.text_embeds if "text_embeds" in output else output.pooler_output
         if self.layer is None:
             return pooled.float()

@@ -23,6 +23,7 @@ T5_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", GENERIC)
 ATTENTION = "sdpa"
 BUILT_IN_ATTENTION = ("eager", "sdpa")
 CLIP_LENGTH = 77
+VAE_SCALE = 0.18215
 # Where T5 exceeds float16 first: https://github.com/huggingface/transformers/issues/5651
 T5_WIDE = "encoder.block.*.layer.1.DenseReluDense.wo"
 
@@ -71,12 +72,20 @@ def step_spec(
 
 
 def clip_text_encoder(
-    folder: str, *, cls: str, layer: int | None, normed: bool = False, context: str = "", pooled: str = ""
+    folder: str,
+    *,
+    cls: str,
+    layer: int | None,
+    normed: bool = False,
+    context: str = "",
+    pooled: str = "",
+    masks: bool = False,
 ) -> Component:
     """A CLIP text encoder whose outputs are called `context` [1, L, E] and `pooled` [1, P]; "" leaves one out.
 
     cls    CLIPTextModel or CLIPTextModelWithProjection
     layer  see `modules.ClipTextEncoder`
+    masks  whether the family's pipeline reads the config's use_attention_mask, which hides padding
     """
 
     def spec(source: ModelSource, bucket: Bucket, recipe: Recipe) -> GraphSpec:
@@ -84,9 +93,10 @@ def clip_text_encoder(
         width = int(source.setting(folder, "hidden_size"))
         projected = int(source.setting(folder, "projection_dim")) if "Projection" in cls else width
         skip = (TensorSpec("clip_skip", "int64", (1,)),) if layer is not None else ()
+        mask = (TensorSpec("mask", "int64", (1, length)),) if masks and _hides_padding(source, folder) else ()
         outputs = {context: (1, length, width), pooled: (1, projected)}
         return GraphSpec(
-            (TensorSpec("ids", "int64", (1, length)), *skip),
+            (TensorSpec("ids", "int64", (1, length)), *skip, *mask),
             tuple(TensorSpec(name, "float32", shape) for name, shape in outputs.items() if name),
         )
 
@@ -112,6 +122,10 @@ def clip_text_encoder(
 
     tokenizer = folder.replace("text_encoder", "tokenizer")
     return Component(folder, folder, "text.", False, True, spec, module, reference, tokenizer)
+
+
+def _hides_padding(source: ModelSource, folder: str) -> bool:
+    return bool(source.config(folder).get("use_attention_mask"))
 
 
 def t5_text_encoder(folder: str, *, context: str, tokens: int, optional: bool) -> Component:
@@ -178,12 +192,12 @@ def make_network(source: ModelSource, folder: str, cls: str, recipe: Recipe, com
     return construct(lambda: getattr(diffusers, cls).from_config(config), own.dtype, own.keep_float32, component)
 
 
-def _vae(name: str, default_scale: float, spec: Callable[..., GraphSpec], wrapper: str, optional: bool) -> Component:
+def _vae(name: str, shifted: bool, spec: Callable[..., GraphSpec], wrapper: str, optional: bool) -> Component:
     def wrap(vae: nn.Module, source: ModelSource, dtype: str) -> nn.Module:
         from toolchain.models import modules
 
         config = source.config("vae")
-        scale, shift = config.get("scaling_factor", default_scale), config.get("shift_factor") or 0.0
+        scale, shift = config.get("scaling_factor", VAE_SCALE), config["shift_factor"] if shifted else 0.0
         made: nn.Module = getattr(modules, wrapper)(vae, float(scale), float(shift), dtype)
         return made
 
@@ -197,8 +211,12 @@ def _vae(name: str, default_scale: float, spec: Callable[..., GraphSpec], wrappe
     return Component(name, "vae", "vae.", True, True, spec, module, reference, optional=optional)
 
 
-def vae_decoder() -> Component:
-    """Latents [B, C, h, w] -> pixels [B, H, W, 3] uint8, and the same as float32 before rounding."""
+def vae_decoder(*, shifted: bool) -> Component:
+    """Latents [B, C, h, w] -> pixels [B, H, W, 3] uint8, and the same as float32 before rounding.
+
+    shifted: whether the family's pipeline reads the VAE's shift_factor. What the VAE's config has of it is no sign: the
+    pipelines of SD and SDXL ignore it.
+    """
 
     def spec(source: ModelSource, bucket: Bucket, recipe: Recipe) -> GraphSpec:
         pixels = (bucket.batch, bucket.height, bucket.width, 3)
@@ -207,11 +225,14 @@ def vae_decoder() -> Component:
             (TensorSpec("pixels", "uint8", pixels), TensorSpec("image", "float32", pixels)),
         )
 
-    return _vae("vae_decoder", 0.18215, spec, "VaeDecoder", False)
+    return _vae("vae_decoder", shifted, spec, "VaeDecoder", False)
 
 
-def vae_encoder() -> Component:
-    """Pixels [B, H, W, 3] uint8 and two draws of noise -> latents [B, C, h, w]: what image to image starts from."""
+def vae_encoder(*, shifted: bool) -> Component:
+    """Pixels [B, H, W, 3] uint8 and two draws of noise -> latents [B, C, h, w]: what image to image starts from.
+
+    shifted: as of `vae_decoder`
+    """
 
     def spec(source: ModelSource, bucket: Bucket, recipe: Recipe) -> GraphSpec:
         latents = latent_shape(source, bucket)
@@ -220,7 +241,7 @@ def vae_encoder() -> Component:
         scales = (TensorSpec(name, "float32", (1,)) for name in ("signal", "sigma"))
         return GraphSpec((pixels, *draws, *scales), (TensorSpec("latents", "float32", latents),))
 
-    return _vae("vae_encoder", 0.18215, spec, "VaeEncoder", True)
+    return _vae("vae_encoder", shifted, spec, "VaeEncoder", True)
 
 
 def check_classes(source: ModelSource, classes: Mapping[str, tuple[str, ...]]) -> None:
@@ -276,6 +297,14 @@ def check_sizes(source: ModelSource, sizes: Mapping[tuple[str, str], Any]) -> No
     if not isinstance(blocks, list) or not blocks:
         where = source.path / "vae" / "config.json"
         raise ModelError("block_out_channels is no list of sizes", where=where, got=repr(blocks))
+
+
+def check_shift(source: ModelSource) -> None:
+    """ModelError for a VAE without the number that the family's pipeline adds to latents."""
+    shift = source.setting("vae", "shift_factor")
+    if isinstance(shift, bool) or not isinstance(shift, int | float):
+        where = source.path / "vae" / "config.json"
+        raise ModelError("shift_factor is no number", where=where, expected="a number", got=repr(shift))
 
 
 def check_clip(source: ModelSource, folder: str, network: str) -> None:

@@ -103,10 +103,12 @@ SD = Family(
         "StableDiffusionControlNetPAGInpaintPipeline",
     ),
     components=(
-        parts.clip_text_encoder("text_encoder", cls="CLIPTextModel", layer=1, normed=True, context="context"),
+        parts.clip_text_encoder(
+            "text_encoder", cls="CLIPTextModel", layer=1, normed=True, context="context", masks=True
+        ),
         Component("denoiser", "unet", "unet.", True, True, step_spec, step_module, step_reference),
-        parts.vae_decoder(),
-        parts.vae_encoder(),
+        parts.vae_decoder(shifted=False),
+        parts.vae_encoder(shifted=False),
     ),
     check=check,
     settings=settings,

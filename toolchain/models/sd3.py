@@ -81,6 +81,7 @@ def check(source: ModelSource, recipe: Recipe) -> None:
     parts.check_classes(source, CLASSES if T5 in recipe.without else CLASSES | T5_CLASSES)
     latent_channels = source.setting("vae", "latent_channels")
     parts.check_sizes(source, {("vae", "latent_channels"): latent_channels})
+    parts.check_shift(source)
     for folder in CLIPS:
         parts.check_clip(source, folder, "transformer")
         projection = source.setting(folder, "projection_dim")
@@ -195,8 +196,8 @@ SD3 = Family(
         _clip("text_encoder_2", "context_2", "pooled_2"),
         parts.t5_text_encoder(T5, context="context_3", tokens=T5_TOKENS, optional=True),
         Component("denoiser", "transformer", "transformer.", True, True, step_spec, step_module, step_reference),
-        parts.vae_decoder(),
-        parts.vae_encoder(),
+        parts.vae_decoder(shifted=True),
+        parts.vae_encoder(shifted=True),
     ),
     check=check,
     settings=settings,

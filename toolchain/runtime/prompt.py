@@ -19,9 +19,13 @@ NUMBERS = ("max_length", "bos", "eos", "pad")
 
 @dataclass(frozen=True)
 class Encoded:
-    """`ids` [1, max_length] int64, padded; `cut` is the end of the prompt that did not fit, "" when all did."""
+    """`ids` [1, max_length] int64, padded; `cut` is the end of the prompt that did not fit, "" when all did.
+
+    mask  [1, max_length] int64: 0 for padding, else 1
+    """
 
     ids: npt.NDArray[np.int64]
+    mask: npt.NDArray[np.int64]
     cut: str
 
 
@@ -62,8 +66,10 @@ class PromptTokenizer:
         start = [] if self.bos is None else [self.bos]
         room = self.max_length - 1 - len(start)
         row = [*start, *ids[:room], self.eos]
-        row += [self.pad] * (self.max_length - len(row))
-        return Encoded(ids=np.array([row], np.int64), cut=self._decode(ids[room:]))
+        padding = self.max_length - len(row)
+        mask = [1] * len(row) + [0] * padding
+        row += [self.pad] * padding
+        return Encoded(np.array([row], np.int64), np.array([mask], np.int64), self._decode(ids[room:]))
 
     def _with_all_vectors(self, prompt: str, tokens: list[str]) -> str:
         """As diffusers: it goes by the tokens that were found and replaces text, inside of longer words too."""

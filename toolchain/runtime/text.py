@@ -101,9 +101,8 @@ class _Encoder:
         if encoded.cut:
             length = encoded.ids.shape[1]
             log.warning("the prompt is longer than the %d tokens of %s; cut: %r", length, self._name, encoded.cut)
-        inputs: dict[str, Any] = {"ids": encoded.ids}
-        if skips:
-            inputs["clip_skip"] = clip_skip
+        given = {"ids": encoded.ids, "mask": encoded.mask, "clip_skip": clip_skip}
+        inputs: dict[str, Any] = {name: given[name] for name in self._engine.inputs}
         outputs = self._engine(inputs)
         self.launches += 1
         made = self._room()
