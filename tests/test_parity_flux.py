@@ -16,6 +16,7 @@ from toolchain.check.pictures import compare_pictures, draw
 from toolchain.errors import RequestError
 from toolchain.memory import forecast
 from toolchain.models import family_of, resolve_model
+from toolchain.runtime.resolve import _warn_once
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 NEGATIVE = {"negative_prompt": ["left", "of white"]}
@@ -182,12 +183,65 @@ def test_a_prompt_longer_than_both_encoders_is_cut_as_in_diffusers(plain: toolch
     assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
 
 
+# What FluxPipeline does not look at, a bundle does not either; each says so once.
+IGNORED = [
+    ("fast", {"guidance": 7.5}, {"guidance_scale": 7.5}, "guidance has no effect"),
+    ("fast", NEGATIVE, NEGATIVE, "a negative prompt has no effect"),
+    ("plain", NEGATIVE, NEGATIVE, "a negative prompt has no effect"),
+    ("plain", {"negative_prompt_2": OTHERS}, {"negative_prompt_2": OTHERS}, "a negative prompt has no effect"),
+    ("plain", {"true_cfg": 2.0}, {"true_cfg_scale": 2.0}, "true_cfg has no effect"),
+    ("plain", {"true_cfg": 0.5, **NEGATIVE}, {"true_cfg_scale": 0.5, **NEGATIVE}, "a negative prompt has no effect"),
+    ("guided", NEGATIVE, NEGATIVE, "a negative prompt has no effect"),
+    ("guided", {"true_cfg": 2.0}, {"true_cfg_scale": 2.0}, "true_cfg has no effect"),
+    ("guided", {"true_cfg": 0.5, **NEGATIVE}, {"true_cfg_scale": 0.5, **NEGATIVE}, "a negative prompt has no effect"),
+]
+
+
+@pytest.mark.parametrize(("bundle", "options", "reference", "warning"), IGNORED)
+def test_what_diffusers_ignores_is_ignored_and_said_once(
+    request: pytest.FixtureRequest,
+    caplog: pytest.LogCaptureFixture,
+    bundle: str,
+    options: dict[str, Any],
+    reference: dict[str, Any],
+    warning: str,
+) -> None:
+    pipe = request.getfixturevalue(bundle)
+    model = request.getfixturevalue("schnell" if bundle == "fast" else "dev")
+    (height, width), *_ = {(b.height, b.width) for b in pipe.bundle.buckets}
+    _warn_once.cache_clear()
+    ours = [pipe(PROMPTS, seed=SEEDS, steps=1, **options) for _ in range(2)]
+    scale = {"guidance_scale": 3.5} | reference
+    theirs = draw_with_diffusers(
+        model, PROMPTS, SEEDS, "model", num_inference_steps=1, height=height, width=width, **scale
+    )
+    assert least_psnr_db(ours[1].images, theirs) >= LEAST_PSNR_DB
+    said = [record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()]
+    assert len(said) == 1
+    assert warning in said[0]
+    assert said[0].endswith("as in diffusers")
+    # What is written down of a picture is what it was drawn with.
+    assert ours[0].request.negatives == ["", ""]
+    assert ours[0].request.true_cfg == 1.0
+    assert ours[0].request.guidance == (1.0 if bundle == "fast" else 3.5)
+
+
+def test_what_diffusers_is_told_to_do_says_nothing(
+    fast: toolchain.Pipeline, guided: toolchain.Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    _warn_once.cache_clear()
+    for guidance in (None, 0.0, 1.0):
+        fast("a circle", steps=1, guidance=guidance, negative_prompt="")
+    guided("a circle", steps=1, true_cfg=2.0, negative_prompt="")
+    guided("a circle", steps=1, true_cfg=1.0)
+    assert "has no effect" not in caplog.text
+
+
 def test_options_that_a_bundle_does_not_have(plain: toolchain.Pipeline, guided: toolchain.Pipeline) -> None:
     with pytest.raises(RequestError, match="no true classifier-free guidance"):
-        plain("a circle", true_cfg=2.0)
-    with pytest.raises(RequestError, match="takes a scale and a negative prompt"):
-        guided("a circle", true_cfg=2.0)
-    with pytest.raises(RequestError, match="takes a scale and a negative prompt"):
-        guided("a circle", true_cfg=2.0, negative_prompt_2="a square")
+        plain("a circle", true_cfg=2.0, negative_prompt="a square")
+    for scale in (-1.0, float("nan")):
+        with pytest.raises(RequestError, match="true_cfg"):
+            plain("a circle", true_cfg=scale)
     with pytest.raises(RequestError, match="clip_skip"):
         guided("a circle", clip_skip=1)

@@ -14,6 +14,7 @@ from tests.parity import LEAST_PSNR_DB, OTHERS, PROMPTS, SEEDS, Build, least_psn
 from tests.tiny_sd3 import T5_TOKENS, make_sd3, recipe_text
 from toolchain.errors import RequestError
 from toolchain.memory import forecast
+from toolchain.runtime.resolve import _warn_once
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 NEGATIVES = ["left", "of white"]
@@ -123,6 +124,30 @@ def test_without_t5_and_guidance(lean: toolchain.Pipeline, lean_model: Path, ste
         width=64,
     )
     assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
+
+
+def test_a_negative_prompt_without_guidance(
+    lean: toolchain.Pipeline, lean_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """diffusers does not look at it where the guidance says none; who says nothing may expect diffusers' default."""
+    _warn_once.cache_clear()
+    ours = [lean(PROMPTS, negative_prompt="left", seed=SEEDS, steps=3, guidance=1.0) for _ in range(2)]
+    theirs = draw_with_diffusers(
+        lean_model,
+        PROMPTS,
+        SEEDS,
+        "model",
+        num_inference_steps=3,
+        guidance_scale=1.0,
+        negative_prompt=["left", "left"],
+        height=64,
+        width=64,
+    )
+    assert least_psnr_db(ours[1].images, theirs) >= LEAST_PSNR_DB
+    assert ours[0].request.negatives == ["", ""]
+    assert caplog.text.count("a negative prompt has no effect without guidance above 1") == 1
+    with pytest.raises(RequestError, match="a bundle without guidance cannot use a negative prompt"):
+        lean(PROMPTS, negative_prompt="left", seed=SEEDS, steps=3)
 
 
 # With five steps 0.3 and 0.5 fall between two: SD3 starts at the earlier, Stable Diffusion at the later.

@@ -166,7 +166,7 @@ def export(recipe: Path, model: str, output: Path, revision: str | None, store: 
 @click.option("--scheduler", metavar="NAME", help="Such as euler or dpm++2m:karras.  [default: the recipe's]")
 @click.option("--guidance", type=float, help="Classifier-free guidance scale.  [default: the recipe's]")
 @click.option("--guidance-rescale", type=click.FloatRange(0, 1), help="Against overexposure, from 0 to 1.")
-@click.option("--true-cfg", type=click.FloatRange(1), help="Classifier-free guidance scale of FLUX.")
+@click.option("--true-cfg", type=click.FloatRange(0), help="Classifier-free guidance scale of FLUX.")
 @click.option("--clip-skip", type=click.IntRange(0), help="Layers of the CLIP text encoders to leave out.")
 @click.option("--size", type=size, metavar="HEIGHTxWIDTH", help="One of the built sizes.  [default: the first]")
 @click.option("--aspect", type=aspect, metavar="WIDTH:HEIGHT", help="The built size that comes nearest, such as 16:9.")

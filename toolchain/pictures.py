@@ -36,8 +36,9 @@ def draw(pipe: Pipeline, request: Mapping[str, Any], shown: Callback) -> Drawn:
     ran = result.request
     common = {"steps": ran.steps, "scheduler": ran.scheduler, "guidance": ran.guidance}
     # What is not at its default is part of how a picture was made.
-    names = ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "guidance_rescale", "true_cfg")
+    names = ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "guidance_rescale")
     common |= {k: wanted[k] for k in (*names, "clip_skip", "strength") if wanted.get(k)}
+    common |= {"true_cfg": ran.true_cfg} if ran.true_cfg > 1 else {}
     own = zip(ran.prompts, ran.negatives or [""] * len(ran.prompts), ran.seeds, strict=True)
     return Drawn(result, [{"prompt": p, "negative_prompt": n, "seed": seed, **common} for p, n, seed in own])
 

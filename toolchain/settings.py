@@ -18,8 +18,8 @@ class ModelSettings:
     linear_sigmas      the pipeline gives its scheduler sigmas that fall linearly from 1 to 1 / steps (FLUX)
     zero_negative      no negative prompt is zeros in place of an embedding, not the empty prompt's (SDXL)
     embedded_guidance  guidance is an input of the network and needs no second pass (FLUX dev)
-    encode_once        image to image with fewer pictures than prompts encodes each picture once, with the generator of its
-                       first prompt, and the others' generators draw nothing for it (FLUX)
+    encode_once        image to image with fewer pictures than prompts encodes each picture once, with the generator of
+                       its first prompt, and the others' generators draw nothing for it (FLUX)
     early_start        image to image rounds the first step down, not up, where strength falls between two steps
     max_clip_skip      most layers that clip skip can leave out; 0 where the model has no such option
     """

@@ -39,9 +39,11 @@ class Options:
                             SDXL and FLUX have no effect, as in diffusers
     seed                    one per picture; a single one counts up over the pictures; None draws one at random
     steps, scheduler        as in `generate`; without a table in the bundle one is compiled, where diffusers is there
-    guidance                classifier-free guidance scale, 1 or less is none; of FLUX dev the one that is embedded
+    guidance                classifier-free guidance scale, 1 or less is none; of FLUX dev the one that is embedded, of
+                            FLUX schnell without effect
     guidance_rescale        from 0 to 1, against overexposure
-    true_cfg                classifier-free guidance scale of FLUX, where the bundle was built with it
+    true_cfg                classifier-free guidance scale of FLUX, where the bundle was built with it; 1 or less is
+                            none, and the negative prompt has no effect then, nor true_cfg without a negative prompt
     clip_skip               layers of the CLIP text encoders to leave out, counted from the one usually taken
     size                    one of the built buckets, or with `crop` any smaller
     aspect                  width / height: the built bucket that comes nearest, in place of a size

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,7 @@ from toolchain.runtime.request import Options, Request, Size
 from toolchain.sampler.schedulers import parse
 
 log = logging.getLogger("toolchain")
+FLUX = "flux"
 REBUILD_GUIDED = "set classifier_free_guidance = true in the recipe and build again"
 
 
@@ -26,14 +29,14 @@ def resolve(bundle: Bundle, options: Options) -> Request:
     texts = ask.texts_by_encoder(bundle, "prompt", given, None)
     prompts = ask.check_texts("prompt", options.prompt)
     count = len(prompts)
-    negatives, negative_texts = _negatives(bundle, options, count)
+    guidance, true_cfg = _guidance(bundle, options), _true_cfg(bundle, options)
+    negatives, negative_texts = _negatives(bundle, options, count, true_cfg)
     if options.scheduler is not None and not isinstance(options.scheduler, str):
         expected = "a string such as 'euler'"
         raise RequestError("scheduler is not a name", expected=expected, got=repr(options.scheduler))
     steps = ask.check_steps(defaults.steps if options.steps is None else options.steps)
     images = None if options.image is None else ask.check_images(options.image, count)
     size, run_size = _sizes(bundle, options, images)
-    guidance, true_cfg = _guidance(bundle, options)
     return Request(
         prompts=prompts,
         negatives=negatives,
@@ -60,45 +63,64 @@ def _step_inputs(bundle: Bundle) -> set[str]:
     return {t.name for t in bundle.engine("denoiser", bundle.buckets[0]).spec.inputs}
 
 
-def _negatives(bundle: Bundle, options: Options, count: int) -> tuple[list[str] | None, list[dict[str, str]] | None]:
+@functools.cache
+def _warn_once(bundle: Path, text: str) -> None:
+    log.warning("%s; as in diffusers", text)
+
+
+def _negatives(
+    bundle: Bundle, options: Options, count: int, true_cfg: float
+) -> tuple[list[str] | None, list[dict[str, str]] | None]:
     first = "" if options.negative_prompt is None else options.negative_prompt
     others = [options.negative_prompt_2, options.negative_prompt_3]
     negatives = ask.repeat("negative_prompt", ask.check_texts("negative_prompt", first), count)
     texts = ask.texts_by_encoder(bundle, "negative_prompt", [first, *others], count)
     said = next((text for texts_ in texts for text in texts_.values() if text), None)
-    if said and not bundle.recipe.classifier_free_guidance:
+    guided = bundle.recipe.classifier_free_guidance
+    # Without guidance diffusers does not look at it; but where nobody says so, its guidance would be above 1.
+    if true_cfg == 1 if bundle.family == FLUX else not guided and options.guidance is not None:
+        if said:
+            needed = "true_cfg above 1 beside negative_prompt" if bundle.family == FLUX else "guidance above 1"
+            _warn_once(bundle.path, f"a negative prompt has no effect without {needed}")
+        return [""] * count, [dict.fromkeys(t, "") for t in texts]
+    if said and not guided:
         raise RequestError("a bundle without guidance cannot use a negative prompt", got=said, hint=REBUILD_GUIDED)
-    if options.negative_prompt is None and (bundle.settings.zero_negative or "true_cfg" in _step_inputs(bundle)):
-        # SDXL's pipeline then takes zeros, and FLUX's has no true guidance, whatever the others say.
+    if options.negative_prompt is None and bundle.settings.zero_negative:
+        # SDXL's pipeline then takes zeros, whatever the others say.
         if others != [None, None]:
-            log.warning("negative_prompt_2 has no effect without negative_prompt, which may be empty; as in diffusers")
-        return (None, None) if bundle.settings.zero_negative else (negatives, [dict.fromkeys(t, "") for t in texts])
+            _warn_once(bundle.path, "negative_prompt_2 has no effect without negative_prompt, which may be empty")
+        return None, None
     return negatives, texts
 
 
-def _guidance(bundle: Bundle, options: Options) -> tuple[float, float]:
-    """(guidance, true_cfg)"""
+def _guidance(bundle: Bundle, options: Options) -> float:
     value = bundle.default_guidance if options.guidance is None else options.guidance
     if bundle.settings.embedded_guidance:
-        guidance = ask.check_number("guidance", value, "a number of 0 or more", 0.0, math.inf)
-    else:
-        guidance = ask.check_guidance(value, bundle.recipe.classifier_free_guidance)
-    has_true_cfg = "true_cfg" in _step_inputs(bundle)
-    if options.true_cfg is not None and not has_true_cfg:
+        return ask.check_number("guidance", value, "a number of 0 or more", 0.0, math.inf)
+    if bundle.family != FLUX:
+        return ask.check_guidance(value, bundle.recipe.classifier_free_guidance)
+    if ask.check_guidance(value, guided=True) > 1 and options.guidance is not None:
+        _warn_once(bundle.path, "guidance has no effect on this model, which was distilled without it (FLUX schnell)")
+    return 1.0
+
+
+def _true_cfg(bundle: Bundle, options: Options) -> float:
+    """The scale of FLUX's second pass; 1 where there is none."""
+    if options.true_cfg is None:
+        return 1.0
+    scale = max(1.0, ask.check_number("true_cfg", options.true_cfg, "a number of 0 or more", 0, 1e6))
+    if bundle.family == FLUX and (scale == 1 or options.negative_prompt is None):
+        if scale > 1:
+            _warn_once(bundle.path, "true_cfg has no effect without negative_prompt, which may be empty")
+        return 1.0
+    if "true_cfg" not in _step_inputs(bundle):
         raise RequestError(
             "the bundle has no true classifier-free guidance",
             where=bundle.path,
             got=f"true_cfg = {options.true_cfg}",
             hint=REBUILD_GUIDED + ", for a model of family flux; others take guidance",
         )
-    true_cfg = ask.check_number("true_cfg", 1.0 if options.true_cfg is None else options.true_cfg, "1 or more", 1, 1e6)
-    if has_true_cfg and (true_cfg > 1) != (options.negative_prompt is not None):
-        raise RequestError(
-            "true classifier-free guidance takes a scale and a negative prompt",
-            expected="true_cfg above 1 and negative_prompt, which may be empty, or neither",
-            got=f"true_cfg = {true_cfg}, negative_prompt = {options.negative_prompt!r}",
-        )
-    return guidance, true_cfg
+    return scale
 
 
 def _rescale(bundle: Bundle, options: Options) -> float:
