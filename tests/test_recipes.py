@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import toolchain
+import toolchain.api
 from tests.parity import random_images
 from tests.pretend import pretended
 from tests.rtx import real_trt
@@ -24,7 +27,10 @@ from tests.tiny import make_sd
 from tests.tiny_flux import make_flux
 from tests.tiny_sd3 import make_sd3
 from tests.tiny_sdxl import make_sdxl
+from toolchain.cli import cli
+from toolchain.engines import BACKENDS
 from toolchain.recipe import Bucket, Recipe, load_recipe
+from toolchain.starter import best_backend
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
@@ -119,6 +125,77 @@ def test_a_recipe(path: Path, models: Callable[[Recipe], Path], store: Path, tmp
         require_precisions(toolchain.build(recipe, model, tmp_path / "bundle", store=store))
     else:
         require_picture(toolchain.build(recipe, model, tmp_path / "bundle", store=store))
+
+
+STARTERS = {  # family, backend -> which shipped recipe is cut to it, and the denoiser's type
+    ("sd", "onnxruntime"): ("shapes-fp32", "float32"),  # of the tiny model's size
+    ("sd", "onnxruntime_cuda"): ("sd15-fp16", "float16"),
+    ("sd", "tensorrt"): ("sd15-fp16-tensorrt", "float16"),
+    ("sd", "tensorrt_rtx"): ("sd15-fp16-rtx", "float16"),
+    ("sdxl", "onnxruntime"): ("sdxl-fp32", "float32"),
+    ("sdxl", "onnxruntime_cuda"): ("sdxl-fp16", "float16"),
+    ("sdxl", "tensorrt"): ("sdxl-fp16-tensorrt", "float16"),
+    ("sdxl", "tensorrt_rtx"): ("sdxl-fp16-rtx", "float16"),
+    ("sd3", "onnxruntime"): ("sd35-medium-fp16", "float32"),
+    ("sd3", "onnxruntime_cuda"): ("sd35-medium-fp16", "float16"),
+    ("sd3", "tensorrt"): ("sd35-medium-bf16-rtx", "bfloat16"),
+    ("sd3", "tensorrt_rtx"): ("sd35-medium-bf16-rtx", "bfloat16"),
+    ("flux", "onnxruntime"): ("flux1-dev-bf16", "float32"),
+    ("flux", "onnxruntime_cuda"): ("flux1-dev-bf16", "float32"),  # it has no bfloat16
+    ("flux", "tensorrt"): ("flux1-dev-bf16", "bfloat16"),
+    ("flux", "tensorrt_rtx"): ("flux1-dev-bf16-rtx", "bfloat16"),
+    ("flux1-schnell", "tensorrt"): ("flux1-schnell-bf16", "bfloat16"),
+    ("flux1-schnell", "tensorrt_rtx"): ("flux1-schnell-bf16", "bfloat16"),
+}
+
+
+@pytest.mark.parametrize(("family", "backend"), STARTERS)
+def test_a_first_recipe(family: str, backend: str, models: Callable[[Recipe], Path], tmp_path: Path) -> None:
+    """`diffbuild init`, whose recipes are sound for the model that they are written for."""
+    like, dtype = STARTERS[family, backend]
+    schnell = family == "flux1-schnell"
+    path = tmp_path / "first.toml"
+    name = "flux1-schnell-bf16" if schnell else next(r.stem for r in RECIPES if load_recipe(r).family == family)
+    model = models(dataclasses.replace(load_recipe(Path(name)), name=name))
+    arguments = ["init", "--model", str(model), "--backend", backend, "-o", str(path), "--json"]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["like"] == like
+    made = load_recipe(path)
+    side = 1024 if family.startswith("flux") else 64
+    assert made.buckets == (Bucket(1, side, side),)
+    assert (made.backend, made.component("denoiser").dtype) == (backend, dtype)
+    assert {part.dtype for part in made.components.values()} <= {dtype, "float32"}
+    if backend == "onnxruntime":
+        assert (made.check.psnr_db, made.check.components) == (40.0, {}), "limits of another type were kept"
+    assert toolchain.api.check_recipe_file(path, str(model)) == made
+    assert CliRunner().invoke(cli, arguments).exit_code == 2, "a recipe was overwritten"
+
+
+def test_a_first_recipe_leaves_out_what_the_model_lacks(models: Callable[[Recipe], Path], tmp_path: Path) -> None:
+    model = Path(shutil.copytree(models(load_recipe(Path("sd35-medium-fp16"))), tmp_path / "model"))
+    index = json.loads((model / "model_index.json").read_text())
+    index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    (model / "model_index.json").write_text(json.dumps(index))
+    path = tmp_path / "first.toml"
+    done = CliRunner().invoke(cli, ["init", "--model", str(model), "--backend", "tensorrt_rtx", "-o", str(path)])
+    assert done.exit_code == 0, done.output
+    made = load_recipe(path)
+    assert made.without == ("text_encoder_3",)
+    assert "text_encoder_3" not in {*made.components, *made.check.components}
+
+
+def test_the_backend_is_the_fastest_that_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of the others may run on the machine of the test, nor may it have a GPU."""
+    runs = {"tensorrt_rtx", "onnxruntime_cuda", "onnxruntime"}
+    for name, backend in BACKENDS.items():
+        reason = lambda name=name: None if name in runs else "no"  # noqa: E731
+        monkeypatch.setattr(backend, "available", reason, raising=False)
+    found = []
+    for name in ("tensorrt_rtx", "onnxruntime_cuda", "onnxruntime"):
+        found.append(best_backend())
+        runs.remove(name)
+    assert found == ["tensorrt_rtx", "onnxruntime_cuda", "onnxruntime"]
 
 
 def test_the_kinds_of_backend_are_all_here() -> None:

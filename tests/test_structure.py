@@ -13,18 +13,30 @@ ROOT = Path(__file__).parents[1] / "toolchain"
 # Each row may import from the rows above it and from itself.
 LAYERS = (
     ("errors", "garbage", "markup", "wrapping"),
-    ("options", "recipe", "settings", "signature", "files", "user_cache", "manifest", "artifacts", "weights"),
+    (
+        "shipped",
+        "toml",
+        "options",
+        "recipe",
+        "settings",
+        "signature",
+        "files",
+        "user_cache",
+        "manifest",
+        "artifacts",
+        "weights",
+    ),
     ("graph", "models", "sampler", "bundle", "provenance", "signing", "memory"),
     ("export", "engines"),
     ("runtime",),
-    ("steps", "planner", "plan", "assemble", "check"),
+    ("steps", "planner", "plan", "starter", "assemble", "check"),
     ("api",),
-    ("report", "inspection", "progress", "pictures", "doctor", "console", "cli_cache", "bench"),
+    ("report", "inspection", "progress", "pictures", "doctor", "console", "cli_cache", "cli_recipes", "bench"),
     ("trace", "cli_trace"),
     ("cli", "__init__"),
 )
 RUNTIME_NEEDS = {
-    *("errors", "options", "recipe", "settings", "signature", "weights", "sampler"),
+    *("errors", "shipped", "options", "recipe", "settings", "signature", "weights", "sampler"),
     *("bundle", "signing", "engines", "runtime"),
 }
 OWNERS = {
@@ -37,7 +49,7 @@ OWNERS = {
     "onnxscript": {"graph"},
     "huggingface_hub": {"models"},
     "openvino": {"bench"},
-    "click": {"cli", "cli_cache", "cli_trace", "console", "report", "progress", "pictures"},
+    "click": {"cli", "cli_cache", "cli_recipes", "cli_trace", "console", "report", "progress", "pictures"},
     "cryptography": {"signing"},
     "rich": {"progress", "report"},
 }

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from toolchain.artifacts import Store, publish_folder
 from toolchain.bundle import Bundle
-from toolchain.models import resolve_model
-from toolchain.plan import Plan, execute, make_plan
+from toolchain.engines import backend_of
+from toolchain.models import family_of, named_family, resolve_model
+from toolchain.plan import Plan, check_recipe, execute, make_plan
 from toolchain.recipe import Recipe, load_recipe
 from toolchain.steps import Step
 
@@ -31,6 +32,16 @@ def _recipe(recipe: Recipe | str | Path) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
 
 
+def check_recipe_file(recipe: Recipe | str | Path, model: str | None = None, *, revision: str | None = None) -> Recipe:
+    """The recipe, after all that can be held against it without its engines' library: with `model` also whether it fits
+    that, of which the config files are enough. Raises RecipeError with every problem, ModelError and UsageError."""
+    found = _recipe(recipe)
+    source = None if model is None else resolve_model(model, revision, weights=False)
+    family = named_family(found.family) if source is None else family_of(source, found)
+    check_recipe(found, family, backend_of(found.backend), source)
+    return found
+
+
 def plan_build(
     recipe: Recipe | str | Path,
     model: str,
@@ -39,7 +50,10 @@ def plan_build(
     store: Path | None = None,
     graphs_only: bool = False,
 ) -> Plan:
-    """What a build would do: every step, hit or miss, and the field that changed."""
+    """What a build would do: every step, hit or miss, and the field that changed.
+
+    `recipe` is a Recipe, a file, or the name of one that comes with diffbuild. Needs no library of the engines'.
+    """
     source = resolve_model(model, revision, weights=not graphs_only)
     return make_plan(_recipe(recipe), source, Store(store or default_store()), graphs_only=graphs_only)
 

@@ -15,6 +15,7 @@ import click
 
 from toolchain import pictures, progress, report
 from toolchain.cli_cache import cache
+from toolchain.cli_recipes import init, recipe_group, recipes
 from toolchain.cli_trace import trace
 from toolchain.console import (
     GATE_FAILED,
@@ -24,18 +25,16 @@ from toolchain.console import (
     bundle_argument,
     examples,
     json_option,
+    model_option,
     place,
+    recipe_argument,
+    revision_option,
     size,
     store_option,
     verbosity,
 )
 from toolchain.errors import UsageError
 
-recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
-model_option = click.option(
-    "--model", required=True, metavar="DIR_OR_HUB_ID", help="A diffusers folder, or a hub id such as owner/name."
-)
-revision_option = click.option("--revision", metavar="REVISION", help="Branch, tag or commit of a hub id.")
 trust_option = click.option(
     "--trust",
     type=click.Path(path_type=Path),
@@ -50,7 +49,7 @@ new_file = click.Path(dir_okay=False, path_type=Path)
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=examples(
         "diffbuild doctor",
-        "diffbuild build recipes/sd15-fp32.toml --model owner/name --output bundle",
+        "diffbuild build sd15-fp32 --model owner/name --output bundle",
         'diffbuild generate bundle "a lighthouse at dusk" --seed 0 --output a.png',
         "diffbuild check bundle --model owner/name",
     )
@@ -66,11 +65,11 @@ def cli() -> None:
     """
 
 
-cli.add_command(cache)
-cli.add_command(trace)
+for command in (cache, init, recipe_group, recipes, trace):
+    cli.add_command(command)
 
 
-@cli.command(epilog=examples("diffbuild plan recipes/sd15-fp32.toml --model owner/name"))
+@cli.command(epilog=examples("diffbuild plan sd15-fp32 --model owner/name"))
 @recipe_argument
 @model_option
 @revision_option
@@ -90,8 +89,8 @@ def plan(recipe: Path, model: str, revision: str | None, store: Path | None, as_
 
 @cli.command(
     epilog=examples(
-        "diffbuild build recipes/sd15-fp32.toml --model owner/name --output bundle",
-        "diffbuild build recipes/sd15-fp32.toml --model ./model --output bundle --store /data/store",
+        "diffbuild build sd15-fp32 --model owner/name --output bundle",
+        "diffbuild build sd15-fp32 --model ./model --output bundle --store /data/store",
     )
 )
 @recipe_argument
@@ -121,7 +120,7 @@ def build(recipe: Path, model: str, output: Path, revision: str | None, store: P
     answer(as_json, lambda: report.build_json(*result), lambda: report.build_lines(*result))
 
 
-@cli.command(epilog=examples("diffbuild export recipes/sd15-fp32.toml --model ./model --output graphs"))
+@cli.command(epilog=examples("diffbuild export sd15-fp32 --model ./model --output graphs"))
 @recipe_argument
 @model_option
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The new folder.")

@@ -151,6 +151,11 @@ def examples(*commands: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
 
 
+recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
+model_option = click.option(
+    "--model", required=True, metavar="DIR_OR_HUB_ID", help="A diffusers folder, or a hub id such as owner/name."
+)
+revision_option = click.option("--revision", metavar="REVISION", help="Branch, tag or commit of a hub id.")
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 store_option = click.option(
     "--store",

@@ -6,14 +6,14 @@ Planning imports neither torch nor diffusers, so that a build with nothing to do
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from toolchain.artifacts import Artifact, Store
 from toolchain.engines import Backend, backend_of
-from toolchain.errors import RecipeError, RequestError
+from toolchain.errors import EngineError, RecipeError, RequestError
 from toolchain.models import Family, ModelSource, family_of
 from toolchain.planner import Planner
 from toolchain.recipe import Recipe
@@ -23,12 +23,20 @@ from toolchain.steps import Step
 
 @dataclass(frozen=True)
 class Plan:
+    """What a build has to do.
+
+    device   what its engines are built for; None where this machine can build none, and `refused` is why
+    """
+
     recipe: Recipe
     source: ModelSource
     family: Family
     backend: Backend
     store: Store
     steps: tuple[Step, ...]
+    _: KW_ONLY
+    device: dict[str, Any] | None = None
+    refused: EngineError | None = None
 
     @property
     def misses(self) -> int:
@@ -47,12 +55,15 @@ class Plan:
 def make_plan(recipe: Recipe, source: ModelSource, store: Store, *, graphs_only: bool = False) -> Plan:
     """Every step of a build, in order. Raises ModelError and RecipeError before any work is done.
 
+    A build can be planned where its engines cannot be built: see `Plan.refused`.
+
     graphs_only: no weights, engines, tables or tokenizer; needs the config files alone.
     """
     family = family_of(source, recipe)
     backend = backend_of(recipe.backend)
     check_recipe(recipe, family, backend, source, graphs_only=graphs_only)
-    planner = Planner(recipe, source, family, backend, store)
+    device, refused = (None, None) if graphs_only else _device(backend)
+    planner = Planner(recipe, source, family, backend, store, device)
     if not graphs_only:
         # Quick to build, and so first: what cannot be compiled here is refused before hours of work.
         planner.tokenizers()
@@ -62,13 +73,24 @@ def make_plan(recipe: Recipe, source: ModelSource, store: Store, *, graphs_only:
     if not graphs_only:
         for component in family.parts(recipe):
             planner.engines(component)
-    return Plan(recipe, source, family, backend, store, tuple(planner.steps))
+    return Plan(recipe, source, family, backend, store, tuple(planner.steps), device=device, refused=refused)
+
+
+def _device(backend: Backend) -> tuple[dict[str, Any] | None, EngineError | None]:
+    """What engines are built for here, or why none can be."""
+    try:
+        return backend.device(), None
+    except EngineError as error:
+        return None, error
 
 
 def check_recipe(
-    recipe: Recipe, family: Family, backend: Backend, source: ModelSource, *, graphs_only: bool = False
+    recipe: Recipe, family: Family, backend: Backend, source: ModelSource | None, *, graphs_only: bool = False
 ) -> None:
-    """What only family and backend can know of a recipe. Raises RecipeError with every problem."""
+    """What only family and backend can know of a recipe. Raises RecipeError with every problem.
+
+    source: None where there is no model at hand, whose facts are not looked at then.
+    """
     problems = []
     names = [c.name for c in family.parts(recipe)]
     for name, component in recipe.components.items():
@@ -85,7 +107,7 @@ def check_recipe(
         for name in keys:
             if name not in names:
                 problems.append(f"{table}.{name}: unknown component (expected one of {', '.join(names)})")
-    multiple = family.settings(source).multiple
+    multiple = family.settings(source).multiple if source else 1
     for bucket in recipe.buckets:
         if bucket.height % multiple or bucket.width % multiple:
             problems.append(f"buckets: {bucket} has sides that are no multiples of {multiple}, as the model needs them")
@@ -109,8 +131,10 @@ def execute(
     `progress` is called with (step, "start" | "built" | "hit"), `within` with how far a long step is. What was built
     before an error or an interruption stays in the store, and the next build goes on from there. What a step reads is
     verified before it runs, since damage in it would go on under a key that says otherwise; a build with nothing to do
-    reads no artifact. StoreError.
+    reads no artifact. StoreError; EngineError, before anything is built, where no engine can be built here.
     """
+    if plan.refused is not None:
+        raise plan.refused
     built: dict[str, Artifact] = {}
     sound: set[str] = set()
     for step in plan.steps:

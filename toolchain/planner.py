@@ -34,8 +34,17 @@ GRAPH = "graph.onnx"
 class Planner:
     """Collects the steps of one plan; a step may use the keys of the steps before it."""
 
-    def __init__(self, recipe: Recipe, source: ModelSource, family: Family, backend: Backend, store: Store) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: ModelSource,
+        family: Family,
+        backend: Backend,
+        store: Store,
+        device: dict[str, Any] | None,
+    ) -> None:
         self.recipe, self.source, self.family, self.backend, self.store = recipe, source, family, backend, store
+        self.device = device
         self.steps: list[Step] = []
         self.guided = recipe.classifier_free_guidance
         self.options: dict[str, Any] = recipe.to_json()[backend.name]
@@ -144,7 +153,7 @@ class Planner:
         roles = {role: self.name(role, component.name) for role in shared}
         inputs: dict[str, Json] = {
             "backend": self.backend.name,
-            "device": self.backend.device(),
+            "device": self.device,
             "options": {k: v for k, v in self.options.items() if k not in self.backend.run_options},
             **shared,
             "graph": self.key(source, f"{component.name} {label}"),

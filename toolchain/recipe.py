@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+from toolchain import shipped
 from toolchain.errors import RecipeError
 from toolchain.options import (
     Count,
@@ -167,16 +168,20 @@ class Recipe:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe file. RecipeError when it cannot be read, is not TOML, or holds anything but a recipe."""
+    """Read a recipe file, or a shipped recipe by its name.
+
+    RecipeError when it cannot be read, is not TOML, or holds anything but a recipe.
+    """
+    path = shipped.find(path)
     try:
         text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a byte-order mark
     except UnicodeDecodeError as error:
         got = f"byte {error.object[error.start]:#04x} at offset {error.start}"
         raise RecipeError("the recipe is not text", where=path, expected="TOML in UTF-8", got=got) from error
     except OSError as error:
-        folder = path if path.is_dir() else path.parent
+        expected = "a TOML file, or the name of a recipe that comes with diffbuild"
         raise RecipeError(
-            "the recipe cannot be read", where=path, expected="a TOML file", got=error.strerror, hint=_nearby(folder)
+            "the recipe cannot be read", where=path, expected=expected, got=error.strerror, hint=_nearby(path)
         ) from error
     return parse_recipe(text, path.stem, str(path))
 
@@ -194,10 +199,14 @@ def parse_recipe(text: str, name: str, where: str) -> Recipe:
     return _structure(data, name, where=where)
 
 
-def _nearby(folder: Path) -> str:
-    places = [folder, folder / "recipes"] if folder.is_dir() else []
+def _nearby(path: Path) -> str:
+    """What may have been meant: the files where it was looked for, or a shipped recipe."""
+    folder = path if path.is_dir() else path.parent
+    places = [p for p in (folder, folder / "recipes") if p.is_dir() and p.resolve() != shipped.folder()]
     found = [str(f) for place in places for f in sorted(place.glob("*.toml")) if f.name != "pyproject.toml"]
-    return f"recipes nearby: {', '.join(found[:20])}" if found else "no *.toml file is near; check the path"
+    listed = [f"recipes nearby: {', '.join(found[:20])}"] if found else []
+    listed.append(f"diffbuild recipes lists those that come with it{_nearest(path.stem, shipped.names())}")
+    return "; ".join(listed)
 
 
 def _structure(data: dict[str, Any], name: Any, *, where: str) -> Recipe:

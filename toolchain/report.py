@@ -90,11 +90,13 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     steps = [{"stage": s.stage, "subject": s.subject, "key": s.key, "hit": s.hit} for s in plan.steps]
     for entry, step in zip(steps, plan.steps, strict=True):
         entry["changed"] = list(step.changed)
+        if plan.refused and "device" in step.inputs:
+            entry["key"] = None  # it is tied to a device, and which is not known here
     source = {"name": plan.source.name, "path": str(plan.source.path), "revision": plan.source.revision}
     totals = {"hits": len(plan.steps) - plan.misses, "misses": plan.misses}
     memory = [engine.to_json() for engine in planned(plan)]
-    where = {"recipe": plan.recipe.name, "model": source, "store": str(plan.store.root)}
-    where |= {"backend": plan.backend.name, "device": plan.backend.device()}
+    where: dict[str, Any] = {"recipe": plan.recipe.name, "model": source, "store": str(plan.store.root)}
+    where |= {"backend": plan.backend.name, "device": plan.device, "refused": plan.refused and _parts(plan.refused)}
     return {**where, "steps": steps, "memory": memory, **totals}
 
 
@@ -103,10 +105,13 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 
     revision = f" at {plan.source.revision}" if plan.source.revision else ""
     yield f"recipe {plan.recipe.name}, model {plan.source.name}{revision}, store {plan.store.root}"
-    yield f"engines by {plan.backend.name} for {device_line(plan.backend.device())}"
+    if plan.refused:
+        yield f"engines by {plan.backend.name} cannot be built here: {plan.refused}"
+    if plan.device:
+        yield f"engines by {plan.backend.name} for {device_line(plan.device)}"
     rows = []
     for step in plan.steps:
-        first, *others = [""] if step.hit else _reasons(step)
+        first, *others = [""] if step.hit else _reasons(step, plan)
         rows.append(["hit" if step.hit else "miss", subject(step, plan.recipe.name), first])
         rows += [["", "", other] for other in others]
     yield from table(rows)
@@ -122,8 +127,10 @@ def device_line(device: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in device.items())
 
 
-def _reasons(step: Step) -> list[str]:
+def _reasons(step: Step, plan: Plan) -> list[str]:
     """Why a step is a miss. A changed key says to people only that it is made from something new; digests are cut."""
+    if plan.refused and "device" in step.inputs:
+        return ["cannot be built here"]
     fields = [change.partition(": ") for change in step.changed]
     own = [
         f"{field}: " + re.sub(r"[0-9a-f]{13,}", lambda m: m[0][:12], v)

@@ -20,11 +20,12 @@ import toolchain.bundle
 from tests.check.page_samples import DIGEST, HOSTILE, RECIPE, bundle, entry, failing, passing, picture, report
 from toolchain.check import page
 from toolchain.check.charts import Scale, curve_chart
-from toolchain.check.page import render, save_page, toml
+from toolchain.check.page import render, save_page
 from toolchain.check.report import CheckReport
 from toolchain.cli import cli
 from toolchain.markup import Html, element, join
 from toolchain.recipe import Recipe
+from toolchain.toml import toml
 
 
 class Reader(HTMLParser):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from toolchain.check.report import AT_MOST, CheckReport, Entry, Pair, Picture, s
 from toolchain.check.style import STYLE
 from toolchain.files import write_atomic
 from toolchain.markup import Html, element, join, table
+from toolchain.toml import toml
 
 if TYPE_CHECKING:
     from toolchain.check.report import Pixels
@@ -291,18 +290,6 @@ def _files(bundle: Bundle) -> Html:
 
 def _pairs(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items())
-
-
-def toml(data: Mapping[str, Any], path: str = "") -> str:
-    """Plain data as TOML: a table's own keys first, then the tables in it."""
-    own = [f"{_key(k)} = {json.dumps(v, ensure_ascii=False)}" for k, v in data.items() if not isinstance(v, Mapping)]
-    parts = ["\n".join([*([f"[{path}]"] if path and own else []), *own])]
-    parts += [toml(v, f"{path}.{_key(k)}" if path else _key(k)) for k, v in data.items() if isinstance(v, Mapping)]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else json.dumps(name, ensure_ascii=False)
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class Backend(Protocol):
         backend is available."""
 
     def problems(self, options: Mapping[str, Any]) -> list[str]:
-        """What cannot be built here under these options, each "option: reason". Raises EngineError like `device`."""
+        """What the library at hand, if there is one, cannot build under these options, each "option: reason"."""
 
     def prepare(self, graph: ir.Model) -> ir.Model:
         """An exported graph in the form that `build` takes, with weights as this backend wants them."""

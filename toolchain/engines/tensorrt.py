@@ -88,10 +88,10 @@ class TensorRtBackend:
         return f"built on {first}, this machine has {second}, and the engines need {needs}"
 
     def problems(self, options: Mapping[str, Any]) -> list[str]:
-        found, version = [], self.library.version()
-        if options["build_route"] and numbers(version) < ROUTES:
-            found.append(f"build_route: TensorRT {version} has no build routes (expected 11.1 or newer)")
-        return found
+        version = self.library.installed() if options["build_route"] else None
+        if version is None or numbers(version) >= ROUTES:
+            return []
+        return [f"build_route: TensorRT {version} has no build routes (expected 11.1 or newer)"]
 
     def prepare(self, graph: ir.Model) -> ir.Model:
         from toolchain.graph.opset import allow_bfloat16

@@ -28,7 +28,6 @@ class TensorRtRtxBackend(TensorRtBackend):
         return False
 
     def problems(self, options: Mapping[str, Any]) -> list[str]:
-        self.library.version()
         return []
 
     def _refuse_gpu(

@@ -16,14 +16,13 @@ from toolchain.models.source import ModelSource, resolve_model
 from toolchain.recipe import Recipe
 
 log = logging.getLogger("toolchain")
-__all__ = ["MODELS", "Component", "Family", "ModelSource", "family_of", "resolve_model"]
+__all__ = ["MODELS", "Component", "Family", "ModelSource", "family_for", "family_of", "named_family", "resolve_model"]
 
 MODELS: dict[str, Family] = {"sd": SD, "sdxl": SDXL, "sd3": SD3, "flux": FLUX}
 
 
-def family_of(source: ModelSource, recipe: Recipe) -> Family:
-    """The family that a recipe names, after checking that the model is of it. Raises ModelError and RecipeError."""
-    wanted = recipe.family
+def family_for(source: ModelSource) -> Family:
+    """The family of a model. ModelError where none covers its pipeline."""
     supported = {name: family for family in MODELS.values() for name in (family.pipeline, *family.others)}
     pipeline = str(source.index["_class_name"])
     if pipeline not in supported:
@@ -35,21 +34,32 @@ def family_of(source: ModelSource, recipe: Recipe) -> Family:
             got=pipeline,
             hint=f"the nearest supported class is {close[0]}" if close else None,
         )
-    if wanted not in MODELS:
-        raise ModelError("the recipe names an unknown family", expected=" or ".join(sorted(MODELS)), got=wanted)
-    found = supported[pipeline]
-    if found.name != wanted:
+    return supported[pipeline]
+
+
+def named_family(name: str) -> Family:
+    """The family that a recipe names. ModelError where there is none of that name."""
+    if name not in MODELS:
+        raise ModelError("the recipe names an unknown family", expected=" or ".join(sorted(MODELS)), got=name)
+    return MODELS[name]
+
+
+def family_of(source: ModelSource, recipe: Recipe) -> Family:
+    """The family that a recipe names, after checking that the model is of it. Raises ModelError and RecipeError."""
+    found, family = family_for(source), named_family(recipe.family)
+    pipeline = str(source.index["_class_name"])
+    if found is not family:
         raise ModelError(
             "the recipe is for another family than the model",
             where=source.path / "model_index.json",
-            expected=f"a model of family {wanted} ({MODELS[wanted].pipeline})",
+            expected=f"a model of family {family.name} ({family.pipeline})",
             got=f"{pipeline}, family {found.name}",
             hint=f"use a recipe with family = {found.name!r}",
         )
-    found.check(source, recipe)
-    if pipeline != found.pipeline:
-        _say_that_it_is_ordinary(source.name, pipeline, found.pipeline)
-    return found
+    family.check(source, recipe)
+    if pipeline != family.pipeline:
+        _say_that_it_is_ordinary(source.name, pipeline, family.pipeline)
+    return family
 
 
 @cache

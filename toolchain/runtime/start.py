@@ -73,7 +73,7 @@ def _noised_image(
     ]
     posterior, noise = normal(engines.latent_shape, samplers), normal(engines.latent_shape, generators)
     signal, sigma = table.noising
-    inputs = {"pixels": request.images[chosen], "noise": posterior, "start_noise": noise}
+    inputs: dict[str, Any] = {"pixels": request.images[chosen], "noise": posterior, "start_noise": noise}
     return engines.encoder({**inputs, "signal": signal, "sigma": sigma})["latents"]
 
 
