@@ -696,7 +696,7 @@ IMAGE = np.zeros((64, 64, 3), np.uint8)
         (PROMPT, {"seed": True}, "seed is not a seed"),
         (PROMPT, {"seed": [1, 2]}, "as many seeds as prompts"),
         (PROMPT, {"size": (64.0, 64.0)}, "size is not a size"),
-        (PROMPT, {"size": [64, 64]}, "size is not a size"),
+        (PROMPT, {"size": [64, 64, 64]}, "size is not a size"),
         (PROMPT, {"guidance": float("inf")}, "guidance is not a number"),
         (PROMPT, {"guidance": "5"}, "guidance is not a number"),
         (PROMPT, {"negative_prompt": ["a", "b"]}, "as many negative prompts"),

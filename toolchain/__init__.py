@@ -45,6 +45,7 @@ _HOME = {
     "verify_bundle": "toolchain.signing",
 }
 
+__version__: str
 __all__ = [
     "Bucket",
     "Bundle",
@@ -53,6 +54,7 @@ __all__ = [
     "Progress",
     "Recipe",
     "Result",
+    "__version__",
     "build",
     "check_bundle",
     "export_graphs",
@@ -66,8 +68,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    import importlib
+    from importlib import metadata
+
+    if name == "__version__":
+        return metadata.version("diffbuild")
     if name not in _HOME:
         raise AttributeError(f"module 'toolchain' has no attribute {name!r}")
-    import importlib
-
     return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

@@ -29,14 +29,16 @@ def default_store() -> Path:
 
 
 def _recipe(recipe: Recipe | str | Path) -> Recipe:
-    return recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
-def check_recipe_file(recipe: Recipe | str | Path, model: str | None = None, *, revision: str | None = None) -> Recipe:
+def check_recipe_file(
+    recipe: Recipe | str | Path, model: str | Path | None = None, *, revision: str | None = None
+) -> Recipe:
     """The recipe, after all that can be held against it without its engines' library: with `model` also whether it fits
     that, of which the config files are enough. Raises RecipeError with every problem, ModelError and UsageError."""
     found = _recipe(recipe)
-    source = None if model is None else resolve_model(model, revision, weights=False)
+    source = None if model is None else resolve_model(str(model), revision, weights=False)
     family = named_family(found.family) if source is None else family_of(source, found)
     check_recipe(found, family, backend_of(found.backend), source)
     return found
@@ -44,27 +46,27 @@ def check_recipe_file(recipe: Recipe | str | Path, model: str | None = None, *, 
 
 def plan_build(
     recipe: Recipe | str | Path,
-    model: str,
+    model: str | Path,
     *,
     revision: str | None = None,
-    store: Path | None = None,
+    store: str | Path | None = None,
     graphs_only: bool = False,
 ) -> Plan:
     """What a build would do: every step, hit or miss, and the field that changed.
 
     `recipe` is a Recipe, a file, or the name of one that comes with diffbuild. Needs no library of the engines'.
     """
-    source = resolve_model(model, revision, weights=not graphs_only)
-    return make_plan(_recipe(recipe), source, Store(store or default_store()), graphs_only=graphs_only)
+    source = resolve_model(str(model), revision, weights=not graphs_only)
+    return make_plan(_recipe(recipe), source, Store(Path(store or default_store())), graphs_only=graphs_only)
 
 
 def build(
     recipe: Recipe | str | Path,
-    model: str,
+    model: str | Path,
     output: str | Path,
     *,
     revision: str | None = None,
-    store: Path | None = None,
+    store: str | Path | None = None,
     progress: Progress = lambda step, what: None,
 ) -> Bundle:
     """Builds what the store lacks and writes a bundle. `model` is a diffusers folder or a hub id."""
@@ -76,11 +78,11 @@ def build(
 
 def export_graphs(
     recipe: Recipe | str | Path,
-    model: str,
+    model: str | Path,
     output: str | Path,
     *,
     revision: str | None = None,
-    store: Path | None = None,
+    store: str | Path | None = None,
     progress: Progress = lambda step, what: None,
 ) -> list[Path]:
     """Writes the graphs alone; needs no weights on disk.
@@ -120,7 +122,7 @@ def export_graphs(
 
 def check_bundle(
     bundle: str | Path,
-    model: str,
+    model: str | Path,
     *,
     revision: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
@@ -130,6 +132,6 @@ def check_bundle(
     from toolchain.check import compare
     from toolchain.signing import require_trusted
 
-    found = read_bundle(Path(bundle))
+    found = read_bundle(bundle)
     require_trusted(found)
-    return compare(found, resolve_model(model, revision), progress=progress)
+    return compare(found, resolve_model(str(model), revision), progress=progress)

@@ -79,6 +79,10 @@ class Bundle:
     digest: str = ""
     vouched: bool = False
 
+    def __repr__(self) -> str:
+        what = f"{self.recipe.name} ({self.family}, {self.backend}): {describe_buckets(self.buckets)}"
+        return f"<Bundle {what}; {self.path}>"
+
     @property
     def buckets(self) -> list[Bucket]:
         """Those that were built, in the order of the recipe: the first is the default."""
@@ -173,8 +177,9 @@ def encode(manifest: Mapping[str, Any]) -> bytes:
     return (json.dumps({**manifest, "digest": digest}, indent=1) + "\n").encode()
 
 
-def read_bundle(path: Path) -> Bundle:
+def read_bundle(path: str | Path) -> Bundle:
     """Reads and checks `bundle.json`, and which files lie beside it; reads no other file. Raises BundleError."""
+    path = Path(path)
     manifest = path / MANIFEST
     try:
         text = manifest.read_bytes()

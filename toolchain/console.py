@@ -39,6 +39,15 @@ BUILD_PACKAGES = (
 )
 """Modules that `pip install diffbuild[build]` brings."""
 
+OPTIONS_OF_DIFFUSERS = {
+    "--num-inference-steps": "--steps",
+    "--height": "--size HEIGHTxWIDTH",
+    "--width": "--size HEIGHTxWIDTH",
+    "--generator": "--seed",
+    "--num-images-per-prompt": "the prompt as often as pictures are wanted",
+}
+"""Those that are too far from ours for click to suggest them."""
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -111,6 +120,8 @@ def _told(error: Exception) -> DiffbuildError:
     if isinstance(error, click.ClickException):
         ctx = getattr(error, "ctx", None)
         hint = f"{ctx.command_path} --help" if ctx else "diffbuild --help"
+        ours = OPTIONS_OF_DIFFUSERS.get(getattr(error, "option_name", "").replace("_", "-"))
+        hint = f"did you mean {ours}? {hint}" if ours else hint
         usage = " ".join(ctx.get_usage().split()).removeprefix("Usage: ") if ctx else None
         return UsageError(error.format_message(), expected=usage, hint=hint)
     if isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] in BUILD_PACKAGES:

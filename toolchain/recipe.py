@@ -167,12 +167,12 @@ class Recipe:
         return _structure(table, data.get("name"), where=f"recipe {data.get('name')!r} as JSON")
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe file, or a shipped recipe by its name.
 
     RecipeError when it cannot be read, is not TOML, or holds anything but a recipe.
     """
-    path = shipped.find(path)
+    path = shipped.find(Path(path))
     try:
         text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a byte-order mark
     except UnicodeDecodeError as error:

@@ -49,6 +49,7 @@ def test_specs_have_one_canonical_form(spec: str, canonical: str) -> None:
     [
         ("eular", ["no scheduler is called 'eular'", "did you mean euler?", "dpm++2m", "unipc"]),
         ("EulerDiscreteScheduler", ["did you mean euler?"]),
+        ("DPM++ 2M Karras", ["did you mean dpm++2m:karras?"]),
         ("DPMSolverMultistepScheduler", ["did you mean dpm++2m?"]),
         ("", ["no scheduler is called ''"]),
         ("euler:", ["no scheduler option is called ''", "karras"]),

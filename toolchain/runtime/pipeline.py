@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,10 @@ from toolchain.runtime.lock import FairLock
 from toolchain.runtime.loop import denoise
 from toolchain.runtime.noise import Generator
 from toolchain.runtime.progress import Callback, Look, Progress
-from toolchain.runtime.request import Options, Request, Size, Texts
+from toolchain.runtime.request import Options, Picture, Request, Size, check_images, check_latents, takes
 from toolchain.runtime.resolve import resolve
 from toolchain.runtime.result import Result, Timings
-from toolchain.runtime.start import draw, upload
+from toolchain.runtime.start import draw, normal, upload
 from toolchain.runtime.text import Conditions, TextEncoders, place
 from toolchain.sampler.schedulers import parse
 from toolchain.sampler.table import SamplerTable, table_name
@@ -69,24 +69,77 @@ class Pipeline:
                 self.warm_up()
             self._opened = opened.pop_all()
 
-    def __call__(
-        self, prompt: Texts, *, decode: bool = True, callback: Callback | None = None, **options: Any
-    ) -> Result:
+    @takes(Options)
+    def __call__(self, options: Options) -> Result:
         """Pictures for one prompt or several.
-
-        decode      False leaves the VAE out: the latents are the result
-        callback    called after each evaluation; returning False stops the run there
-        options     the fields of `toolchain.runtime.request.Options`, such as negative_prompt, seed, steps and size
 
         What a seed draws is what torch's CPU generator draws: the picture is diffusers' own with one generator each.
         Raises RequestError for anything the bundle cannot do.
         """
         started = time.perf_counter()
-        request = resolve(self.bundle, Options.of({"prompt": prompt, **options}))
+        request = resolve(self.bundle, options)
         asked = time.perf_counter()
         with self._turn():
             started += time.perf_counter() - asked  # other calls are no part of this one
-            return self._draw(request, decode, callback, started)
+            return self._draw(request, options.decode, options.callback, started)
+
+    def decode(self, latents: F32) -> list[Image.Image]:
+        """Pictures of latents [N, C, h, w] of a built size, such as `Result.latents`. RequestError for others."""
+        shapes = {self._latent_shape(bucket): (bucket.height, bucket.width) for bucket in self.bundle.buckets}
+        size = shapes.get(check_latents(latents).shape[1:])
+        if size is None:
+            expected = "N x " + " or ".join(str(shape) for shape in shapes)
+            raise RequestError("the latents have another shape than the buckets", expected=expected, got=latents.shape)
+        images: list[Image.Image] = []
+        with self._turn():
+            for engines, chosen, count in self._batches(len(latents), size):
+                self._memory.write(engines.states[0][0], latents[chosen])
+                engines.decoders[0]()
+                images += [Image.fromarray(pixels) for pixels in self._memory.read(engines.pixels)[0][:count]]
+        return images
+
+    def encode(
+        self,
+        image: Picture | Sequence[Picture],
+        *,
+        size: Size | None = None,
+        seed: int | Sequence[int] | None = None,
+    ) -> F32:
+        """Latents [N, C, h, w] of pictures, scaled as the denoiser and `decode` take them.
+
+        size  a built one, that of the bucket which comes nearest where it is not given; pictures are resized to it
+        seed  samples the posterior, as image to image does; None takes its mean
+
+        RequestError, also for a bundle that was built without image to image.
+        """
+        count = len(image) if isinstance(image, list | tuple) else 1
+        images, seeds = check_images(image, count), 0 if seed is None else seed
+        asked = Options.of([""] * count, image=images, size=size, seed=seeds, strength=1.0)
+        request = resolve(self.bundle, asked)
+        assert request.images is not None
+        parts: list[F32] = []
+        with self._turn():
+            for engines, chosen, filled in self._batches(count, request.run_size):
+                generators = [Generator(request.seeds[i]) for i in chosen]
+                noise = 0.0 if seed is None else normal(engines.latent_shape, generators)
+                given = {"pixels": request.images[chosen], "noise": noise, "start_noise": 0, "signal": 1, "sigma": 0}
+                assert engines.encoder is not None
+                parts.append(self._memory.read(engines.encoder(given)["latents"])[0][:filled])
+        return np.concatenate(parts)
+
+    @property
+    def sizes(self) -> list[Size]:
+        """(height, width) of what was built, in pixels; the first is the default."""
+        return list(dict.fromkeys((bucket.height, bucket.width) for bucket in self.bundle.buckets))
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Pipeline of {self.bundle!r}{', closed' if self._closed else ''}>"
 
     def warm_up(self) -> None:
         """Opens every bucket, or the first that may be open at once, and runs each engine once."""
@@ -201,6 +254,9 @@ class Pipeline:
             self._buckets[bucket] = BucketEngines(self._memory, opened, with_encoder=with_encoder)
         self._buckets.move_to_end(bucket)
         return self._buckets[bucket]
+
+    def _latent_shape(self, bucket: Bucket) -> tuple[int, ...]:
+        return self.bundle.engine("vae_decoder", bucket).spec.input("latents").shape[1:]
 
     def _conditions(self, request: Request, chosen: list[int]) -> tuple[list[Conditions], list[Conditions]]:
         """(of the negative prompts, none without guidance; of the prompts)"""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import logging
 import math
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +18,10 @@ from PIL import Image, ImageOps
 
 from toolchain.bundle import Bundle
 from toolchain.errors import RequestError
+from toolchain.runtime.habits import SAME, translate
+from toolchain.runtime.progress import F32, Callback
 from toolchain.sampler.table import MAX_EVALUATIONS
 
-F32 = NDArray[np.float32]
 Size = tuple[int, int]
 Texts = str | Sequence[str]
 Picture = Image.Image | NDArray[np.uint8]
@@ -30,6 +33,8 @@ STRENGTH = 0.6  # where neither the request nor the recipe says
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What a call of a pipeline takes. Sizes are (height, width) in pixels; None leaves the choice to the bundle.
+
+    The call's signature is made of these fields. numpy's numbers and arrays stand for numbers and lists.
 
     prompt                  one or several; so many pictures are drawn
     prompt_2, prompt_3      for the second and third text encoder, where there are some; they default to `prompt`
@@ -54,9 +59,11 @@ class Options:
     strength                above 0, at most 1: how much of the schedule an image goes through
     original_size, crop_top_left, target_size, and the same with `negative_`
                             SDXL's micro-conditioning; sizes default to the picture's own
+    decode                  False leaves the VAE out: the latents are the result
+    callback                called after each evaluation; returning False stops the run there
     """
 
-    prompt: Texts
+    prompt: Texts = field(kw_only=False)
     prompt_2: Texts | None = None
     prompt_3: Texts | None = None
     negative_prompt: Texts | None = None
@@ -81,17 +88,60 @@ class Options:
     negative_original_size: Size | None = None
     negative_crop_top_left: Size = (0, 0)
     negative_target_size: Size | None = None
+    decode: bool = True
+    callback: Callback | None = None
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Options:
-        """RequestError for an option that there is not, with the nearest."""
+    def of(cls, *prompt: Any, **options: Any) -> Options:
+        """From what a call was given. diffusers' names are taken too, where they mean the same.
+
+        RequestError for an option that there is not, with the nearest, and for one that has another name here.
+        """
+        if len(prompt) + ("prompt" in options) > 1:
+            got = f"{len(prompt)} values without a name"
+            raise RequestError("options are given by name", expected="pipe(prompt, steps=20)", got=got)
         known = [f.name for f in fields(cls)]
-        for name in options:
+        given = translate({**dict(zip(["prompt"], prompt, strict=False)), **options})
+        for name in given:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]}?" if close else None
+                close = difflib.get_close_matches(name, [*known, *SAME], n=1)
+                hint = f"did you mean {SAME.get(close[0], close[0])}?" if close else None
                 raise RequestError("a pipeline has no such option", expected=", ".join(known), got=name, hint=hint)
-        return cls(**options)
+        arrays = ("latents", "image")
+        return cls(**{"prompt": None} | {n: v if n in arrays else _plain(v) for n, v in given.items()})
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers and arrays, also inside a list, as Python's."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+
+
+Given = ParamSpec("Given")
+Self = TypeVar("Self")
+Outcome = TypeVar("Outcome")
+
+
+def takes(
+    options: Callable[Given, Options],
+) -> Callable[[Callable[[Self, Options], Outcome]], Callable[Concatenate[Self, Given], Outcome]]:
+    """A method of some `Options` becomes one that is called with their fields: its signature, for type checkers,
+    editors and `help`, is theirs."""
+
+    def wrap(method: Callable[[Self, Options], Outcome]) -> Callable[Concatenate[Self, Given], Outcome]:
+        @functools.wraps(method)
+        def call(self: Self, /, *args: Given.args, **kwargs: Given.kwargs) -> Outcome:
+            return method(self, Options.of(*args, **kwargs))
+
+        own, theirs = inspect.signature(method), inspect.signature(options)
+        first = next(iter(own.parameters.values())).replace(kind=inspect.Parameter.POSITIONAL_ONLY)
+        parameters = [first, *theirs.parameters.values()]
+        vars(call)["__signature__"] = theirs.replace(parameters=parameters, return_annotation=own.return_annotation)
+        call.__doc__ = f"{inspect.getdoc(method)}\n\n{inspect.getdoc(options)}"
+        return call
+
+    return wrap
 
 
 @dataclass(frozen=True)
@@ -136,7 +186,6 @@ def texts_by_encoder(
 ) -> list[dict[str, str]]:
     """Per picture, text encoder -> text. `given` are the first, second and third prompt; the first stands in for the
     others. `count` pictures, or as many as there are first prompts. RequestError."""
-    assert given[0] is not None
     first = repeat(name, check_texts(name, given[0]), count)
     by_encoder = dict.fromkeys(bundle.tokenizers, first)
     for number, texts in enumerate(given[1:], start=2):
@@ -155,7 +204,7 @@ def texts_by_encoder(
     return [{encoder: texts[i] for encoder, texts in by_encoder.items()} for i in range(len(first))]
 
 
-def check_texts(name: str, value: Texts) -> list[str]:
+def check_texts(name: str, value: object) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
         raise RequestError(f"{name} is not text", expected="a string or a list of strings", got=repr(value)[:80])
@@ -186,9 +235,7 @@ def check_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     return list(seeds)
 
 
-def check_latents(latents: F32 | None) -> F32 | None:
-    if latents is None:
-        return None
+def check_latents(latents: F32) -> F32:
     if (
         not isinstance(latents, np.ndarray)
         or latents.dtype != np.float32
@@ -199,6 +246,7 @@ def check_latents(latents: F32 | None) -> F32 | None:
             "latents are not latents",
             expected="a finite float32 array [N, C, h, w]",
             got=f"{type(latents).__name__} {getattr(latents, 'dtype', '')} {getattr(latents, 'shape', '')}",
+            hint="latents.float().numpy()" if hasattr(latents, "numpy") else None,
         )
     return latents
 
@@ -233,13 +281,13 @@ def check_guidance(guidance: object, guided: bool) -> float:
 
 
 def check_pair(name: str, value: object, least: int) -> Size:
-    """(height, width) or (top, left) of whole numbers; RequestError."""
-    if not (isinstance(value, tuple) and len(value) == 2 and all(type(v) is int and v >= least for v in value)):
+    """(height, width) or (top, left) of whole numbers, also as a list; RequestError."""
+    if not (isinstance(value, tuple | list) and len(value) == 2 and all(type(v) is int and v >= least for v in value)):
         expected = "(top, left) in pixels" if "crop" in name else "(height, width) in pixels"
         raise RequestError(
             f"{name} is not a {'place' if 'crop' in name else 'size'}", expected=expected, got=repr(value)
         )
-    return value
+    return value[0], value[1]
 
 
 def check_images(image: Picture | Sequence[Picture], count: int) -> list[Image.Image]:

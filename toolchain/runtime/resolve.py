@@ -14,6 +14,7 @@ from PIL import Image
 from toolchain.bundle import Bundle, describe_buckets
 from toolchain.errors import RequestError
 from toolchain.runtime import request as ask
+from toolchain.runtime.progress import F32
 from toolchain.runtime.request import Options, Request, Size
 from toolchain.sampler.schedulers import parse
 
@@ -138,8 +139,10 @@ def _clip_skip(bundle: Bundle, options: Options) -> int:
     return options.clip_skip
 
 
-def _latents(options: Options) -> ask.F32 | None:
-    if options.latents is not None and options.image is not None:
+def _latents(options: Options) -> F32 | None:
+    if options.latents is None:
+        return None
+    if options.image is not None:
         raise RequestError("latents and image exclude each other", expected="one of them", got="both")
     return ask.check_latents(options.latents)
 
@@ -172,7 +175,8 @@ def _sizes(bundle: Bundle, options: Options, images: list[Image.Image] | None) -
     if options.aspect is not None and options.size is not None:
         raise RequestError("size and aspect exclude each other", expected="one of them", got="both")
     if options.size is not None:
-        return options.size, _bucket_size(bundle, options.size, options.crop)
+        size = ask.check_pair("size", options.size, 1)
+        return size, _bucket_size(bundle, size, options.crop)
     built = list(dict.fromkeys((b.height, b.width) for b in bundle.buckets))
     if options.aspect is not None:
         aspect = ask.check_number("aspect", options.aspect, "width / height, above 0", 1e-3, 1e3)
@@ -187,7 +191,6 @@ def _sizes(bundle: Bundle, options: Options, images: list[Image.Image] | None) -
 
 
 def _bucket_size(bundle: Bundle, size: Size, crop: bool) -> Size:
-    ask.check_pair("size", size, 1)
     sizes = {(b.height, b.width) for b in bundle.buckets}
     if size in sizes:
         return size
@@ -210,11 +213,11 @@ def _time_ids(bundle: Bundle, options: Options, run_size: Size) -> tuple[tuple[i
         f"{sign}{what}" for sign in ("", "negative_") for what in ("original_size", "crop_top_left", "target_size")
     ]
     values = {name: getattr(options, name) for name in names}
-    said = [name for name, value in values.items() if value not in (None, (0, 0))]
+    said = [name for name, value in values.items() if value not in (None, (0, 0), [0, 0])]
     if said and "time_ids" not in _step_inputs(bundle):
         raise RequestError("the model is not conditioned on sizes", where=bundle.path, got=", ".join(said))
     for name in said:
-        ask.check_pair(name, values[name], 0 if "crop" in name else 1)
+        values[name] = ask.check_pair(name, values[name], 0 if "crop" in name else 1)
     own = (*(values["original_size"] or run_size), *values["crop_top_left"], *(values["target_size"] or run_size))
     original, target = values["negative_original_size"], values["negative_target_size"]
     if options.image is not None:  # here diffusers fills in each size on its own, and knows one crop

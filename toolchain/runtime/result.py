@@ -63,6 +63,12 @@ class Result:
     table: SamplerTable
     timings: Timings
 
+    def __repr__(self) -> str:
+        ran, (height, width) = self.request, self.request.size
+        what = f"{len(self.images)} image{'' if len(self.images) == 1 else 's'}" if self.images else "latents"
+        how = f"{ran.scheduler}, {ran.steps} steps, guidance {ran.guidance:g}"
+        return f"<Result: {what} of {height}x{width}, {how}, seeds {ran.seeds}, {self.timings.total_ms:.0f} ms>"
+
     @property
     def seeds(self) -> list[int]:
         return self.request.seeds

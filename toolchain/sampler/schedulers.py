@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from toolchain.errors import RequestError, SamplerError
+from toolchain.sampler import webui
 
 MODEL = "model"
 
@@ -140,11 +141,12 @@ def parse(spec: str) -> SchedulerSpec:
 def _unknown_name(name: str) -> RequestError:
     by_class = {entry.cls: known for known, entry in reversed(SCHEDULERS.items())}
     close = difflib.get_close_matches(name, [*SCHEDULERS, MODEL, *by_class], n=1, cutoff=0.5)
+    meant = webui.ours(name) or (by_class.get(close[0], close[0]) if close else None)
     return RequestError(
         f"no scheduler is called {name!r}",
         expected="one of " + ", ".join([MODEL, *SCHEDULERS]),
         got=name,
-        hint=f"did you mean {by_class.get(close[0], close[0])}?" if close else None,
+        hint=f"did you mean {meant}?" if meant else None,
     )
 
 
