@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import toolchain
 from tests.manifests import edit_manifest
 from toolchain.bundle import read_bundle
 from toolchain.errors import BundleError
@@ -120,3 +125,70 @@ def test_no_bit_of_the_manifest_can_change_unseen(bundle_copy: Path) -> None:
             read_bundle(bundle_copy)
     path.write_bytes(raw)
     read_bundle(bundle_copy).verify()
+
+
+def as_snapshot(bundle: Path, repository: Path) -> Path:
+    """As huggingface_hub keeps a download: the files by their digests, and a folder of links to them."""
+    (repository / "blobs").mkdir(parents=True)
+    snapshot = repository / "snapshots" / ("0" * 40)
+    for path in [p for p in bundle.rglob("*") if p.is_file()]:
+        blob = repository / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        path.rename(blob)
+        link = snapshot / path.relative_to(bundle)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_snapshot_from_the_hub_opens(
+    bundle_copy: Path, tmp_path: Path, writable: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a disk where no link can be made too, for more memory; neither leaves anything there."""
+
+    def draw(bundle: Path) -> bytes:
+        with closing(toolchain.load(bundle, open_buckets=1)) as pipe:
+            picture: bytes = pipe("a red circle", seed=1, steps=4).images[0].tobytes()
+        return picture
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    expected = draw(bundle_copy)
+    snapshot = as_snapshot(bundle_copy, tmp_path / "models--owner--name")
+    (tmp_path / "current").symlink_to(snapshot)
+    before = sorted(tmp_path.rglob("*"))
+    if not writable:
+        monkeypatch.setattr(os, "link", refuse)
+    assert draw(tmp_path / "current") == expected
+    assert ("holds a copy of its weights" in caplog.text) is not writable
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "models--owner--name-2/blobs/x"])
+def test_a_snapshot_s_links_end_in_its_repository(bundle_copy: Path, tmp_path: Path, target: str) -> None:
+    snapshot = as_snapshot(bundle_copy, tmp_path / "models--owner--name")
+    link = snapshot / "engines/denoiser/weights.safetensors"
+    (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
+    link.resolve().rename(tmp_path / target)
+    link.unlink()
+    link.symlink_to(tmp_path / target)
+    with pytest.raises(BundleError, match="leaves the bundle"):
+        read_bundle(snapshot)
+
+
+def test_a_folder_of_links_without_a_snapshot_is_refused(bundle_copy: Path, tmp_path: Path) -> None:
+    snapshot = as_snapshot(bundle_copy, tmp_path / "models--owner--name")
+    others = snapshot.parent.rename(tmp_path / "models--owner--name" / "others")
+    with pytest.raises(BundleError, match="leaves the bundle"):
+        read_bundle(others / snapshot.name)
+
+
+def test_a_file_of_a_snapshot_that_was_changed(bundle_copy: Path, tmp_path: Path) -> None:
+    snapshot = as_snapshot(bundle_copy, tmp_path / "models--owner--name")
+    bundle = read_bundle(snapshot)
+    bundle.verify()
+    blob = (snapshot / "engines/denoiser/weights.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"\x07")
+    with pytest.raises(BundleError, match="was changed"):
+        bundle.verify()

@@ -147,7 +147,9 @@ class Bundle:
 
     def _problem(self, name: str, entry: FileEntry) -> BundleError | None:
         path = self.path / name
-        if path.is_symlink() or not path.is_file():
+        repository = _hub_repository(self.path.resolve())
+        linked = path.is_symlink() and not (repository and path.resolve().is_relative_to(repository))
+        if linked or not path.is_file():
             return BundleError("a file of the bundle is missing", where=path, expected="a regular file", hint=AGAIN)
         size = path.stat().st_size
         if size != entry.size:
@@ -270,13 +272,20 @@ def _check_paths(bundle: Bundle) -> None:
     for name in [*bundle.files, *folders, *single]:
         pure = PurePosixPath(name)
         inside = not pure.is_absolute() and ".." not in pure.parts and "\\" not in name and ":" not in name
-        if not inside or not (root / name).resolve().is_relative_to(root):
+        if not inside or not (root / name).resolve().is_relative_to(_hub_repository(root) or root):
             raise BundleError("a path in the manifest leaves the bundle", where=bundle.path / MANIFEST, got=name)
     for name in single:
         if name not in bundle.files:
             raise BundleError("the manifest uses a file that it does not list", where=bundle.path / MANIFEST, got=name)
     for name in folders:
         _check_folder(bundle, name)
+
+
+def _hub_repository(root: Path) -> Path | None:
+    """The folder of a download from the hub, in which a bundle at `root`, resolved, is one of the snapshots or lies in
+    one: `snapshots/COMMIT/...` holds links into `blobs`. None where it is no snapshot."""
+    found = next((p.parent for p in root.parents if p.name == "snapshots"), None)
+    return found if found is not None and (found / "blobs").is_dir() else None
 
 
 def _check_folder(bundle: Bundle, folder: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import platform
 import tempfile
@@ -31,6 +32,8 @@ from toolchain.weights import MappedWeights, TensorRef
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+log = logging.getLogger("toolchain")
 
 GRAPH = "graph.onnx"
 WEIGHTS = "weights.safetensors"
@@ -204,9 +207,9 @@ class OnnxRuntimeBackend:
         except OSError as error:
             raise EngineError("an engine's graph cannot be read", where=folder / GRAPH, got=error) from error
         # The graph comes as bytes so that its weights may lie in a folder of their own, which no path may leave.
-        place = weights["weights"].parent
-        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(place))
-        return _open_session(graph, settings, folder / GRAPH, providers)
+        with _within_one_folder(weights, settings) as place:
+            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(place))
+            return _open_session(graph, settings, folder / GRAPH, providers)
 
 
 class OnnxRuntimeEngine:
@@ -276,6 +279,32 @@ def _session_options(options: Mapping[str, Any]) -> Any:
         settings.enable_profiling = True
         settings.profile_file_prefix = options["profile"]
     return settings
+
+
+@contextlib.contextmanager
+def _within_one_folder(weights: Mapping[str, Path], settings: Any) -> Iterator[Path]:
+    """The folder of the weight files, which must lie in it for ONNX Runtime to map them; what is mapped may go then.
+
+    In a snapshot from the hub they are links to files elsewhere. Hard links stand for them while a session is opened;
+    where none can be made, on a read-only disk say, ONNX Runtime is given the content and each session copies it.
+    """
+    place = weights["weights"].parent
+    if not any(path.is_symlink() for path in weights.values()):
+        yield place
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            near = weights["weights"].resolve().parent
+            scratch = tempfile.TemporaryDirectory(dir=near, prefix=".diffbuild-", ignore_cleanup_errors=True)
+            place = Path(stack.enter_context(scratch))
+            for path in weights.values():
+                os.link(path.resolve(), place / path.name)
+        except OSError as error:
+            log.warning("no link to a weight file can be made (%s): every engine holds a copy of its weights", error)
+            files = {path.name: np.fromfile(path, np.uint8) for path in weights.values()}
+            sizes = [data.nbytes for data in files.values()]
+            settings.add_external_initializers_from_files_in_memory([*files], [*files.values()], sizes)
+        yield place
 
 
 def _open_session(graph: str | bytes, settings: Any, where: Path, providers: Sequence[Provider]) -> Any:
