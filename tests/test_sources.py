@@ -16,6 +16,7 @@ from tests.tiny import recipe_for
 from tests.tiny_sdxl import make_sdxl
 from toolchain.artifacts import Store
 from toolchain.check.reference import reference_pipeline
+from toolchain.errors import ModelError
 from toolchain.models import MODELS, Family, resolve_model
 from toolchain.plan import make_plan
 from toolchain.runtime.prompt import PromptTokenizer
@@ -128,3 +129,14 @@ def test_pipelines_over_ordinary_networks(family: Family) -> None:
     for name in family.others:
         taken = inspect.signature(getattr(diffusers, name).__init__).parameters
         assert {component.folder for component in family.components} <= set(taken), name
+
+
+def test_a_plan_knows_weights_that_no_build_could_read(tiny_copy: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = tiny_copy / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file({k.replace(".to_q.", ".to_q.base_layer."): v for k, v in tensors.items()}, path)
+    with pytest.raises(ModelError, match="LoRA") as caught:
+        make_plan(recipe_for(), resolve_model(str(tiny_copy)), Store(tmp_path / "store"))
+    assert "unload_lora_weights" in str(caught.value)

@@ -17,7 +17,7 @@ from toolchain.artifacts import Artifact, Json, Store, content_key
 from toolchain.bundle import ANY, PROFILES
 from toolchain.engines import Backend
 from toolchain.errors import EngineError, ExportError
-from toolchain.export.safetensors import find_weights, read_folder
+from toolchain.export.safetensors import find_weights, read_folder, require_plain
 from toolchain.models import Component, Family, ModelSource
 from toolchain.recipe import Bucket, Recipe
 from toolchain.sampler.schedulers import parse
@@ -121,7 +121,8 @@ class Planner:
 
         shared: dict[str, Json] = {"weights": self.add("weights", component.name, inputs, run, [first])}
         if not self.steps[-1].hit:
-            read_folder(folder)  # a damaged or half-downloaded file is found now, not after the export
+            # Damaged, half-downloaded and foreign files are found now, not after the export.
+            require_plain(read_folder(folder), folder)
         if self.backend.packs(self.options):
             # Made from the first bucket, and so the same for whatever buckets follow it.
             shared["packed"] = self.tied("packed", component, labels[0], dict(shared))

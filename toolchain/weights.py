@@ -30,6 +30,7 @@ DTYPES = {
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 GIT_LFS = b"version "
+NOT_QUANTIZED = "use the model that it was made from, in float16 or bfloat16; the recipe decides the engines' precision"
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,19 @@ def test_float16_weights_are_rounded_once(tiny_model: Path, tmp_path: Path) -> N
         assert torch.equal(tensor, original[name].to(tensor.dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_weights_are_widened_as_diffusers_does(
+    graphs: dict[str, ir.Model], tiny_copy: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    from diffusers import UNet2DConditionModel
+
+    change(tiny_copy / "unet", lambda t: t.update({k: v.to(dtype) for k, v in t.items() if k.endswith(".weight")}))
+    written = weights_of(graphs["denoiser"], tiny_copy / "unet", tmp_path / "w.safetensors")
+    theirs = UNet2DConditionModel.from_pretrained(tiny_copy / "unet", dtype=torch.float32).state_dict()
+    assert len(written) == len(theirs)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in written.items())
+
+
 def change(folder: Path, edit: Any) -> None:
     path = folder / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)

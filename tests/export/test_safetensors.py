@@ -12,8 +12,8 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from toolchain.errors import ModelError, WeightsError
-from toolchain.export.safetensors import find_weights, read_folder, write_safetensors
-from toolchain.weights import MappedWeights, read_header
+from toolchain.export.safetensors import find_weights, read_folder, require_plain, write_safetensors
+from toolchain.weights import MappedWeights, TensorRef, read_header
 
 ARRAYS: dict[str, np.ndarray[Any, Any]] = {
     "flag": np.array([True, False, True]),
@@ -168,6 +168,7 @@ def test_finds(tmp_path: Path, files: tuple[str, ...], variant: str | None, expe
         ((MODEL, *SHARDS, INDEX), None, "more than one"),
         (SHARDS, None, "index.json"),
         (("unet.safetensors",), None, "renamed"),
+        (("model.gguf",), None, "GGUF"),
     ],
 )
 def test_refuses(tmp_path: Path, files: tuple[str, ...], variant: str | None, says: str) -> None:
@@ -177,6 +178,34 @@ def test_refuses(tmp_path: Path, files: tuple[str, ...], variant: str | None, sa
             find(tmp_path, variant=variant)
         assert says in str(caught.value)
         assert str(tmp_path) in str(caught.value)
+
+
+FOREIGN = {  # as each tool leaves them
+    "mid_block.to_q.base_layer.weight": ("F32", "unload_lora_weights"),
+    "mid_block.to_q.lora_A.default_0.weight": ("F32", "unload_lora_weights"),
+    "layers.0.weight.absmax": ("F32", "quantised"),
+    "layers.0.weight.quant_state.bitsandbytes__nf4": ("U8", "quantised"),
+    "layers.0.SCB": ("F32", "quantised"),
+    "layers.0.scale_weight": ("F32", "quantised"),
+    "layers.0.weight_scale": ("F32", "quantised"),
+    "scaled_fp8": ("F8_E4M3", "quantised"),
+    "layers.0.weight._data": ("I8", "quantised"),
+    "layers.0.qweight": ("I32", "quantised"),
+    "layers.0.weight": ("U8", "U8"),
+    "layers.1.weight": ("F8_E8M0", "F8_E8M0"),
+}
+PLAIN = {"text_model.embeddings.position_ids": "I64", "logit_scale": "F32", "a.weight": "F8_E5M2", "up.scale": "F16"}
+
+
+@pytest.mark.parametrize("key", FOREIGN)
+def test_weights_that_mean_something_with_others_alone(tmp_path: Path, key: str) -> None:
+    plain = {name: TensorRef(tmp_path, name, dtype, (2,), 0, 2) for name, dtype in PLAIN.items()}
+    require_plain(plain, tmp_path)
+    dtype, says = FOREIGN[key]
+    with pytest.raises(ModelError) as caught:
+        require_plain({**plain, key: TensorRef(tmp_path, key, dtype, (2,), 0, 2)}, tmp_path)
+    assert says in str(caught.value)
+    assert key in str(caught.value)
 
 
 def test_refuses_a_folder_that_is_not_there(tmp_path: Path) -> None:

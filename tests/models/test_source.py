@@ -57,6 +57,13 @@ BAD_MODELS = [
     ("text_encoder/config.json", {"text_config": {"_attn_implementation": {"": "o/k"}}}, "text_config._attn_impl"),
     ("unet/config.json", {"auto_map": {"AutoModel": "mine.UNet"}}, "the unet's config asks for code"),
     ("vae/config.json", {"auto_map": {"AutoModel": "mine.VAE"}}, "the vae's config asks for code"),
+    (
+        "unet/config.json",
+        {"quantization_config": {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}},
+        "unet",
+    ),
+    ("vae/config.json", {"quantization_config": {"quant_method": "gguf"}}, "quant_method = 'gguf'"),
+    ("text_encoder/config.json", {"quantization_config": {"quant_method": "quanto"}}, "text_encoder is quantised"),
     ("text_encoder/config.json", {"hidden_size": "wide"}, "hidden_size is no size"),
     ("vae/config.json", {"block_out_channels": 4}, "block_out_channels is no list"),
     ("tokenizer/tokenizer_config.json", {"model_max_length": 77}, "max_position_embeddings of text_encoder"),

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from toolchain.errors import WeightsError
-from toolchain.export.safetensors import write_safetensors
+from toolchain.export.safetensors import FLOATS, write_safetensors
 from toolchain.graph.placeholder import is_weight, static_shape
 from toolchain.graph.transpose import SUFFIX
 from toolchain.weights import MappedWeights, TensorRef, numpy_dtype
@@ -28,13 +28,16 @@ DTYPES = {
     ir.DataType.UINT8: "U8", ir.DataType.UINT16: "U16", ir.DataType.UINT32: "U32", ir.DataType.UINT64: "U64",
     ir.DataType.BOOL: "BOOL",
 }  # fmt: skip
-"""What a weight file holds: no format has a place there for four bits or strings; float8 and complex are not read."""
+"""What a weight file holds: no format has a place there for four bits or strings; float8 is widened."""
 NUMPY = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
+assert tuple(NUMPY) == FLOATS
 # Checkpoints older than the current class use other names for the same tensors; diffusers and transformers rename
 # them while loading. (current part, older part)
 RENAMED = (

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ModelError, RecipeError
 from toolchain.models.component import Component
+from toolchain.models.refusals import refuse_code, refuse_quantized
 from toolchain.models.source import ModelSource
 from toolchain.models.tokenizers import GENERIC, require_vocabulary
 from toolchain.recipe import Bucket, Recipe
@@ -21,7 +22,6 @@ CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", GENERIC)
 T5_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", GENERIC)
 # Named, because a config can name one too: a kernel that transformers would fetch from the hub and run.
 ATTENTION = "sdpa"
-BUILT_IN_ATTENTION = ("eager", "sdpa")
 CLIP_LENGTH = 77
 VAE_SCALE = 0.18215
 # Where T5 exceeds float16 first: https://github.com/huggingface/transformers/issues/5651
@@ -258,33 +258,7 @@ def check_classes(source: ModelSource, classes: Mapping[str, tuple[str, ...]]) -
     for folder in classes:
         if not folder.startswith("tokenizer"):
             refuse_code(source, folder)
-
-
-def refuse_code(source: ModelSource, folder: str) -> None:
-    """Settings, at any depth, that make transformers or diffusers fetch code from the hub and run it. ModelError."""
-
-    def visit(value: Any, path: str) -> None:
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        for key, inner in items:
-            name = f"{path}.{key}" if path else str(key)
-            is_map, is_attention = key == "auto_map", "attn_implementation" in str(key)
-            if (is_map and inner is not None) or (is_attention and _names_code(inner)):
-                raise ModelError(
-                    f"the {folder}'s config asks for code of its own, which is not run",
-                    where=source.path / folder / "config.json",
-                    got=f"{name} = {inner!r}",
-                    hint="remove the setting from the config",
-                )
-            visit(inner, name)
-
-    visit(source.config_file(folder), "")
-
-
-def _names_code(attention: Any) -> bool:
-    """Older releases of transformers wrote true or false under a name like these; one name per part is a table."""
-    if isinstance(attention, dict):
-        return any(map(_names_code, attention.values()))
-    return not isinstance(attention, bool) and attention not in (None, *BUILT_IN_ATTENTION)
+            refuse_quantized(source, folder)
 
 
 def check_sizes(source: ModelSource, sizes: Mapping[tuple[str, str], Any]) -> None:
