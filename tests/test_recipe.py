@@ -71,7 +71,7 @@ def test_defaults() -> None:
         onnxruntime_cuda=OnnxRuntimeCudaOptions("all", True, False, True),
         tensorrt=TensorRtOptions(3, 0, "none", "none", False, False, -1, "", True, "step"),
         tensorrt_rtx=TensorRtRtxOptions((), True, True, "eager", "step"),
-        check=Check(("a circle",), (0,), 40.0, 0.98, {}),
+        check=Check(("a circle",), (0,), 0.0, 0.98, {}),
     )
     assert parse(SMALLEST).component("denoiser") == ComponentRecipe("float32", ())
     assert parse(SMALLEST).check.tolerance("denoiser") == Tolerance(0.99999, 60.0, 1e-3)
@@ -148,6 +148,25 @@ def test_every_key() -> None:
     assert recipe.check.seeds == (0, 2**64 - 1)
     assert recipe.check.tolerance("denoiser") == Tolerance(0.99, 40.0, 0.5)
     assert recipe.check.tolerance("vae_decoder") == Tolerance(snr_db=30.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "least"),
+    [
+        ("", 60.0),
+        ("[check]psnr_db = 45", 45.0),
+        ('[components.vae_decoder]\ndtype = "float16"', 40.0),
+        ('[components.vae_decoder]\nkeep_float32 = ["*"]', 60.0),
+        ('backend = "tensorrt"', 40.0),
+        ('backend = "tensorrt"\n[tensorrt]\ntf32 = false', 60.0),
+    ],
+)
+def test_pictures_of_exact_float32_have_a_gate_of_their_own(text: str, least: float) -> None:
+    check = 'prompts = ["a"]'
+    if text.startswith("[check]"):
+        text, check = "", f"{check}\n{text.removeprefix('[check]')}"
+    recipe = parse(f'family = "sd"\nbuckets = ["1x64x64"]\n{text}\n[check]\n{check}\n')
+    assert recipe.picture_limits == {"psnr_db": least, "ssim": 0.98}
 
 
 @pytest.mark.parametrize("text", [SMALLEST, FULL])
@@ -259,7 +278,7 @@ MANY_LINES = [
     f"check.seeds[1]: wrong type (expected {SEED}, got 1.0)",
     f"check.seeds[2]: out of range (expected {SEED}, got 18446744073709551616)",
     "check.seeds[4]: duplicate (expected each entry once, got 7)",
-    f"check.psnr_db: wrong type (expected {ABOVE_0}, got '40')",
+    "check.psnr_db: wrong type (expected a number of 0 or more, got '40')",
     f"check.ssim: out of range (expected {SHARE}, got 1.01)",
     f"check.components.denoiser.cosine: out of range (expected {SHARE}, got 0)",
     f"check.components.denoiser.snr_db: out of range (expected {ABOVE_0}, got inf)",

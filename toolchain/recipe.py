@@ -28,10 +28,11 @@ from toolchain.options import (
 )
 
 Seed = Annotated[int, Rule("an integer from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64)]
-Guidance = Annotated[float, Rule("a number of 0 or more", lambda x: 0 <= x < math.inf)]
+NotNegative = Annotated[float, Rule("a number of 0 or more", lambda x: 0 <= x < math.inf)]
 Decibels = Annotated[float, Rule("a number above 0", lambda x: 0 < x < math.inf)]
 Strength = Annotated[float, Rule("a number above 0, at most 1", lambda x: 0 < x <= 1)]
 Share = Annotated[float, Rule("a number above 0, at most 1", lambda x: 0 < x <= 1)]
+EXACT_PSNR_DB, ROUNDED_PSNR_DB = 60.0, 40.0
 NOT_EMPTY = Rule("a list with at least one entry", lambda entries: len(entries) > 0)
 
 BUCKET_FORM = 'batch x height x width in pixels, such as "1x512x768", sizes in multiples of 8'
@@ -89,7 +90,7 @@ class Sampling:
 
     scheduler: Text = "model"
     steps: Count = 20
-    guidance: Guidance = 5.0
+    guidance: NotNegative = 5.0
     schedulers: Annotated[tuple[Text, ...], NOT_EMPTY] = ("model",)
     step_counts: Annotated[tuple[Count, ...], NOT_EMPTY] = (20,)
     strengths: tuple[Strength, ...] = ()
@@ -117,11 +118,14 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Check:
-    """The proof: prompts x seeds drawn by engines and reference, least PSNR and SSIM of the pictures."""
+    """The proof: prompts x seeds drawn by engines and reference, least PSNR and SSIM of the pictures.
+
+    psnr_db: 0 takes `EXACT_PSNR_DB` where the recipe computes in float32 alone, else `ROUNDED_PSNR_DB`.
+    """
 
     prompts: Annotated[tuple[Text, ...], NOT_EMPTY]
     seeds: Annotated[tuple[Seed, ...], NOT_EMPTY] = (0,)
-    psnr_db: Decibels = 40.0
+    psnr_db: NotNegative = 0.0
     ssim: Share = 0.98
     components: Mapping[str, Tolerance] = field(default_factory=dict, hash=False)
 
@@ -154,6 +158,19 @@ class Recipe:
     def component(self, name: str) -> ComponentRecipe:
         """The recipe of a component; the default where `[components.NAME]` is absent."""
         return self.components.get(name, ComponentRecipe())
+
+    @property
+    def rounds(self) -> bool:
+        """Whether anything is computed in less than float32: a component's type, or products in TF32."""
+        options = getattr(self, self.backend, None)  # whether the name is a backend's is checked elsewhere
+        tf32: bool = getattr(options, "tf32", False)
+        return tf32 or any(own.dtype != "float32" for own in self.components.values())
+
+    @property
+    def picture_limits(self) -> dict[str, float]:
+        """The least that a check's pictures must have of each measure."""
+        default = ROUNDED_PSNR_DB if self.rounds else EXACT_PSNR_DB
+        return {"psnr_db": self.check.psnr_db or default, "ssim": self.check.ssim}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for json.dump, every default written out."""

@@ -22,7 +22,7 @@ RECIPE = Recipe(
     family="sd",
     buckets=(Bucket(1, 64, 64), Bucket(2, 64, 96)),
     sampling=Sampling(scheduler="euler", steps=20),
-    check=Check(prompts=(HOSTILE, "a red circle", "\U0001f98a ünï"), components={"denoiser": Tolerance(snr_db=50)}),
+    check=Check((HOSTILE, "a red circle", "\U0001f98a ünï"), psnr_db=40, components={"denoiser": Tolerance(snr_db=50)}),
 )
 
 
@@ -38,7 +38,7 @@ def picture(prompt: str, noise: float, size: tuple[int, int] = (64, 96), *, fini
     random = np.random.default_rng(0)
     reference = random.integers(60, 190, (*size, 3)).astype(np.uint8)
     compiled = (reference + np.sign(random.standard_normal((*size, 3))) * noise).astype(np.uint8)
-    return judge(Drawn(prompt, 7, compiled, finite), reference, RECIPE.check)
+    return judge(Drawn(prompt, 7, compiled, finite), reference, RECIPE.picture_limits)
 
 
 def report(entries: list[Entry], pictures: list[Picture]) -> CheckReport:

@@ -113,7 +113,7 @@ def diffusers(bundle: str, model: str, parts: Parts, compiled: bool = False) -> 
     opened, source = read_bundle(Path(bundle)), resolve_model(model)
     recipe = opened.recipe
     family = family_of(source, recipe)
-    pipeline = reference_pipeline(source, family, recipe)
+    pipeline, _ = reference_pipeline(source, family, recipe)
     on_gpu = opened.device["kind"] == "cuda"
     if on_gpu:
         parts.watch_gpu(lambda: int(torch.cuda.mem_get_info()[0]))

@@ -57,7 +57,7 @@ def compare(bundle: Bundle, source: ModelSource, *, progress: Callable[[str], No
         drawn = draw(pipeline, progress)
     finally:
         pipeline.close()
-    pictures = compare_pictures(bundle, source, family, drawn, progress)
+    pictures, changes = compare_pictures(bundle, source, family, drawn, progress)
     return CheckReport(
         bundle=str(bundle.path),
         recipe=bundle.recipe.name,
@@ -69,7 +69,8 @@ def compare(bundle: Bundle, source: ModelSource, *, progress: Callable[[str], No
         warnings=tuple(warnings),
         entries=tuple(entries),
         pictures=tuple(pictures),
-        limits={"psnr_db": bundle.recipe.check.psnr_db, "ssim": bundle.recipe.check.ssim},
+        limits=bundle.recipe.picture_limits,
+        changes=tuple(changes),
     )
 
 

@@ -269,6 +269,7 @@ def _environment(report: CheckReport, bundle: Bundle) -> Html:
     facts = {
         "bundle": report.bundle,
         "reference": report.model + (f" at {report.revision}" if report.revision else ""),
+        "reference is other than diffusers loads it in": "; ".join(report.changes) or "nothing",
         "built from": str(model.get("name")) + (f" at {model['revision']}" if model.get("revision") else ""),
         "pipeline": f"{model.get('pipeline')}, family {bundle.family}",
         "device": f"{report.backend}: {_pairs(report.device)}",

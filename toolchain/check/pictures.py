@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,8 @@ from toolchain.bundle import Bundle
 from toolchain.check.reference import reference_pipeline, text_length
 from toolchain.check.report import Pair, Picture
 from toolchain.models import Family, ModelSource
-from toolchain.recipe import Check
 from toolchain.runtime.pipeline import Pipeline
-from toolchain.sampler.schedulers import create, parse, quiet, reference_kwargs
+from toolchain.sampler.schedulers import MODEL, create, parse, quiet, reference_kwargs
 
 Pixels = NDArray[np.uint8]
 BLANK_LEVELS = 2
@@ -49,31 +48,39 @@ def draw(pipeline: Pipeline, progress: Callable[[str], None]) -> list[Drawn]:
 
 def compare_pictures(
     bundle: Bundle, source: ModelSource, family: Family, drawn: list[Drawn], progress: Callable[[str], None]
-) -> list[Picture]:
-    """Each picture against the reference's, which are drawn one at a time. ModelError when it cannot be loaded."""
+) -> tuple[list[Picture], list[str]]:
+    """Each picture against the reference's, which are drawn one at a time; and what is other about the reference than
+    about the pipeline as diffusers loads and calls it. ModelError when it cannot be loaded."""
     progress("pictures: loading the reference pipeline")
     recipe = bundle.recipe
-    pipeline = reference_pipeline(source, family, recipe)
+    pipeline, changes = reference_pipeline(source, family, recipe)
     spec = parse(recipe.sampling.scheduler)
-    scheduler = create(spec, source.config("scheduler"))
-    kwargs = reference_kwargs(spec) | text_length(source, family, recipe)
+    changes.append(f"{recipe.sampling.steps} steps at guidance {bundle.default_guidance:g}, the recipe's")
+    scheduler = pipeline.scheduler
+    if spec.canonical != MODEL:  # as a user does it, from what diffusers loaded, whatever is compiled from
+        own = type(scheduler).__name__
+        scheduler = create(spec, {**scheduler.config, "_class_name": own})
+        changes.append(f"the scheduler {spec.canonical}, a {type(scheduler).__name__}, in place of the model's {own}")
+    tokens = text_length(source, family, recipe)
+    changes += [f"{name} = {value}, the recipe's" for name, value in tokens.items()]
+    kwargs = reference_kwargs(spec) | tokens
     pictures = []
     for number, one in enumerate(drawn):
         progress(f"pictures: {number + 1} of {len(drawn)} from the reference")
         pipeline.scheduler = copy.deepcopy(scheduler)  # a trajectory uses a scheduler up
         reference = _reference(pipeline, one, bundle, kwargs)
-        pictures.append(judge(one, reference, recipe.check))
-    return pictures
+        pictures.append(judge(one, reference, recipe.picture_limits))
+    return pictures, changes
 
 
-def judge(drawn: Drawn, reference: Pixels, check: Check) -> Picture:
-    """One picture against the reference's of the same size, both 8-bit [H, W, 3]."""
+def judge(drawn: Drawn, reference: Pixels, limits: Mapping[str, float]) -> Picture:
+    """One picture against the reference's of the same size, both 8-bit [H, W, 3]; `limits` are the recipe's."""
     pair = Pair(reference, drawn.pixels)
     psnr = pair.psnr_db
     ssim = float(structural_similarity(reference, drawn.pixels, channel_axis=-1, data_range=255))
     verdicts = {
-        "psnr_db": psnr >= check.psnr_db,
-        "ssim": ssim >= check.ssim,
+        "psnr_db": psnr >= limits["psnr_db"],
+        "ssim": ssim >= limits["ssim"],
         "finite": drawn.finite,
         "not blank": is_blank(reference) or not is_blank(drawn.pixels),
     }

@@ -30,14 +30,17 @@ def reference_module(component: Component, source: ModelSource, recipe: Recipe) 
         gc.collect()
 
 
-def reference_pipeline(source: ModelSource, family: Family, recipe: Recipe) -> Any:
-    """The family's diffusers pipeline, without what looks at finished pictures and what the recipe leaves
-    out. ModelError as above."""
+def reference_pipeline(source: ModelSource, family: Family, recipe: Recipe) -> tuple[Any, list[str]]:
+    """The family's diffusers pipeline, with the scheduler that diffusers gives it.
+
+    Also a line for everything that is other than in what diffusers loads by itself. ModelError as above.
+    """
     import diffusers
     import torch
 
-    # Folders that are never downloaded, because nothing here compiles them.
-    without = {**dict.fromkeys(UNUSED_FOLDERS), "requires_safety_checker": False}
+    # Folders that are never downloaded, because nothing here compiles them; and a mark on finished pictures.
+    without = {**dict.fromkeys(UNUSED_FOLDERS), "requires_safety_checker": False, "add_watermarker": False}
+    left_out = [name for name in UNUSED_FOLDERS if source.index.get(name) not in (None, [None, None])]
     with _loading(source):
         cls = getattr(diffusers, family.pipeline)
         accepted = inspect.signature(cls.__init__).parameters
@@ -49,9 +52,17 @@ def reference_pipeline(source: ModelSource, family: Family, recipe: Recipe) -> A
                 kwargs[component.folder] = module.get_submodule(component.prefix.rstrip("."))
             elif component.tokenizer and component not in family.parts(recipe):
                 kwargs |= {component.folder: None, component.tokenizer: None}
+                left_out.append(component.folder)
         pipeline = cls.from_pretrained(source.path, dtype=torch.float32, use_safetensors=True, **kwargs)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    changes = ["float32 throughout"]
+    if source.index["_class_name"] != family.pipeline:
+        changes.append(f"{family.pipeline} in place of {source.index['_class_name']}")
+    if left_out:
+        changes.append("without " + ", ".join(left_out))
+    if "add_watermarker" in kwargs:
+        changes.append("without a watermark, which diffusers adds where invisible-watermark is installed")
+    return pipeline, changes
 
 
 def text_length(source: ModelSource, family: Family, recipe: Recipe) -> dict[str, int]:

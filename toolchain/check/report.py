@@ -150,6 +150,7 @@ class CheckReport:
     warnings  what makes the numbers mean less than they seem, or explains why they are bad
     versions  of what compared and what was compared with
     limits    of the pictures: psnr_db and ssim, at least
+    changes   what is other about the reference pipeline than about what diffusers loads and calls by itself
     """
 
     bundle: str
@@ -163,6 +164,7 @@ class CheckReport:
     entries: tuple[Entry, ...]
     pictures: tuple[Picture, ...]
     limits: Mapping[str, float]
+    changes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -204,6 +206,7 @@ class CheckReport:
             "device": dict(self.device),
             "versions": dict(self.versions),
             "warnings": [*self.warnings],
+            "changes": [*self.changes],
             "worst": worst[0].to_json() if worst else None,
             "entries": [e.to_json() for e in self.entries],
             "pictures": [p.to_json() for p in self.pictures],
@@ -218,6 +221,8 @@ class CheckReport:
     def lines(self) -> list[str]:
         """For a terminal: the worst of each metric by component, bucket and output, the pictures, and what failed."""
         lines = [f"{self.bundle} (recipe {self.recipe}, {self.backend}) against {self.model}"]
+        if self.changes:
+            lines.append(f"the reference is the pipeline as diffusers loads it, but {'; '.join(self.changes)}")
         lines += [f"warning: {warning}" for warning in self.warnings]
         rows: list[tuple[str, ...]] = [("component", "bucket", "output", "inputs", "worst", "")]
         for key, group in self.grouped().items():
