@@ -74,6 +74,30 @@ def test_v_prediction_picture_equals_diffusers(v_pipe: toolchain.Pipeline, v_mod
     assert compare(v_pipe, v_model, scheduler) >= LEAST_PSNR_DB
 
 
+@pytest.fixture(scope="module")
+def open_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights with a scheduler_config.json that leaves clip_sample and skip_prk_steps to diffusers."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("open") / "model"))
+    path = folder / "scheduler" / "scheduler_config.json"
+    silent = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("clip_sample", "skip_prk_steps")}
+    path.write_text(json.dumps(silent))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def open_pipe(build: Build, open_model: Path, tiny_recipe: Path) -> toolchain.Pipeline:
+    return build("tiny", open_model, tiny_recipe.read_text().replace('"1x64x64", ', ""))
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "pndm", "euler", "model"])
+def test_clamped_estimates_and_runge_kutta_steps(
+    open_pipe: toolchain.Pipeline, open_model: Path, pipe: toolchain.Pipeline, scheduler: str
+) -> None:
+    assert compare(open_pipe, open_model, scheduler) >= LEAST_PSNR_DB
+    if scheduler in ("ddim", "ddpm", "pndm"):  # and without them it is another picture
+        assert compare(pipe, open_model, scheduler) < LEAST_PSNR_DB - 5
+
+
 @pytest.mark.parametrize(
     ("guidance", "negative"), [(1.0, ""), (0.0, ""), (3.0, "a red circle"), (7.5, ["a red circle", ""])]
 )

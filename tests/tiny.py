@@ -119,9 +119,9 @@ def make_vae(channels: int, **config: Any) -> Any:
 
 
 def leave_samples(folder: Path) -> None:
-    """As in the published configs: the model's own scheduler does not read it, DDIM made from this config does."""
+    """As in the published configs: the model's own scheduler reads neither, DDIM and PNDM made from this config do."""
     path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}, indent=2))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False, "skip_prk_steps": True}, indent=2))
 
 
 def recipe_for(component: str = "", *, family: str = "sd", guided: bool = True, **own: Any) -> Any:

@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from toolchain.check.tables import compare_tables
 from toolchain.errors import BundleError, DiffbuildError, ModelError
 from toolchain.models import ModelSource, resolve_model
 from toolchain.runtime.pipeline import Pipeline
+from toolchain.sampler.table import SamplerTable
 from toolchain.weights import read_header
 
 BUCKET = "1x64x64"
@@ -238,9 +240,9 @@ def test_another_model_is_warned_of_and_fails(small: Path, tmp_path: Path) -> No
 
 def test_a_wrong_table_entry_fails_by_name(small: Path, tiny_model: Path) -> None:
     path = small / "samplers" / "euler-4.json"
-    table = json.loads(path.read_text())
-    table["rows"][2][16] *= 1.05
-    path.write_text(json.dumps(table))
+    table = SamplerTable.from_json(json.loads(path.read_text()))
+    table.rows[2, 16] *= 1.05
+    path.write_text(json.dumps(table.to_json()))
     resign(small, path)
     report = run(small, tiny_model)
     assert [(e.component, e.input) for e in report.entries if not e.passed] == [("sampler", "euler/4")]
@@ -252,19 +254,19 @@ def test_every_table_is_compared_also_those_that_no_picture_uses(
     bundle_copy: Path, tiny_model: Path, change: str
 ) -> None:
     path = bundle_copy / "samplers" / "model-4.json"
-    table = json.loads(path.read_text())
-    if change == "sigma":
-        table["init_noise_sigma"] *= 1.05
-    elif change == "evaluations":
-        for field in ("rows", "timesteps", "noise_draws"):
-            del table[field][-1]
-    elif change == "noise":
-        table["noise_draws"][1] = 1
+    table = SamplerTable.from_json(json.loads(path.read_text()))
+    changes: dict[str, Any] = {
+        "sigma": {"init_noise_sigma": table.init_noise_sigma * 1.05},
+        "evaluations": {name: getattr(table, name)[:-1] for name in ("rows", "timesteps", "noise_draws")},
+        "noise": {"noise_draws": (0, 1, *table.noise_draws[2:])},
+    }
+    if change in changes:
+        table = replace(table, **changes[change])
     else:
-        table = json.loads((bundle_copy / "samplers" / "euler-4.json").read_text())
-    path.write_text(json.dumps(table))
+        table = SamplerTable.from_json(json.loads((bundle_copy / "samplers" / "euler-4.json").read_text()))
+    path.write_text(json.dumps(table.to_json()))
     pipeline = Pipeline(read_bundle(bundle_copy), warm_up=False)
-    entries = compare_tables(pipeline, resolve_model(str(tiny_model)))
+    entries = compare_tables(pipeline, json.loads((tiny_model / "scheduler/scheduler_config.json").read_text()))
     pipeline.close()
     assert [e.input for e in entries if not e.passed] == ["model/4"]
 

@@ -12,7 +12,9 @@ import pytest
 
 import toolchain
 from toolchain.errors import RequestError
+from toolchain.runtime import pipeline, start
 from toolchain.runtime.noise import Generator
+from toolchain.sampler.compile import compile_table
 
 PROMPT = "a red circle on a white background"
 
@@ -117,6 +119,27 @@ def test_the_cache_of_prompts_stops_growing(pipe: toolchain.Pipeline, monkeypatc
 def test_a_table_that_is_not_in_the_bundle_is_compiled(pipe: toolchain.Pipeline) -> None:
     assert "ddim/3" not in pipe.bundle.samplers
     assert pipe.table("ddim", 3, (64, 64)).evaluations == 3
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "euler-a", "heun"])
+def test_a_table_longer_than_the_step_has_rows_is_written_part_by_part(
+    pipe: toolchain.Pipeline, monkeypatch: pytest.MonkeyPatch, scheduler: str
+) -> None:
+    for steps in (4, 9):
+        whole = pipe(PROMPT, seed=0, steps=steps, scheduler=scheduler, decode=False)
+        with monkeypatch.context() as patched:
+            patched.setattr(start, "MAX_EVALUATIONS", 4)
+            patched.setattr(pipeline, "MAX_EVALUATIONS", 4)
+            parts = pipe(PROMPT, seed=0, steps=steps, scheduler=scheduler, decode=False)
+        assert np.array_equal(parts.latents, whole.latents)
+
+
+def test_a_bundle_without_room_for_a_table_says_so(pipe: toolchain.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    clamping = compile_table("ddim", 3, {**pipe.bundle.settings.scheduler, "clip_sample": True})
+    monkeypatch.setitem(pipe._tables, "ddim/3", clamping)
+    with pytest.raises(RequestError, match="clamps its estimate") as error:
+        pipe(PROMPT, scheduler="ddim", steps=3)
+    assert "build the bundle again" in str(error.value)
 
 
 def test_the_result_tells_what_ran(pipe: toolchain.Pipeline) -> None:

@@ -10,6 +10,7 @@ import pytest
 from tests.sampler.scheduler_configs import COGVIDEOX, CONTINUOUS, EDM, FLOW, FLOW_SOLVER, SD, SD_V
 from toolchain.errors import RequestError, SamplerError
 from toolchain.sampler.schedulers import (
+    DEFAULTED,
     OPTIONS,
     SCHEDULERS,
     UNSUPPORTED,
@@ -18,10 +19,12 @@ from toolchain.sampler.schedulers import (
     compatible,
     create,
     family_of,
+    layout_for,
     parse,
     reference_kwargs,
     step_kwargs,
 )
+from toolchain.sampler.table import Layout, fit
 
 
 @pytest.mark.parametrize(
@@ -146,19 +149,34 @@ def refusal(spec: str, config: dict[str, Any]) -> str:
     return str(caught.value)
 
 
+SILENT = {key: value for key, value in SD.items() if key not in ("clip_sample", "skip_prk_steps")}
+
+
 @pytest.mark.parametrize(
-    "name", ["ddim", "ddim-parallel", "ddim-inverse", "ddpm", "ddpm-parallel", "heun", "lcm", "tcd"]
+    ("config", "layout"),
+    [
+        (SD, Layout()),
+        (SILENT, Layout(5, clamps=True)),
+        (SILENT | {"clip_sample": False}, Layout(5)),
+        (SILENT | {"skip_prk_steps": True}, Layout(clamps=True)),
+        (SD | {"clip_sample": True}, Layout(clamps=True)),
+        (SD | {DEFAULTED: ["clip_sample"]}, Layout(clamps=True)),
+        (FLOW, Layout()),
+        (EDM, Layout()),
+    ],
 )
-def test_clipping_is_refused_with_the_line_to_change(name: str) -> None:
-    message = refusal(name, {**SD, "clip_sample": True})
-    assert "clips" in message
-    assert '"clip_sample": false' in message
+def test_the_step_has_room_for_what_the_config_leaves_open(config: dict[str, Any], layout: Layout) -> None:
+    assert layout_for(config) == layout
 
 
-def test_the_default_of_ddim_is_to_clip() -> None:
-    silent = {key: value for key, value in SD.items() if key != "clip_sample"}
-    assert "where the file is silent" in refusal("ddim", silent)
-    create(parse("euler"), silent)  # has no such setting
+def test_every_scheduler_fits_the_step_of_its_model() -> None:
+    """What `layout_for` says from the config alone holds for every class that can drive the model."""
+    from toolchain.sampler.compile import compile_table
+
+    for name in compatible(SILENT):
+        table = compile_table(name, 4, SILENT)
+        assert fit(table.rows, layout_for(SILENT)).shape == (table.evaluations, 44)
+        assert table.layout == layout_for(SD) or name.startswith(("ddim", "ddpm")) or name == "pndm"
 
 
 @pytest.mark.parametrize(

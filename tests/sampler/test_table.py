@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import subprocess
@@ -11,17 +12,29 @@ from typing import Any
 import numpy as np
 import pytest
 
-from toolchain.errors import BundleError
-from toolchain.sampler.table import MAX_EVALUATIONS, MAX_STATES, ROW, SamplerTable, split, step_reference
+from toolchain.errors import BundleError, RequestError
+from toolchain.sampler.table import (
+    LAYOUTS,
+    LONGEST,
+    MAX_STATES,
+    PLAIN,
+    ROW,
+    Layout,
+    SamplerTable,
+    fit,
+    split,
+    split_clamp,
+    step_reference,
+)
 
 
-def make_table(evaluations: int = 3) -> SamplerTable:
+def make_table(evaluations: int = 3, layout: Layout = PLAIN) -> SamplerTable:
     random = np.random.default_rng(0)
     return SamplerTable(
         name="ddim:eta=0.5",
         steps=evaluations,
         timesteps=np.linspace(999, 0.1, evaluations, dtype=np.float32),
-        rows=random.standard_normal((evaluations, ROW)).astype(np.float32),
+        rows=random.standard_normal((evaluations, layout.width)).astype(np.float32),
         init_noise_sigma=14.614646911621094,
         noise_draws=(1,) * (evaluations - 1) + (0,),
         start=2,
@@ -32,10 +45,12 @@ def make_table(evaluations: int = 3) -> SamplerTable:
 def test_row_has_room_for_four_states() -> None:
     assert ROW == 25
     assert MAX_STATES == 4
+    assert list(LAYOUTS) == [25, 32, 36, 44]
 
 
-def test_json_round_trip_is_exact() -> None:
-    table = make_table()
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=str)
+def test_json_round_trip_is_exact(layout: Layout) -> None:
+    table = make_table(layout=layout)
     read = SamplerTable.from_json(json.loads(json.dumps(table.to_json())))
     assert read.to_json() == table.to_json()
     for array in ("timesteps", "rows"):
@@ -54,13 +69,20 @@ def test_json_round_trip_of_the_extremes_of_float32() -> None:
     assert read.rows.tobytes() == table.rows.tobytes()
 
 
+def test_only_columns_that_hold_something_are_written() -> None:
+    table = make_table(50)
+    table.rows[:, [*range(1, 16), *range(17, 24)]] = 0
+    assert table.to_json()["columns"] == [0, 16, 24]
+    assert len(json.dumps(table.to_json())) < 50 * 4 * 4 * 4 / 3 + 300
+
+
 def test_a_table_without_noising() -> None:
     data = make_table().to_json() | {"noising": None}
     assert SamplerTable.from_json(data).noising is None
 
 
 DAMAGE: list[tuple[str, Any, str]] = [
-    ("format", 2, "format"),
+    ("format", 1, "format"),
     ("name", "", "name"),
     ("name", 3, "name"),
     ("steps", 0, "steps"),
@@ -72,20 +94,24 @@ DAMAGE: list[tuple[str, Any, str]] = [
     ("init_noise_sigma", 10**400, "init_noise_sigma"),
     ("noising", [1.0], "noising"),
     ("noising", [1.0, float("inf")], "noising"),
-    ("noise_draws", [0, 1, 2], "noise_draws"),
-    ("noise_draws", [0, 1, True], "noise_draws"),
-    ("noise_draws", [0, 1], "noise_draws"),
-    ("noise_draws", "000", "noise_draws"),
-    ("timesteps", [], "timesteps"),
-    ("timesteps", [1.0, 2.0], "rows"),
-    ("timesteps", [1.0, None, 2.0], "timesteps"),
-    ("timesteps", [0.0] * (MAX_EVALUATIONS + 1), "timesteps"),
-    ("rows", [[0.0] * ROW] * 2, "rows"),
-    ("rows", [[0.0] * (ROW - 1)] * 3, "rows"),
-    ("rows", [[0.0] * (ROW - 1) + [float("nan")]] * 3, "rows"),
-    ("rows", [[0.0] * (ROW - 1) + [1e39]] * 3, "rows"),
-    ("rows", [[0.0] * (ROW - 1) + [True]] * 3, "rows"),
-    ("rows", None, "rows"),
+    ("noise_draws", "012", "noise_draws"),
+    ("noise_draws", "01", "numbers"),
+    ("noise_draws", [0, 1, 1], "noise_draws"),
+    ("noise_draws", "", "noise_draws"),
+    ("noise_draws", "0" * (LONGEST + 1), "noise_draws"),
+    ("width", 26, "width"),
+    ("width", True, "width"),
+    ("width", [25], "width"),
+    ("columns", [0, 0], "columns"),
+    ("columns", [1, 0], "columns"),
+    ("columns", [25], "columns"),
+    ("columns", [-1], "columns"),
+    ("columns", [0.0], "columns"),
+    ("columns", [0], "numbers"),
+    ("numbers", "AAAA", "numbers"),
+    ("numbers", "not base64", "numbers"),
+    ("numbers", base64.b64encode(np.full((3, 26), np.nan, "<f4").tobytes()).decode(), "numbers"),
+    ("numbers", None, "numbers"),
 ]
 
 
@@ -131,6 +157,38 @@ def test_step_reference_is_the_update_written_out() -> None:
     for i in range(MAX_STATES):
         wanted = sum(row[4 * i + j] * state[j] for j in range(MAX_STATES)) + row[16 + i] * output + row[20 + i] * noise
         np.testing.assert_allclose(following[i], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_step_reference_clamps_the_estimate() -> None:
+    row = np.zeros(Layout(5, clamps=True).width, np.float32)
+    clamp = split_clamp(row[None])
+    assert clamp is not None
+    clamp[0][:], clamp[1][:], clamp[2][:], clamp[3][0, 1] = 2, -1, 1.5, 10
+    state = np.zeros((5, 1, 1, 1, 4), np.float32)
+    state[0] = [0, 1, 0.5, -3]
+    output = np.array([0.5, 0, 1, 1], np.float32).reshape(1, 1, 1, 4)
+    following = step_reference(row, state, output, np.zeros_like(output))
+    assert following[1].ravel().tolist() == [-5, 15, 0, -15]
+    assert not following[[0, 2, 3, 4]].any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=str)
+def test_rows_fit_a_layout_with_more_room(layout: Layout) -> None:
+    """The same update, in more states than are used."""
+    random = np.random.default_rng(2)
+    rows = make_table(layout=layout).rows
+    for wider in LAYOUTS.values():
+        if wider.states < layout.states or wider.clamps < layout.clamps:
+            with pytest.raises(RequestError, match="has no room"):
+                fit(rows, wider)
+            continue
+        state = np.zeros((wider.states, 1, 4, 2, 2), np.float32)
+        state[: layout.states] = random.standard_normal(state[: layout.states].shape)
+        output, noise = random.standard_normal((2, 1, 4, 2, 2)).astype(np.float32)
+        wanted = step_reference(rows[1], state[: layout.states], output, noise)
+        found = step_reference(fit(rows, wider)[1], state, output, noise)
+        np.testing.assert_allclose(found[: layout.states], wanted, rtol=1e-6, atol=1e-6)
+        assert not found[layout.states :].any()
 
 
 def test_split_gives_views() -> None:

@@ -123,7 +123,7 @@ def diffusers(bundle: str, model: str, parts: Parts, compiled: bool = False) -> 
     if compiled:
         setattr(pipeline, network, torch.compile(getattr(pipeline, network)))
         pipeline.vae.decode = torch.compile(pipeline.vae.decode)
-    config, length = source.config("scheduler"), text_length(source, family, recipe)
+    config, length = family.settings(source).scheduler, text_length(source, family, recipe)
     parts.done("load_ms")
 
     def draw(work: dict[str, Any]) -> tuple[Stages, Any]:

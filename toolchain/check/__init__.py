@@ -51,7 +51,7 @@ def compare(bundle: Bundle, source: ModelSource, *, progress: Callable[[str], No
     pipeline = Pipeline(bundle, warm_up=False, open_buckets=1)
     try:
         progress("sampler tables")
-        entries = compare_tables(pipeline, source)
+        entries = compare_tables(pipeline, family.settings(source).scheduler)
         tables = {b: pipeline.table(sampling.scheduler, sampling.steps, (b.height, b.width)) for b in bundle.buckets}
         entries += compare_components(bundle, source, family, tables, progress)
         drawn = draw(pipeline, progress)
@@ -112,6 +112,6 @@ def _differences(bundle: Bundle, source: ModelSource, family: Family) -> list[st
         found = {path.name: file_digest(path) for path in find_weights(source.path / component.folder)}
         if found != built_from:
             lines.append(f"the {component.name}'s weights are not those that the bundle was built from")
-    if bundle.settings.scheduler != source.config("scheduler"):
+    if bundle.settings.scheduler != family.settings(source).scheduler:
         lines.append("the scheduler's config is not the one that the bundle was built from")
     return lines

@@ -26,7 +26,7 @@ from toolchain.runtime.noise import Generator
 from toolchain.runtime.prompt import PromptTokenizer
 from toolchain.runtime.start import draw, normal, place_sampler, place_scales, place_time_ids
 from toolchain.runtime.text import Conditions, place
-from toolchain.sampler.table import SamplerTable
+from toolchain.sampler.table import MAX_EVALUATIONS, SamplerTable
 from toolchain.signature import GraphSpec
 
 if TYPE_CHECKING:
@@ -199,6 +199,10 @@ def _trajectory(
     chosen = _recorded(table.evaluations)
     recorded = []
     for index, draws in enumerate(table.noise_draws):
+        if index and index % MAX_EVALUATIONS == 0:
+            again = {name: inputs[name].copy() for name in ("timesteps", "table")}
+            inputs = {**inputs, **again, "step": np.zeros_like(inputs["step"])}
+            place_sampler(HOST, inputs, table, index)
         if draws:
             draw(HOST, inputs["noise"], generators)
         outputs = call(module, spec, inputs)

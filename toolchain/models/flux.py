@@ -45,7 +45,7 @@ def step_spec(source: ModelSource, bucket: Bucket, recipe: Recipe) -> GraphSpec:
         inputs["true_cfg"] = (1,)
     # The pipeline keeps its latents packed, and schedulers draw their noise in the shape of what they are given.
     packed = (batch, height // PATCH * (width // PATCH), channels * PATCH * PATCH)
-    return parts.step_spec(latents, inputs, packed)
+    return parts.step_spec(latents, inputs, source.config("scheduler"), packed)
 
 
 def step_module(source: ModelSource, recipe: Recipe) -> nn.Module:

@@ -14,30 +14,49 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from toolchain.errors import RecipeError
-from toolchain.sampler.table import MAX_STATES
-
-D = MAX_STATES
+from toolchain.sampler.table import LAYOUTS
 
 
-def table_row(table: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A [D, D], b [D], c [D] and the input scale (scalar) of row `step` [1] of `table` [S, D*D + 2D + 1]."""
+class Row(NamedTuple):
+    """One row of a table, see `toolchain.sampler.table`: A [D, D], b [D], c [D], scale (scalar), and u, v, limit (each
+    [1]) and w [D] where its layout clamps."""
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    scale: Tensor
+    clamp: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+
+def table_row(table: Tensor, step: Tensor) -> Row:
+    """Row `step` [1] of `table` [S, width of a layout]."""
+    layout = LAYOUTS[table.shape[1]]
+    n = layout.states
     row = table.index_select(0, step)[0]
-    a, b, c, scale = row.split([D * D, D, D, 1])  # type: ignore[no-untyped-call]
-    return a.reshape(D, D), b, c, scale
+    if not layout.clamps:
+        a, b, c, scale = row.split([n * n, n, n, 1])  # type: ignore[no-untyped-call]
+        return Row(a.reshape(n, n), b, c, scale)
+    a, b, c, scale, *clamp = row.split([n * n, n, n, 1, 1, 1, 1, n])  # type: ignore[no-untyped-call]
+    return Row(a.reshape(n, n), b, c, scale, tuple(clamp))
 
 
-def advance(row: tuple[Tensor, Tensor, Tensor, Tensor], state: Tensor, output: Tensor, noise: Tensor) -> Tensor:
-    """The sampler's update A state + b e + c z in float32; `state` is [D, B, *latent], the others [B, *latent]."""
-    a, b, c, _ = row
-    flat = a @ state.reshape(D, -1)
-    flat = flat + b[:, None] * output.float().reshape(1, -1) + c[:, None] * noise.reshape(1, -1)
+def advance(row: Row, state: Tensor, output: Tensor, noise: Tensor) -> Tensor:
+    """The sampler's update A state + b e + c z, and w times the clamped estimate, in float32; `state` is
+    [D, B, *latent], the others [B, *latent]."""
+    flat = row.a @ state.reshape(state.shape[0], -1)
+    flat = flat + row.b[:, None] * output.float().reshape(1, -1) + row.c[:, None] * noise.reshape(1, -1)
+    if row.clamp is not None:
+        own, out, limit, into = row.clamp
+        estimate = own * state[0].reshape(1, -1) + out * output.float().reshape(1, -1)
+        # Maximum and minimum, because TensorRT's clamp takes its bounds as constants.
+        flat = flat + into[:, None] * torch.minimum(torch.maximum(estimate, -limit), limit)
     return flat.reshape(state.shape)
 
 
 class Evaluation(NamedTuple):
     """What the network is given: latents [B, ...] or, guided, [2B, ...] in its dtype; time [B] or [2B] float32."""
 
-    row: tuple[Tensor, Tensor, Tensor, Tensor]
+    row: Row
     latents: Tensor
     time: Tensor
 
@@ -47,15 +66,13 @@ def begin(
 ) -> Evaluation:
     """The step until the network: the sample scaled, and doubled for classifier-free guidance."""
     row = table_row(table, step)
-    latents = (state[0] * row[3]).to(dtype)
+    latents = (state[0] * row.scale).to(dtype)
     if guided:
         latents = torch.cat([latents, latents])
     return Evaluation(row, latents, timesteps.index_select(0, step).expand(latents.shape[0]))
 
 
-def finish(
-    row: tuple[Tensor, Tensor, Tensor, Tensor], state: Tensor, step: Tensor, output: Tensor, noise: Tensor
-) -> tuple[Tensor, Tensor]:
+def finish(row: Row, state: Tensor, step: Tensor, output: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """The step after the network and its guidance: the next state and the next step."""
     return advance(row, state, output, noise), step + 1
 

@@ -12,7 +12,8 @@ from toolchain.models.refusals import refuse_code, refuse_quantized
 from toolchain.models.source import ModelSource
 from toolchain.models.tokenizers import GENERIC, require_vocabulary
 from toolchain.recipe import Bucket, Recipe
-from toolchain.sampler.table import MAX_EVALUATIONS, MAX_STATES, ROW
+from toolchain.sampler.schedulers import layout_for
+from toolchain.sampler.table import MAX_EVALUATIONS
 from toolchain.signature import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -51,16 +52,21 @@ def clip_layers(source: ModelSource, folder: str) -> int:
 
 
 def step_spec(
-    latents: tuple[int, ...], inputs: Mapping[str, tuple[int, ...]], noise: tuple[int, ...] = ()
+    latents: tuple[int, ...],
+    inputs: Mapping[str, tuple[int, ...]],
+    scheduler: Mapping[str, Any],
+    noise: tuple[int, ...] = (),
 ) -> GraphSpec:
     """The signature of a step graph: the sampler's tensors, then the family's own `inputs`, all float32.
 
+    `scheduler` is the model's config of it, which decides what the step must have room for.
     `noise` is the layout in which the diffusers pipeline draws it, where that is not the latents' [B, C, h, w].
     """
-    state = TensorSpec("state", "float32", (MAX_STATES, *latents))
+    layout = layout_for(scheduler)
+    state = TensorSpec("state", "float32", (layout.states, *latents))
     own = {
         "timesteps": (MAX_EVALUATIONS,),
-        "table": (MAX_EVALUATIONS, ROW),
+        "table": (MAX_EVALUATIONS, layout.width),
         "noise": noise or latents,
         "guidance": (1,),
         **inputs,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ModelError
 from toolchain.models import parts
 from toolchain.models.component import Component, Family
 from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, Recipe
+from toolchain.sampler.schedulers import DEFAULTED
 from toolchain.settings import ModelSettings
 from toolchain.signature import GraphSpec
 
@@ -35,7 +36,8 @@ def step_spec(source: ModelSource, bucket: Bucket, recipe: Recipe) -> GraphSpec:
     rows = bucket.batch * (2 if recipe.classifier_free_guidance else 1)
     width = int(source.setting("text_encoder", "hidden_size"))
     context = (rows, parts.clip_length(source, "text_encoder"), width)
-    return parts.step_spec(parts.latent_shape(source, bucket), {"guidance_rescale": (1,), "context": context})
+    inputs = {"guidance_rescale": (1,), "context": context}
+    return parts.step_spec(parts.latent_shape(source, bucket), inputs, scheduler_config(source))
 
 
 def step_module(source: ModelSource, recipe: Recipe) -> nn.Module:
@@ -75,10 +77,20 @@ def refuse_settings(source: ModelSource, foreign: dict[str, str], family: str) -
             )
 
 
+def scheduler_config(source: ModelSource) -> dict[str, Any]:
+    """The scheduler's config as StableDiffusionPipeline's constructor leaves it: it sets steps_offset to 1 and turns
+    clip_sample off, whatever the file says. What the file is silent about it changes for the model's own class alone:
+    another class made from this config takes its own default."""
+    config = source.config("scheduler")
+    forced = {"steps_offset": 1, "clip_sample": False}
+    silent = sorted(forced.keys() - config.keys())
+    return config | forced | ({DEFAULTED: silent} if silent else {})
+
+
 def settings(source: ModelSource) -> ModelSettings:
     factor = parts.vae_factor(source)
     return ModelSettings(
-        scheduler=source.config("scheduler"),
+        scheduler=scheduler_config(source),
         vae_factor=factor,
         multiple=factor,
         token_pixels=factor,

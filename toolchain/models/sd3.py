@@ -54,7 +54,7 @@ def step_spec(source: ModelSource, bucket: Bucket, recipe: Recipe) -> GraphSpec:
     if T5 not in recipe.without:
         tokens = recipe.component(T5).tokens or T5_TOKENS
         inputs["context_3"] = (rows, tokens, int(source.setting(T5, "d_model")))
-    return parts.step_spec(parts.latent_shape(source, bucket), inputs)
+    return parts.step_spec(parts.latent_shape(source, bucket), inputs, source.config("scheduler"))
 
 
 def step_module(source: ModelSource, recipe: Recipe) -> nn.Module:

@@ -44,7 +44,7 @@ def step_spec(source: ModelSource, bucket: Bucket, recipe: Recipe) -> GraphSpec:
         "pooled": (rows, int(source.setting("text_encoder_2", "projection_dim"))),
         "time_ids": (rows, TIME_IDS),
     }
-    return parts.step_spec(parts.latent_shape(source, bucket), inputs)
+    return parts.step_spec(parts.latent_shape(source, bucket), inputs, source.config("scheduler"))
 
 
 def step_module(source: ModelSource, recipe: Recipe) -> nn.Module:

@@ -46,10 +46,14 @@ class ModelSource:
         return CLIP_DEFAULTS | nested if isinstance(nested, dict) else config
 
     def config_file(self, folder: str) -> dict[str, Any]:
-        """All that the file says; the scheduler's and the tokenizer's have names of their own."""
+        """All that the file says; the scheduler's and the tokenizer's have names of their own.
+
+        The scheduler's class is the one in model_index.json, as in diffusers, whatever its own file says.
+        """
         names = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
         kind = folder.partition("_")[0]  # tokenizer_2 is a tokenizer too
-        return self._json(self.path / folder / names.get(kind, "config.json"))
+        config = self._json(self.path / folder / names.get(kind, "config.json"))
+        return config | {"_class_name": self.class_of(folder)} if folder == "scheduler" else config
 
     def setting(self, folder: str, key: str) -> Any:
         """One entry of a component's config; ModelError where it is missing."""

@@ -28,10 +28,10 @@ from toolchain.runtime.progress import Callback, Look, Progress
 from toolchain.runtime.request import Options, Picture, Request, Size, check_images, check_latents, takes
 from toolchain.runtime.resolve import resolve
 from toolchain.runtime.result import Result, Timings
-from toolchain.runtime.start import draw, normal, upload
+from toolchain.runtime.start import draw, normal, place_next, upload
 from toolchain.runtime.text import Conditions, TextEncoders, place
 from toolchain.sampler.schedulers import parse
-from toolchain.sampler.table import SamplerTable, table_name
+from toolchain.sampler.table import MAX_EVALUATIONS, SamplerTable, table_name
 from toolchain.signing import open_bundle
 
 CACHED_TABLES = 64
@@ -309,11 +309,16 @@ class Pipeline:
         """Runs the loop; evaluations done, and a mark after each. What runs as one launch has one mark, at its end."""
         memory, marks = self._memory, []
         if engines.run is not None and callback is None and not table.stochastic:
-            _timed(partial(engines.run, table.evaluations), timings)()
+            for first in range(0, table.evaluations, MAX_EVALUATIONS):
+                if first:
+                    place_next(engines, table, first)
+                _timed(partial(engines.run, min(MAX_EVALUATIONS, table.evaluations - first)), timings)()
             return table.evaluations, [memory.mark()]
         steps = (_timed(engines.steps[0], timings), _timed(engines.steps[1], timings))
         for index in denoise(steps, table.noise_draws, lambda: draw(memory, engines.inputs["noise"], generators)):
             marks.append(memory.mark())
+            if (index + 1) % MAX_EVALUATIONS == 0 and index + 1 < table.evaluations:
+                place_next(engines, table, index + 1)
             if callback is not None:
                 look = Look(partial(_first, memory, engines.states[(index + 1) % 2][0]))
                 try:

@@ -20,7 +20,7 @@ from toolchain.bundle import Bundle
 from toolchain.errors import RequestError
 from toolchain.runtime.habits import SAME, translate
 from toolchain.runtime.progress import F32, Callback
-from toolchain.sampler.table import MAX_EVALUATIONS
+from toolchain.sampler.table import LONGEST
 
 Size = tuple[int, int]
 Texts = str | Sequence[str]
@@ -252,8 +252,8 @@ def check_latents(latents: F32) -> F32:
 
 
 def check_steps(steps: int) -> int:
-    if type(steps) is not int or not 1 <= steps <= MAX_EVALUATIONS:
-        expected = f"an integer from 1 to {MAX_EVALUATIONS}"
+    if type(steps) is not int or not 1 <= steps <= LONGEST:
+        expected = f"an integer from 1 to {LONGEST}"
         raise RequestError("steps is not a number of steps", expected=expected, got=repr(steps))
     return steps
 

@@ -12,7 +12,7 @@ from toolchain.errors import RequestError
 from toolchain.runtime.engines import F32, BucketEngines
 from toolchain.runtime.noise import Generator
 from toolchain.runtime.request import Request
-from toolchain.sampler.table import SamplerTable
+from toolchain.sampler.table import LAYOUTS, MAX_EVALUATIONS, SamplerTable, fit
 
 
 def upload(
@@ -77,10 +77,19 @@ def _noised_image(
     return engines.encoder({**inputs, "signal": signal, "sigma": sigma})["latents"]
 
 
-def place_sampler(memory: Memory, inputs: Mapping[str, Any], table: SamplerTable) -> None:
-    """Writes a table into the step's inputs."""
-    memory.write(inputs["timesteps"][: table.evaluations], table.timesteps)
-    memory.write(inputs["table"][: table.evaluations], table.rows)
+def place_sampler(memory: Memory, inputs: Mapping[str, Any], table: SamplerTable, first: int = 0) -> None:
+    """Writes a table into the step's inputs, from evaluation `first` on as far as they have room. RequestError where
+    the step cannot do what the table asks for."""
+    timesteps = table.timesteps[first : first + MAX_EVALUATIONS]
+    rows = fit(table.rows[first : first + MAX_EVALUATIONS], LAYOUTS[inputs["table"].shape[1]])
+    memory.write(inputs["timesteps"][: len(rows)], timesteps)
+    memory.write(inputs["table"][: len(rows)], rows)
+
+
+def place_next(engines: BucketEngines, table: SamplerTable, first: int) -> None:
+    """Before evaluation `first` of a table with more rows than the step has room for, a multiple of those."""
+    place_sampler(engines.memory, engines.inputs, table, first)
+    engines.memory.write(engines.counters[0], 0)  # the number of rows is even, and so the first step's turn comes next
 
 
 def place_scales(memory: Memory, inputs: Mapping[str, Any], scales: Mapping[str, float]) -> None:

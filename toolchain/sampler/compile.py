@@ -5,56 +5,35 @@ and noises. Given basis vectors in place of images, the real scheduler shows the
 of u. The rank of what the rest of a trajectory needs of the inputs so far is the number of states; a basis of it, the
 sample first, gives the coefficients of each step. Every table is then run against the scheduler that it came from.
 
+A scheduler that clamps its estimate of the picture is linear in u and the clamped estimates k_0 .. k_T-1: basis vectors
+of their own take the place of what it clamps, and how that comes from the sample and e_i goes into the table too.
+
 Build time only: imports torch, and diffusers through `schedulers`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.overrides import TorchFunctionMode
 
 from toolchain.errors import RequestError, SamplerError
-from toolchain.sampler.schedulers import SchedulerSpec, create, parse, quiet, step_kwargs
-from toolchain.sampler.table import MAX_EVALUATIONS, MAX_STATES, ROW, SamplerTable, split, step_reference
+from toolchain.sampler.schedulers import SchedulerSpec, create, parse, step_kwargs
+from toolchain.sampler.table import LAYOUTS, LONGEST, PLAIN, Layout, SamplerTable, split, split_clamp
+from toolchain.sampler.trajectory import Schedule, drive, refusals
+from toolchain.sampler.verify import verify_table
 
-TOLERANCE = 1e-5  # of `Errors.exact`; 1.6e-6 after 200 evaluations was the most seen
-FLOAT32_TOLERANCE = 1e-2  # of `Errors.float32`: only shows that float64 did not run another algorithm
+MOST_STATES = max(layout.states for layout in LAYOUTS.values())
 RANK_TOLERANCE = 1e-9  # of the largest coefficient; the trace is float64, so what is smaller is rounding
 # Steps ahead that are searched for what a step must remember. Solvers look back at most four evaluations, and the whole
 # future of a long schedule would make the search cubic in its length. A state missed here fails the verification.
 WINDOW = 16
 
 Float64 = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A diffusers scheduler made ready for one trajectory: `timesteps` [T] are its own from index `start` on."""
-
-    scheduler: Any
-    timesteps: torch.Tensor
-    step_kwargs: Mapping[str, Any]
-    start: int
-
-    def model_input(self, index: int, sample: torch.Tensor) -> torch.Tensor:
-        """What the network is given; flow-matching schedulers have no scaling."""
-        if not hasattr(self.scheduler, "scale_model_input"):
-            return sample
-        scaled: torch.Tensor = self.scheduler.scale_model_input(sample, self.timesteps[index])
-        return scaled
-
-    def step(self, index: int, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        arguments = (model_output, self.timesteps[index], sample)
-        following: torch.Tensor = self.scheduler.step(*arguments, **self.step_kwargs, return_dict=False)[0]
-        return following
 
 
 def compile_table(
@@ -77,16 +56,16 @@ def compile_table(
     spec = parse(spec) if isinstance(spec, str) else spec
     fresh = prepare(spec, steps, model_config, skip=skip, tokens=tokens, linear_sigmas=linear_sigmas)
     schedule = copy.deepcopy(fresh)  # a trajectory uses a scheduler up, and some take half a second to make
-    with _refusals(spec.canonical):
+    with refusals(spec.canonical):
         noising = _noising(schedule)  # before the trajectory, which moves the scheduler on
-        response, scales, draws = _trace(schedule)
+        trace = _trace(schedule)
         table = SamplerTable(
             name=spec.canonical,
             steps=steps,
             timesteps=schedule.timesteps.to(torch.float32).numpy(),
-            rows=_realise(spec.canonical, response, scales),
+            rows=_realise(spec.canonical, trace),
             init_noise_sigma=float(getattr(schedule.scheduler, "init_noise_sigma", 1.0)),
-            noise_draws=draws,
+            noise_draws=trace.draws,
             start=fresh.start,
             noising=noising,
         )
@@ -107,13 +86,20 @@ def prepare(
     if steps < 1:
         raise RequestError("a picture takes at least one step", expected="steps from 1", got=steps)
     scheduler = create(spec, model_config)
-    with _refusals(f"{spec.canonical} with {steps} steps"):
+    if scheduler.config.get("skip_prk_steps") is False and steps < scheduler.pndm_order:
+        raise SamplerError(
+            f"{spec.canonical} begins with Runge-Kutta steps, for which diffusers needs more of them",
+            expected=f"{scheduler.pndm_order} steps or more",
+            got=steps,
+            hint='take more steps, or set "skip_prk_steps": true in the model\'s scheduler_config.json',
+        )
+    with refusals(f"{spec.canonical} with {steps} steps"):
         scheduler.set_timesteps(**_timing(scheduler, steps, tokens, linear_sigmas))
     timesteps: torch.Tensor = scheduler.timesteps
-    if len(timesteps) > MAX_EVALUATIONS:
+    if len(timesteps) > LONGEST:
         raise RequestError(
             f"{spec.canonical} evaluates the network {len(timesteps)} times in {steps} steps",
-            expected=f"at most {MAX_EVALUATIONS} evaluations",
+            expected=f"at most {LONGEST} evaluations",
             got=len(timesteps),
         )
     start = skip * scheduler.order
@@ -139,87 +125,26 @@ def _timing(scheduler: Any, steps: int, tokens: int, linear_sigmas: bool) -> dic
     return arguments
 
 
-@contextmanager
-def _refusals(what: str) -> Iterator[None]:
-    """Whatever diffusers raises, as a SamplerError, and its log lines and warnings not at all."""
-    try:
-        with quiet():
-            yield
-    except (RequestError, SamplerError):
-        raise
-    except Exception as error:
-        raise SamplerError(f"diffusers refuses {what}", got=f"{type(error).__name__}: {error}") from error
-
-
-class _Noise(TorchFunctionMode):
-    """While active, `torch.randn` and `randn_like` give `draw()`, and `wide` tensors are not narrowed to float32.
-
-    Every diffusers scheduler draws through torch.randn in the end. Some compute in float32 whatever they are given,
-    which would bury small coefficients in rounding; only tensors of the sample's shape are kept, not sigmas.
+class _Trace(NamedTuple):
+    """response  of every sample to u [T + 1, 1 + 2T], or to u and the clamped estimates [T + 1, 1 + 3T]
+    scales    input scale of each evaluation
+    draws     how many noises each evaluation draws
+    clamps    evaluation -> what it clamps, as coefficients of the same, and the limit
     """
 
-    def __init__(self, draw: Callable[[], torch.Tensor], wide: torch.Size | None = None) -> None:
-        super().__init__()
-        self.draw = draw
-        self.wide = wide
-
-    def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in _STANDARD_NORMAL:
-            return self.draw()
-        if func in _OTHER_RANDOM:
-            raise SamplerError(
-                f"the scheduler draws random numbers with {func.__name__}", expected="standard normal noise"
-            )
-        result = func(*args, **(kwargs or {}))
-        if func in _CASTS and args[0].dtype == torch.float64 and args[0].shape == self.wide:
-            return args[0] if result.dtype == torch.float32 else result
-        return result
+    response: Float64
+    scales: list[float]
+    draws: tuple[int, ...]
+    clamps: dict[int, tuple[Float64, float]]
 
 
-_STANDARD_NORMAL = frozenset({torch.randn, torch.randn_like})
-_OTHER_RANDOM = frozenset(
-    {torch.rand, torch.rand_like, torch.normal, torch.randint, torch.bernoulli, torch.multinomial, torch.Tensor.normal_}
-)
-_CASTS = frozenset({torch.Tensor.to, torch.Tensor.float, torch.Tensor.type})
-
-
-def _drive(
-    schedule: Schedule,
-    sample: torch.Tensor,
-    noise: Callable[[int], torch.Tensor],
-    model: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
-    wide: torch.Size | None = None,
-) -> tuple[list[torch.Tensor], tuple[int, ...]]:
-    """A trajectory of the real scheduler: the T + 1 samples, and how many noises each evaluation drew.
-
-    noise(index) replaces the draw of an evaluation; model(index, sample, model_input) replaces the network.
-    """
-    counts = [0] * len(schedule.timesteps)
-    samples = [sample]
-
-    def draw() -> torch.Tensor:
-        index = len(samples) - 1
-        counts[index] += 1
-        if counts[index] > 1:
-            raise SamplerError("the scheduler draws more than one noise for one evaluation", expected="0 or 1")
-        return noise(index)
-
-    with torch.no_grad(), _refusals(type(schedule.scheduler).__name__), _Noise(draw, wide):
-        for index in range(len(schedule.timesteps)):
-            output = model(index, samples[-1], schedule.model_input(index, samples[-1]))
-            samples.append(schedule.step(index, output, samples[-1]).clone())
-    return samples, tuple(counts)
-
-
-def _trace(schedule: Schedule) -> tuple[Float64, list[float], tuple[int, ...]]:
-    """Coefficients of every sample in u [T + 1, 1 + 2T], the input scale of each evaluation, and its noise draws."""
+def _trace(schedule: Schedule) -> _Trace:
     evaluations = len(schedule.timesteps)
     scales: list[float] = []
+    clamps: dict[int, tuple[Float64, float]] = {}
 
     def one_hot(column: int) -> torch.Tensor:
-        basis = torch.zeros(1, 1 + 2 * evaluations, 1, 1, dtype=torch.float64)
+        basis = torch.zeros(1, 1 + (3 if schedule.clamps else 2) * evaluations, 1, 1, dtype=torch.float64)
         basis[0, column] = 1.0
         return basis
 
@@ -228,42 +153,86 @@ def _trace(schedule: Schedule) -> tuple[Float64, list[float], tuple[int, ...]]:
         scales.append(float(model_input.flatten()[largest] / sample.flatten()[largest]))
         return one_hot(1 + index)
 
+    def clamp(index: int, tensor: torch.Tensor, limit: float) -> torch.Tensor:
+        if index in clamps:
+            raise SamplerError("the scheduler clamps twice in one evaluation", expected="once")
+        clamps[index] = tensor.double().flatten().numpy().copy(), limit
+        return one_hot(1 + 2 * evaluations + index)
+
+    def noise(index: int) -> torch.Tensor:
+        return one_hot(1 + evaluations + index)
+
     start = one_hot(0)
-    samples, draws = _drive(schedule, start, lambda index: one_hot(1 + evaluations + index), model, start.shape)
-    return torch.stack(samples).double().flatten(1).numpy(), scales, draws
+    samples, draws = drive(schedule, start, noise, model, start.shape, clamp if schedule.clamps else None)
+    return _Trace(torch.stack(samples).double().flatten(1).numpy(), scales, draws, clamps)
 
 
-def _realise(name: str, response: Float64, scales: list[float]) -> NDArray[np.float32]:
-    """Rows [T, 25] of the smallest state machine with this response, its first state the sample itself."""
-    evaluations = len(scales)
-    if not (np.isfinite(response).all() and np.isfinite(scales).all()):
+def _realise(name: str, trace: _Trace) -> NDArray[np.float32]:
+    """Rows of the smallest state machine with this response, its first state the sample itself."""
+    evaluations = len(trace.scales)
+    if not (np.isfinite(trace.response).all() and np.isfinite(trace.scales).all()):
         raise SamplerError(
             f"{name} divides by zero for this model",
             expected="finite coefficients",
             hint="take fewer steps; a noise schedule that ends at zero signal needs a model trained for v_prediction",
         )
-    rows = np.zeros((evaluations, ROW))
+    rows = np.zeros((evaluations, Layout(MOST_STATES, clamps=True).width))
     a, b, c, scale = split(rows)
-    scale[:] = scales
-    basis = _basis(name, response, 0)
+    clamp = split_clamp(rows)
+    assert clamp is not None
+    scale[:] = trace.scales
+    most = 1
+    basis = _basis(name, trace.response, evaluations, 0)
     for i in range(evaluations):
-        following = _basis(name, response, i + 1)
+        following = _basis(name, trace.response, evaluations, i + 1)
         d, e = len(basis), len(following)
         # The old basis is orthogonal and zero outside what is past, so projecting on it solves the least squares.
         a[i, :e, :d] = following @ basis.T / np.square(basis).sum(axis=1)
         b[i, :e] = following[:, 1 + i]
         c[i, :e] = following[:, 1 + evaluations + i]
-        basis = following
-    return rows.astype(np.float32)
+        if i in trace.clamps:
+            clamp[0][i], clamp[1][i], clamp[2][i] = _clamped(name, trace, i)
+            clamp[3][i, :e] = following[:, 1 + 2 * evaluations + i]
+        basis, most = following, max(most, e)
+    layout = Layout(max(most, PLAIN.states), clamps=bool(trace.clamps))
+    return _narrowed(rows, layout)
 
 
-def _basis(name: str, response: Float64, i: int) -> Float64:
-    """What the samples from x_i on know of the past, [D, 1 + 2T]: x_i, then orthogonal directions, largest first."""
+def _narrowed(rows: Float64, layout: Layout) -> NDArray[np.float32]:
+    """The rows in `layout`, which has room for all of them that is not zero."""
+    narrow, n = np.zeros((len(rows), layout.width), np.float32), layout.states
+    (a, b, c, scale), (wide_a, wide_b, wide_c, wide_scale) = split(narrow), split(rows)
+    a[:], b[:], c[:], scale[:] = wide_a[:, :n, :n], wide_b[:, :n], wide_c[:, :n], wide_scale
+    clamp, wide_clamp = split_clamp(narrow), split_clamp(rows)
+    if clamp is not None and wide_clamp is not None:
+        for i in range(3):
+            clamp[i][:] = wide_clamp[i]
+        clamp[3][:] = wide_clamp[3][:, :n]
+    return narrow
+
+
+def _clamped(name: str, trace: _Trace, i: int) -> tuple[float, float, float]:
+    """u, v and limit of what evaluation i clamps: u times the sample and v times the network's output."""
+    estimate, limit = trace.clamps[i]
+    sample = trace.response[i]
+    out = float(estimate[1 + i])
+    own = float(estimate @ sample / (sample @ sample))  # the sample holds nothing of this output
+    rest = estimate - own * sample
+    rest[1 + i] -= out
+    if np.abs(rest).max() > RANK_TOLERANCE * np.abs(estimate).max():
+        raise SamplerError(f"{name} clamps what comes from more than its sample and this evaluation")
+    return own, out, limit
+
+
+def _basis(name: str, response: Float64, evaluations: int, i: int) -> Float64:
+    """What the samples from x_i on know of the past, [D, 1 + 2T or 1 + 3T]: x_i, then orthogonal directions, largest
+    first."""
     past = response[i : i + WINDOW].copy()
-    evaluations = response.shape[1] // 2
-    past[:, 1 + i : 1 + evaluations] = 0.0
-    past[:, 1 + evaluations + i :] = 0.0
+    for first in range(1, past.shape[1], evaluations):
+        past[:, first + i : first + evaluations] = 0.0
     sample = past[0]
+    if i == evaluations:
+        return past[:1]  # nothing comes after it, and it may be zero: IPNDM's after one step
     if not sample.any():
         raise SamplerError(
             f"{name} multiplies its sample by zero", where=f"before evaluation {i}", hint="take more steps"
@@ -271,12 +240,12 @@ def _basis(name: str, response: Float64, i: int) -> Float64:
     rest = past - np.outer(past @ sample / (sample @ sample), sample)
     _, weights, directions = np.linalg.svd(rest, full_matrices=False)
     rank = int((weights > RANK_TOLERANCE * np.linalg.norm(past)).sum())
-    if 1 + rank > MAX_STATES:
+    if 1 + rank > MOST_STATES:
         raise SamplerError(
-            f"{name} is not a linear state machine with at most {MAX_STATES} states",
-            expected=f"at most {MAX_STATES} states",
+            f"{name} is not a linear state machine with at most {MOST_STATES} states",
+            expected=f"at most {MOST_STATES} states",
             got=f"{1 + rank} states before evaluation {i}",
-            hint="take a lower order, or another scheduler",
+            hint="name another scheduler, such as euler or dpm++2m",
         )
     return np.vstack([sample, weights[:rank, None] * directions[:rank]])
 
@@ -292,71 +261,3 @@ def _noising(schedule: Schedule) -> tuple[float, float] | None:
     else:
         return None
     return float(pair[0]), float(pair[1])
-
-
-class Errors(NamedTuple):
-    """Largest differences at the end of a trajectory, relative to its largest value.
-
-    exact    table in float32 against the scheduler in float64: what the table gets wrong
-    float32  table against the scheduler in float32, as users run it: adds the scheduler's own rounding, which can be
-             the larger part where few steps cross much noise (2e-3 for Euler from zero terminal SNR in two steps)
-    """
-
-    exact: float
-    float32: float
-
-
-def table_errors(table: SamplerTable, make: Callable[[], Schedule]) -> Errors:
-    """Run scheduler and table against the same nonlinear model with the same noises on latents [1, 4, 8, 8].
-
-    `make` prepares a fresh scheduler. SamplerError when it draws other noises than the table says.
-    """
-    noises = torch.randn(table.evaluations + 2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    signal, sigma = table.noising if table.start and table.noising else (0.0, table.init_noise_sigma)
-    sample = signal * noises[-2] + sigma * noises[-1]
-    found = _by_table(table, sample, noises)
-
-    def difference(dtype: torch.dtype) -> float:
-        wanted = _by_scheduler(table, make(), sample.to(dtype), noises.to(dtype))
-        return float(np.abs(found - wanted).max() / np.abs(wanted).max())
-
-    return Errors(exact=difference(torch.float64), float32=difference(torch.float32))
-
-
-def _test_model(model_input: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    """A network that is not linear in the sample and feels a timestep that is off by one."""
-    return torch.tanh(0.3 * model_input + 0.5 * torch.sin(timestep.to(torch.float32)))
-
-
-def _by_table(table: SamplerTable, sample: torch.Tensor, noises: torch.Tensor) -> Float64:
-    state = np.zeros((MAX_STATES, *sample.shape), np.float32)
-    state[0] = sample.numpy()
-    for row, timestep, noise in zip(table.rows, torch.from_numpy(table.timesteps), noises, strict=False):
-        output = _test_model(torch.from_numpy(row[-1] * state[0]), timestep)
-        state = step_reference(row, state, output.numpy(), noise.numpy())
-    return np.asarray(state[0], np.float64)
-
-
-def _by_scheduler(table: SamplerTable, schedule: Schedule, sample: torch.Tensor, noises: torch.Tensor) -> Float64:
-    def model(index: int, _: torch.Tensor, model_input: torch.Tensor) -> torch.Tensor:
-        return _test_model(model_input, schedule.timesteps[index])
-
-    samples, draws = _drive(schedule, sample, lambda index: noises[index], model, sample.shape)
-    if draws != table.noise_draws:
-        raise SamplerError(
-            f"the table of {table.name} draws other noises than its scheduler", expected=draws, got=table.noise_draws
-        )
-    return np.asarray(samples[-1].double().numpy())
-
-
-def verify_table(table: SamplerTable, make: Callable[[], Schedule]) -> Errors:
-    """`table_errors` where they are within TOLERANCE and FLOAT32_TOLERANCE, else SamplerError."""
-    errors = table_errors(table, make)
-    if not (errors.exact <= TOLERANCE and errors.float32 <= FLOAT32_TOLERANCE):  # written so that NaN fails
-        raise SamplerError(
-            f"{table.name} is not a linear state machine with at most {MAX_STATES} states",
-            expected=f"the scheduler's own result to {TOLERANCE:.0e}, and to {FLOAT32_TOLERANCE:.0e} in float32",
-            got=f"{errors.exact:.1e} and {errors.float32:.1e} after {table.evaluations} evaluations",
-            hint="name another scheduler, such as euler or dpm++2m",
-        )
-    return errors

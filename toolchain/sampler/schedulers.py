@@ -17,8 +17,10 @@ from typing import Any
 
 from toolchain.errors import RequestError, SamplerError
 from toolchain.sampler import webui
+from toolchain.sampler.table import PLAIN, Layout
 
 MODEL = "model"
+DEFAULTED = "_use_default_values"  # diffusers' own key: settings that another class does not take from this config
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,18 @@ def family_of(model_config: Mapping[str, Any]) -> str:
     return "flow" if family == "beta" and is_flow else family
 
 
+def layout_for(model_config: Mapping[str, Any]) -> Layout:
+    """What the step graph of a model must have room for, so that every scheduler that can drive it may.
+
+    A config that says neither "clip_sample": false nor "skip_prk_steps": true leaves open what diffusers' defaults ask
+    of DDIM, DDPM and PNDM.
+    """
+    if family_of(model_config) != "beta":
+        return PLAIN
+    said = {key: value for key, value in model_config.items() if key not in model_config.get(DEFAULTED, ())}
+    return Layout(4 if said.get("skip_prk_steps") else 5, clamps=bool(said.get("clip_sample", True)))
+
+
 def compatible(model_config: Mapping[str, Any]) -> tuple[str, ...]:
     """The names that can drive the model whose scheduler_config.json this is."""
     family = family_of(model_config)
@@ -227,9 +241,11 @@ def create(spec: SchedulerSpec, model_config: Mapping[str, Any]) -> Any:
     cls = _load(entry.cls)
     overrides = {**entry.fixed, **_family_overrides(spec, entry, cls, model_config)}
     overrides.update(_option_overrides(spec, cls))
+    own = spec.name == MODEL
+    config = {key: value for key, value in model_config.items() if not (own and key == DEFAULTED)}
     try:
         with quiet():
-            scheduler = cls.from_config(dict(model_config), **overrides)
+            scheduler = cls.from_config(config, **overrides)
     except Exception as error:  # whatever diffusers objects to is a fact about the request, not a crash
         raise SamplerError(
             f"diffusers refuses to make the scheduler {spec.canonical}", where=entry.cls, got=error
@@ -345,21 +361,16 @@ def accepted_options(cls: Any) -> tuple[str, ...]:
 
 
 def _refuse_nonlinear(scheduler: Any, cls: Any) -> None:
-    """SamplerError for settings that clip values or split the network's output, in classes that read them."""
+    """SamplerError for settings that scale by a quantile or split the network's output, in classes that read them."""
     settings = _settings(cls)
-    for key, reason in (
-        ("clip_sample", "clips its estimate of the image"),
-        ("thresholding", "thresholds its estimate of the image"),
-    ):
-        if key in settings and scheduler.config.get(key):
-            raise SamplerError(
-                f"{cls.__name__} {reason}, which is not linear",
-                where="scheduler/scheduler_config.json",
-                expected=f'"{key}": false',
-                got=f'"{key}": true, diffusers\' default where the file is silent' if key == "clip_sample" else None,
-                hint=f'models that denoise latents do not want it: set "{key}": false in the model\'s '
-                "scheduler_config.json, or name another scheduler, such as euler",
-            )
+    if "thresholding" in settings and scheduler.config.get("thresholding"):
+        raise SamplerError(
+            f"{cls.__name__} thresholds its estimate of the image by a quantile of it, which is not linear",
+            where="scheduler/scheduler_config.json",
+            expected='"thresholding": false',
+            hint='models that denoise latents do not want it: set "thresholding": false in the model\'s '
+            "scheduler_config.json, or name another scheduler, such as euler",
+        )
     variance = scheduler.config.get("variance_type") if "variance_type" in settings else None
     if variance in ("learned", "learned_range"):
         raise SamplerError(

@@ -1,14 +1,19 @@
 """A sampler as a table of coefficients: what the runtime reads of it. Imports numpy alone.
 
-Before evaluation i of the network the sampler's memory is `state` [4, B, ...] float32, of which state[0] is the sample:
+Before evaluation i of the network the sampler's memory is `state` [n, B, ...] float32, of which state[0] is the sample:
 
     model_input = scale_i * state[0]
     e           = network(model_input, timesteps[i])
     state'      = A_i state + b_i e + c_i z_i
+
+and, for a scheduler that clamps its estimate of the picture, the part of `Layout.clamps`.
 """
 
 from __future__ import annotations
 
+import base64
+import itertools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,16 +21,43 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from toolchain.errors import BundleError
+from toolchain.errors import BundleError, RequestError
 
-MAX_STATES = 4
-ROW = MAX_STATES * MAX_STATES + MAX_STATES + MAX_STATES + 1
-MAX_EVALUATIONS = 1024  # rows that the compiled step graph has room for
-FORMAT = 1
+MAX_EVALUATIONS = 1024  # rows that the compiled step graph has room for; longer tables are written part by part
+LONGEST = 4096  # evaluations of a table: compiling one takes memory with the square of its length
+FORMAT = 2
 _LARGEST = float(np.finfo(np.float32).max)
 
 Float32 = NDArray[np.float32]
 F = TypeVar("F", bound=np.floating[Any])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a step graph and the rows of its table have room for.
+
+    states   of the sampler's memory; PNDM's Runge-Kutta steps need the fifth
+    clamps   whether the step clamps an estimate of the picture: columns for u, v, limit and w of
+
+                 estimate = clamp(u * state[0] + v * e, -limit, limit)
+                 state'   = A state + b e + c z + w estimate
+    """
+
+    states: int = 4
+    clamps: bool = False
+
+    @property
+    def width(self) -> int:
+        """Columns of a row, in this order: A (row-major), b, c, scale, then u, v, limit, w."""
+        n = self.states
+        return n * n + 2 * n + 1 + (3 + n if self.clamps else 0)
+
+
+PLAIN = Layout()
+LAYOUTS = {layout.width: layout for layout in (PLAIN, Layout(clamps=True), Layout(5), Layout(5, clamps=True))}
+"""Every layout by its width, which tells them apart."""
+MAX_STATES = PLAIN.states
+ROW = PLAIN.width
 
 
 def table_name(scheduler: str, steps: int, *, tokens: int = 0, skip: int = 0) -> str:
@@ -51,7 +83,7 @@ class SamplerTable:
     name              canonical spec of the scheduler that it was compiled from
     steps             what the user asked for; second-order methods evaluate the network more often
     timesteps         float32 [T], what the network is given at each evaluation
-    rows              float32 [T, 25]: A (row-major [4, 4]), b (4), c (4), scale (1)
+    rows              float32 [T, width of its layout], see `Layout`
     init_noise_sigma  the initial latents of text to image are this times standard normal noise
     noise_draws       [T] of 0 or 1: noise tensors that the scheduler draws from the generator at this evaluation; drawn
                       even where c is zero, or the random stream would leave diffusers' own
@@ -80,14 +112,24 @@ class SamplerTable:
         return any(self.noise_draws)
 
     @property
+    def layout(self) -> Layout:
+        """The least that a step graph must have room for."""
+        return LAYOUTS[self.rows.shape[1]]
+
+    @property
     def states(self) -> int:
-        """How many of the four states carry anything, counting the sample itself."""
+        """How many of the states carry anything, counting the sample itself."""
         a, b, c, _ = split(self.rows)
         used = (a != 0).any(axis=(0, 1)) | (a != 0).any(axis=(0, 2)) | (b != 0).any(axis=0) | (c != 0).any(axis=0)
+        clamp = split_clamp(self.rows)
+        if clamp is not None:
+            used |= (clamp[3] != 0).any(axis=0)
         return max(1, int(np.flatnonzero(used).max(initial=0)) + 1)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values. A float32 is written as the double that equals it, so reading it back is exact."""
+        """Plain JSON values: of the rows, the columns that are not zero throughout, exactly."""
+        columns = np.flatnonzero(self.rows.view(np.uint32).any(axis=0))
+        numbers = np.column_stack([self.timesteps, self.rows[:, columns]]).astype("<f4")
         return {
             "format": FORMAT,
             "name": self.name,
@@ -95,9 +137,10 @@ class SamplerTable:
             "start": self.start,
             "init_noise_sigma": self.init_noise_sigma,
             "noising": None if self.noising is None else list(self.noising),
-            "noise_draws": list(self.noise_draws),
-            "timesteps": self.timesteps.tolist(),
-            "rows": self.rows.tolist(),
+            "noise_draws": "".join(map(str, self.noise_draws)),
+            "width": self.rows.shape[1],
+            "columns": columns.tolist(),
+            "numbers": base64.b64encode(numbers.tobytes()).decode("ascii"),
         }
 
     @classmethod
@@ -111,39 +154,82 @@ class SamplerTable:
         for field, (expected, holds) in _FIELDS.items():
             if not holds(data[field]):
                 raise _damaged(field, expected, data[field])
-        evaluations = len(data["timesteps"])
-        for field in ("rows", "noise_draws"):
-            if len(data[field]) != evaluations:
-                raise _damaged(
-                    field, f"one entry for each of the {evaluations} timesteps", f"{len(data[field])} entries"
-                )
+        columns, draws = data["columns"], tuple(map(int, data["noise_draws"]))
+        if not all(0 <= low < high for low, high in itertools.pairwise([*columns, data["width"]])):
+            raise _damaged("columns", f"columns below {data['width']}, each once and in order", columns)
+        numbers = _numbers(data["numbers"], (len(draws), 1 + len(columns)))
+        rows = np.zeros((len(draws), data["width"]), np.float32)
+        rows[:, columns] = numbers[:, 1:]
         return cls(
             name=data["name"],
             steps=data["steps"],
-            timesteps=np.array(data["timesteps"], np.float32),
-            rows=np.array(data["rows"], np.float32),
+            timesteps=np.ascontiguousarray(numbers[:, 0]),
+            rows=rows,
             init_noise_sigma=float(data["init_noise_sigma"]),
-            noise_draws=tuple(data["noise_draws"]),
+            noise_draws=draws,
             start=data["start"],
             noising=None if data["noising"] is None else (float(data["noising"][0]), float(data["noising"][1])),
         )
 
 
+def _numbers(text: str, shape: tuple[int, int]) -> Float32:
+    try:
+        numbers = np.frombuffer(base64.b64decode(text, validate=True), "<f4").reshape(shape).astype(np.float32)
+    except ValueError as error:
+        raise _damaged("numbers", f"{shape[0]} x {shape[1]} float32 in base64", error) from error
+    if not np.isfinite(numbers).all():
+        raise _damaged("numbers", "finite numbers", "infinity or NaN")
+    return numbers
+
+
 def split(rows: NDArray[F]) -> tuple[NDArray[F], NDArray[F], NDArray[F], NDArray[F]]:
-    """Rows [..., 25] as A [..., 4, 4], b [..., 4], c [..., 4] and scale [...]: views, nothing is copied."""
-    n = MAX_STATES
+    """Rows [..., width] as A [..., n, n], b [..., n], c [..., n] and scale [...]: views, nothing is copied."""
+    n = LAYOUTS[rows.shape[-1]].states
     a = rows[..., : n * n].reshape(*rows.shape[:-1], n, n)
-    return a, rows[..., n * n : n * n + n], rows[..., n * n + n : n * n + 2 * n], rows[..., -1]
+    return a, rows[..., n * n : n * n + n], rows[..., n * n + n : n * n + 2 * n], rows[..., n * n + 2 * n]
+
+
+def split_clamp(rows: NDArray[F]) -> tuple[NDArray[F], NDArray[F], NDArray[F], NDArray[F]] | None:
+    """u, v and limit [...] and w [..., n] of rows that clamp, as views; None for a layout that does not."""
+    layout = LAYOUTS[rows.shape[-1]]
+    first = Layout(layout.states).width
+    return (*np.moveaxis(rows[..., first : first + 3], -1, 0), rows[..., first + 3 :]) if layout.clamps else None
+
+
+def fit(rows: Float32, layout: Layout) -> Float32:
+    """The same coefficients in a layout with as much room or more. RequestError where it has less."""
+    own = LAYOUTS[rows.shape[-1]]
+    if own == layout:
+        return rows
+    if own.states > layout.states or own.clamps > layout.clamps:
+        needs = "clamps its estimate of the picture" if own.clamps > layout.clamps else f"has {own.states} states"
+        raise RequestError(
+            f"the scheduler {needs}, and the step of this bundle has no room for that",
+            expected=layout,
+            got=own,
+            hint="build the bundle again, or take another scheduler",
+        )
+    wide = np.zeros((len(rows), layout.width), np.float32)
+    n, clamp, target = own.states, split_clamp(rows), split_clamp(wide)
+    a, b, c, scale = split(wide)
+    a[:, :n, :n], b[:, :n], c[:, :n], scale[:] = split(rows)
+    if clamp is not None and target is not None:
+        target[0][:], target[1][:], target[2][:], target[3][:, :n] = clamp
+    return wide
 
 
 def step_reference(row: Float32, state: Float32, model_output: Float32, noise: Float32) -> Float32:
-    """One update in numpy: state [4, B, ...], model_output and noise [B, ...], all float32 -> the next state.
+    """One update in numpy: state [n, B, ...], model_output and noise [B, ...], all float32 -> the next state.
 
     What the compiled step graph must compute; unused states are multiplied by zero, so they must be finite.
     """
     a, b, c, _ = split(row)
     wide = (-1,) + (1,) * model_output.ndim
     mixed: Float32 = np.tensordot(a, state, axes=1) + b.reshape(wide) * model_output + c.reshape(wide) * noise
+    clamp = split_clamp(row)
+    if clamp is not None:
+        own, out, limit, into = clamp
+        mixed = mixed + into.reshape(wide) * np.clip(own * state[0] + out * model_output, -limit, limit)
     return mixed.astype(np.float32, copy=False)
 
 
@@ -177,10 +263,11 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "start": ("a whole number from 0", lambda v: _is_count(v, 0)),
     "init_noise_sigma": ("a finite number", _is_number),
     "noising": ("null or two finite numbers", lambda v: v is None or _is_list(v, _is_number, 2)),
-    "noise_draws": ("a list of 0 and 1", lambda v: _is_list(v, lambda n: type(n) is int and n in (0, 1))),
-    "timesteps": (
-        f"1 to {MAX_EVALUATIONS} finite numbers",
-        lambda v: _is_list(v, _is_number) and 1 <= len(v) <= MAX_EVALUATIONS,
+    "noise_draws": (
+        f"1 to {LONGEST} of 0 and 1",
+        lambda v: isinstance(v, str) and re.fullmatch("[01]+", v) is not None and len(v) <= LONGEST,
     ),
-    "rows": (f"rows of {ROW} finite numbers", lambda v: _is_list(v, lambda row: _is_list(row, _is_number, ROW))),
+    "width": ("one of " + ", ".join(map(str, LAYOUTS)), lambda v: type(v) is int and v in LAYOUTS),
+    "columns": ("a list of whole numbers from 0", lambda v: _is_list(v, lambda n: _is_count(n, 0))),
+    "numbers": ("base64", lambda v: isinstance(v, str)),
 }
