@@ -11,7 +11,7 @@ setup: $(READY)
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("diffbuild needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[build,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[build,cpu,dev]'
 	touch $(READY)
 
 demo: $(READY)

@@ -299,6 +299,8 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
             found.verify()
     backend = backend_of(found.backend)
     refused = backend.available() or backend.refuse(found.device, found.recipe.to_json()[found.backend])
+    if refused and (command := backend.install(found.device)):
+        refused += f"; {command}"
     answer(
         as_json,
         lambda: report.bundle_json(found, refused, verify),

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from toolchain.engines import Backend
 
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "generate": ("numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers", "pillow"),
+    "generate": ("numpy", "tokenizers", "pillow"),
     "build": ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "huggingface-hub"),
     "check": ("polygraphy", "scikit-image", "scipy"),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "tensorrt": ("tensorrt", "cuda-python"),
     "tensorrt_rtx": ("tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13", "cuda-python"),
 }
@@ -34,6 +35,7 @@ def examine(store: Path) -> dict[str, Any]:
     """Everything that `doctor` tells. `works` is whether one backend at least can run here."""
     from toolchain.engines import BACKENDS
     from toolchain.engines.onnxruntime import cpu_features, physical_cores
+    from toolchain.engines.onnxruntime_package import clash
     from toolchain.engines.tensorrt import advisory
     from toolchain.engines.tensorrt_library import TENSORRT
 
@@ -48,7 +50,7 @@ def examine(store: Path) -> dict[str, Any]:
         "missing": {use: _missing(found) for use, found in libraries.items()},
         "system": _system(),
         "cpu": {"features": cpu_features(), "physical_cores": physical_cores()},
-        "advisories": [line for line in [advisory(TENSORRT.installed())] if line],
+        "advisories": [line for line in [clash(), advisory(TENSORRT.installed())] if line],
         "gpus": found,
         "no_gpu": no_gpu,
         "store": _store(store),
@@ -149,6 +151,8 @@ def _backend_line(backend: Mapping[str, Any]) -> str:
 
 
 def doctor_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    from toolchain.engines.onnxruntime_package import EITHER
+
     store, cpu = facts["store"], facts["cpu"]
     rows = [
         ["diffbuild", f"{facts['versions']['diffbuild']}, Python {facts['versions']['python']}, {facts['system']}"],
@@ -170,4 +174,4 @@ def doctor_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     if facts["missing"]["build"]:
         yield "hint: pip install 'diffbuild[build]' installs what a build needs"
     if not facts["works"]:
-        yield "no backend can run here. hint: pip install onnxruntime"
+        yield f"no backend can run here. hint: {EITHER}"

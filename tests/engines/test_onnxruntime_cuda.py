@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 from tests.device_contract import others_may_allocate
 from tests.pretend import pretended
 from toolchain.engines import onnxruntime as ort_engine
-from toolchain.engines import onnxruntime_cuda
+from toolchain.engines import onnxruntime_cuda, onnxruntime_package
 from toolchain.engines.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec, TensorSpec
@@ -336,7 +336,11 @@ def test_a_provider_whose_libraries_are_missing(ort: Any, gpu: Any, monkeypatch:
     """ONNX Runtime has it in its list, and opens sessions on the CPU."""
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(Session, "provides", ("CPUExecutionProvider",))
-    assert "cannot load its CUDA provider: pip install 'diffbuild[cuda]'" in str(BACKEND.available())
+    for found, first in (("onnxruntime-gpu", ""), ("onnxruntime", "pip uninstall -y onnxruntime && ")):
+        onnxruntime_cuda._require_provider.cache_clear()
+        monkeypatch.setattr(onnxruntime_package, "installed", lambda found=found: {found: "1.31.1"})
+        said = f"cannot load its CUDA provider: {first}pip install 'diffbuild[cuda]'"
+        assert said in str(BACKEND.available())
 
 
 def test_a_gpu_that_a_session_cannot_use(ort: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,14 +408,13 @@ def test_closing_lets_go_of_the_session(ort: Any, memory: Any, folder: Path) -> 
         launch()
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider")
 def test_an_engine_on_the_cpu_after_all_is_an_error(folder: Path, memory: Any) -> None:
-    """The real ONNX Runtime without CUDA's libraries goes on with the CPU and only warns."""
+    """The real ONNX Runtime without CUDA's libraries, or without the provider, goes on with the CPU and only warns."""
     tensors = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 3]) for n in ("state", "next_state")]
     graph = helper.make_graph([helper.make_node("Neg", ["state"], ["next_state"])], "g", tensors[:1], tensors[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     (folder / "graph.onnx").write_bytes(model.SerializeToString())
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime has no CUDA execution provider")
     with pytest.raises(EngineError, match=r"cannot use an execution provider(.|\n)*expected: CUDAExecutionProvider"):
         opened(folder, memory, cuda_graph=False)
 

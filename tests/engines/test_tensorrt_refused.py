@@ -78,6 +78,7 @@ class Machine:
 
 NO_TENSORRT = "none"
 DOCTOR, AGAIN = "diffbuild doctor", "build it on this machine, from the same recipe"
+EXACTLY = "hint: pip install tensorrt==11.4.0.106"
 MACHINES = {
     "another GPU": Machine(
         "built on NVIDIA H200 (compute capability 9.0, 132 multiprocessors), this machine has NVIDIA L40S",
@@ -85,11 +86,11 @@ MACHINES = {
         (("FAKE_CUDA_GPU", "NVIDIA L40S"), ("FAKE_CUDA_CC", "8.9"), ("FAKE_CUDA_SMS", "142")),
     ),
     "another TensorRT": Machine(
-        "built with TensorRT 11.4.0.106, this machine has 11.5.0.1", AGAIN, tensorrt="11.5.0.1"
+        "built with TensorRT 11.4.0.106, this machine has 11.5.0.1", EXACTLY, tensorrt="11.5.0.1"
     ),
-    "TensorRT too old": Machine("TensorRT 10.13 or newer, below 12 is needed", DOCTOR, tensorrt="10.12.0.36"),
-    "TensorRT too new": Machine("TensorRT 10.13 or newer, below 12 is needed", DOCTOR, tensorrt="12.0.0.1"),
-    "no TensorRT": Machine("TensorRT cannot be imported", "pip install 'diffbuild[tensorrt]'", tensorrt=NO_TENSORRT),
+    "TensorRT too old": Machine("TensorRT 10.13 or newer, below 12 is needed", EXACTLY, tensorrt="10.12.0.36"),
+    "TensorRT too new": Machine("TensorRT 10.13 or newer, below 12 is needed", EXACTLY, tensorrt="12.0.0.1"),
+    "no TensorRT": Machine("TensorRT cannot be imported", EXACTLY, tensorrt=NO_TENSORRT),
     "no driver": Machine("no NVIDIA driver", DOCTOR, (("FAKE_CUDA_FAIL", "no_driver"),)),
     "an old driver": Machine("the NVIDIA driver knows CUDA 12", DOCTOR, (("FAKE_CUDA_FAIL", "old_driver"),)),
     "no GPU": Machine("no NVIDIA GPU can be used", DOCTOR, (("FAKE_CUDA_FAIL", "no_device"),)),

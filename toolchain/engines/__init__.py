@@ -64,6 +64,10 @@ class Backend(Protocol):
         """Why engines built on the described device with these options cannot run here, or None. Only asked where the
         backend is available."""
 
+    def install(self, built_on: Mapping[str, Any]) -> str | None:
+        """The command that brings the library that engines of the described device need; None where it is here
+        already, or where that would not open them."""
+
     def problems(self, options: Mapping[str, Any]) -> list[str]:
         """What the library at hand, if there is one, cannot build under these options, each "option: reason"."""
 

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolchain.engines.memory import HostMemory
+from toolchain.engines.onnxruntime_package import CPU, EITHER, command, installed, module_version, warn_of_clash
 from toolchain.errors import EngineError
 from toolchain.memory import FACTS
 from toolchain.signature import GraphSpec, TensorSpec
@@ -85,36 +86,43 @@ class OnnxRuntimeBackend:
         try:
             import onnxruntime
         except ImportError as error:
-            return f"onnxruntime cannot be imported: {error}"
+            return f"onnxruntime cannot be imported: {error} ({EITHER})"
         if "CPUExecutionProvider" not in onnxruntime.get_available_providers():
             return "this onnxruntime has no CPU execution provider"
         return None
 
     def device(self) -> dict[str, Any]:
-        from importlib.metadata import PackageNotFoundError, version
-
-        for package in ("onnxruntime", "onnxruntime-gpu"):
-            try:
-                return {"kind": "cpu", "cpu": cpu_features(), "onnxruntime": version(package)}
-            except PackageNotFoundError:
-                continue
-        return {"kind": "cpu", "cpu": cpu_features(), "onnxruntime": "missing"}
+        return {"kind": "cpu", "cpu": cpu_features(), "onnxruntime": module_version()}
 
     def refuse(self, built_on: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
         return self._refuse(built_on, ("kind", "cpu"))
 
     def _refuse(self, built_on: Mapping[str, Any], alike: tuple[str, ...]) -> str | None:
+        warn_of_clash()
         here = self.device()
         for what in alike:
             if built_on.get(what) != here[what]:
                 return f"built on {built_on.get(what)}, this machine is {here[what]}"
         # Optimised graphs use ONNX Runtime's internal operators, which have no compatibility promise between minors.
         built, ours = (str(v.get("onnxruntime")) for v in (built_on, here))
-        if built.split(".")[:2] != ours.split(".")[:2]:
+        if _minor(built) != _minor(ours):
             return f"built with onnxruntime {built}, this machine has {ours}"
         return None
 
+    def install(self, built_on: Mapping[str, Any]) -> str | None:
+        return self._install(built_on, next(iter(installed()), CPU), ("kind", "cpu"))
+
+    def _install(self, built_on: Mapping[str, Any], package: str, alike: tuple[str, ...]) -> str | None:
+        built = str(built_on.get("onnxruntime"))
+        try:
+            here = self.device()
+        except EngineError:
+            return command(package, built)
+        fits = any(built_on.get(what) != here[what] for what in alike) or _minor(built) == _minor(here["onnxruntime"])
+        return None if fits else command(package, built)
+
     def problems(self, options: Mapping[str, Any]) -> list[str]:
+        warn_of_clash()
         return []
 
     def prepare(self, graph: ir.Model) -> ir.Model:
@@ -260,6 +268,10 @@ class OnnxRuntimeEngine:
                     expected=expected,
                     got=got,
                 )
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
 
 
 def _ort() -> Any:

@@ -19,6 +19,7 @@ from toolchain.engines.cuda import available, device_facts, free_memory_bytes
 from toolchain.engines.device_memory import ALLOCATION, DeviceMemory
 from toolchain.engines.forecast import largest_open, warn_of_load, weight_bytes
 from toolchain.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine, Provider, _ort, _session_options
+from toolchain.engines.onnxruntime_package import GPU, command
 from toolchain.engines.places import Places
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec
@@ -30,7 +31,6 @@ PROVIDER = "CUDAExecutionProvider"
 ON_HOST = {"threads": 1, "session": {"session.use_device_allocator_for_initializers": "1"}}
 """Nothing to compute is left for the host; weights stay out of the arena, which doubles its blocks to make room."""
 
-INSTALL = "pip install 'diffbuild[cuda]'"
 NEGATION = bytes.fromhex(
     "08 0a 3a 32 0a 0b 0a 01 78 12 01 79 22 03 4e 65 67 12 01 67 5a 0f 0a 01 78 12 0a 0a 08 08 01 12 04 0a 02 08 01 62 "
     "0f 0a 01 79 12 0a 0a 08 08 01 12 04 0a 02 08 01 42 04 0a 00 10 14"
@@ -51,9 +51,9 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         try:
             ort = _ort()
         except ImportError as error:
-            return f"onnxruntime cannot be imported: {error}"
+            return f"onnxruntime cannot be imported: {error} ({command(GPU)})"
         if PROVIDER not in ort.get_available_providers():
-            return f"this onnxruntime has no CUDA execution provider: {INSTALL}"
+            return f"this onnxruntime has no CUDA execution provider: {command(GPU)}"
         return available() or _provider_fails()
 
     def device(self) -> dict[str, Any]:
@@ -62,6 +62,9 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
 
     def refuse(self, built_on: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
         return self._refuse(built_on, ("kind",))
+
+    def install(self, built_on: Mapping[str, Any]) -> str | None:
+        return self._install(built_on, GPU, ("kind",))
 
     def prepare(self, graph: ir.Model) -> ir.Model:
         return _float_argmax(super().prepare(graph))
@@ -209,7 +212,7 @@ def _require_provider() -> None:
         got = str(error).strip().splitlines()[0]
         raise EngineError("ONNX Runtime cannot use the GPU", got=got) from error
     if PROVIDER not in found:
-        raise EngineError("ONNX Runtime cannot load its CUDA provider", hint=INSTALL)
+        raise EngineError("ONNX Runtime cannot load its CUDA provider", hint=command(GPU))
 
 
 def _float_argmax(model: ir.Model) -> ir.Model:

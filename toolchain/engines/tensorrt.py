@@ -68,6 +68,10 @@ class TensorRtBackend:
             return f"built with {title} {built}, this machine has {ours}, and the engines need that version"
         return self._refuse_gpu(built_on, here, options)
 
+    def install(self, built_on: Mapping[str, Any]) -> str | None:
+        built = built_on.get(self.name)
+        return None if built is None or built == self.library.installed() else self.library.exactly(str(built))
+
     def _refuse_gpu(
         self, built_on: Mapping[str, Any], here: Mapping[str, Any], options: Mapping[str, Any]
     ) -> str | None:

@@ -40,6 +40,7 @@ class Library:
     install       the command that brings it
     portable      whether engines are for generations of GPUs: built without one, and finished where they are opened
     load          imports the module
+    exactly       the command that brings this very version, as far as it is known
     """
 
     backend: str
@@ -49,6 +50,7 @@ class Library:
     install: str
     portable: bool
     load: Callable[[], Any]
+    exactly: Callable[[str], str | None]
 
     def module(self) -> Any:
         """The module `tensorrt` or its counterpart. EngineError where it, or a library below it, is missing."""
@@ -147,6 +149,7 @@ TENSORRT = Library(
     install="pip install 'diffbuild[tensorrt]'",
     portable=False,
     load=_tensorrt,
+    exactly=lambda version: f"pip install tensorrt=={version}",
 )
 TENSORRT_RTX = Library(
     backend="tensorrt_rtx",
@@ -156,5 +159,6 @@ TENSORRT_RTX = Library(
     install="pip install 'diffbuild[rtx]'",
     portable=True,
     load=_tensorrt_rtx,
+    exactly=lambda version: PAIR if f"{BINDINGS}=={version} " in PAIR else None,  # which halves others have is not told
 )
 LIBRARIES_BY_BACKEND = {library.backend: library for library in (TENSORRT, TENSORRT_RTX)}

@@ -24,11 +24,12 @@ def usable_backend(bundle: Bundle) -> Backend:
     """The bundle's backend. BundleError where it cannot run, for engines of another device or version, and for machine
     code that nobody vouches for."""
     backend = backend_of(bundle.backend)
-    reason, hint = backend.available(), "diffbuild doctor tells what each backend needs"
+    reason, otherwise = backend.available(), "diffbuild doctor tells what each backend needs"
     if reason is None:
         reason = backend.refuse(bundle.device, bundle.recipe.to_json()[backend.name])
-        hint = "build it on this machine, from the same recipe"
+        otherwise = "build it on this machine, from the same recipe"
     if reason is not None:
+        hint = backend.install(bundle.device) or otherwise
         raise BundleError("the bundle cannot run here", where=bundle.path, got=reason, hint=hint)
     if bundle.backend in MACHINE_CODE and not bundle.vouched:
         vouch(bundle)
