@@ -45,7 +45,7 @@ def test_a_file_comes_before_a_name_and_a_folder_does_not(tmp_path: Path, monkey
 def test_every_package_is_in_the_wheel() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "toolchain").rglob("__init__.py")}
-    assert {name for name in settings["packages"] if name.startswith("toolchain")} == found | {"toolchain.recipes"}
+    assert set(settings["packages"]) == found | {"diffbuild", "toolchain.recipes"}
     assert settings["package-dir"] == {"toolchain.recipes": "recipes"}
 
 
@@ -53,7 +53,7 @@ def test_a_wheel_holds_the_recipes(tmp_path: Path) -> None:
     """What setuptools puts into a wheel, without the index that an isolated build of one asks."""
     pytest.importorskip("setuptools", "77")
     source, built = tmp_path / "source", tmp_path / "built"
-    for name in ("toolchain", "recipes"):
+    for name in ("diffbuild", "toolchain", "recipes"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
