@@ -166,6 +166,36 @@ def test_images_are_repeated_in_the_order_of_diffusers(pipe: toolchain.Pipeline,
     assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
 
 
+LISTED: list[tuple[str, dict[str, Any]]] = [
+    ("euler", {"sigmas": [14.615, 6.475, 2.697, 0.652, 0.0]}),
+    ("euler", {"timesteps": [999, 736, 343, 24]}),
+    ("dpm++2m", {"timesteps": [999, 736, 343, 24]}),
+    ("heun", {"timesteps": [999, 736, 343, 24]}),
+    ("lcm", {"timesteps": [999, 343]}),
+]
+
+
+@pytest.mark.parametrize(("scheduler", "given"), LISTED)
+def test_a_list_of_timesteps_or_sigmas(
+    pipe: toolchain.Pipeline, tiny_model: Path, scheduler: str, given: dict[str, Any]
+) -> None:
+    ours = pipe(PROMPTS, seed=SEEDS, guidance=5.0, scheduler=scheduler, **given).images
+    size = {"height": 64, "width": 64}
+    theirs = draw_with_diffusers(BASE, tiny_model, PROMPTS, SEEDS, scheduler, guidance_scale=5.0, **given, **size)
+    assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
+    images = random_images(2, 64, 96)
+    kwargs: dict[str, Any] = {"image": images, "strength": 0.6, **given}
+    ours = pipe(PROMPTS, seed=SEEDS, guidance=5.0, scheduler=scheduler, **kwargs).images
+    theirs = draw_with_diffusers(FROM_IMAGE, tiny_model, PROMPTS, SEEDS, scheduler, guidance_scale=5.0, **kwargs)
+    assert least_psnr_db(ours, theirs) >= LEAST_PSNR_DB
+
+
+def test_steps_beside_a_list_have_no_effect(pipe: toolchain.Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    ran = pipe(PROMPTS[0], seed=0, scheduler="euler", steps=7, sigmas=[10, 3, 0], decode=False).request
+    assert (ran.scheduler, ran.steps) == ("euler:sigmas=10 3 0", 2)
+    assert "steps has no effect" in caplog.text
+
+
 def test_a_prompt_longer_than_the_encoder_is_cut_as_in_diffusers(
     pipe: toolchain.Pipeline, tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -26,6 +26,7 @@ from toolchain.console import (
     examples,
     json_option,
     model_option,
+    numbers,
     place,
     recipe_argument,
     revision_option,
@@ -163,6 +164,10 @@ def export(recipe: Path, model: str, output: Path, revision: str | None, store: 
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Of the first picture, counting up.  [default: random]")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the recipe's]")
 @click.option("--scheduler", metavar="NAME", help="Such as euler or dpm++2m:karras.  [default: the recipe's]")
+@click.option(
+    "--timesteps", type=numbers, metavar="N,N,...", help="In place of --steps, for schedulers that take them."
+)
+@click.option("--sigmas", type=numbers, metavar="X,X,...", help="In place of --steps, where a scheduler takes them.")
 @click.option("--guidance", type=float, help="Classifier-free guidance scale.  [default: the recipe's]")
 @click.option("--guidance-rescale", type=click.FloatRange(0, 1), help="Against overexposure, from 0 to 1.")
 @click.option("--true-cfg", type=click.FloatRange(0), help="Classifier-free guidance scale of FLUX.")

@@ -68,6 +68,14 @@ def _pair(text: str, form: str) -> tuple[int, int]:
     return int(first), int(second)
 
 
+def numbers(text: str) -> list[float]:
+    """X,X,... -> the numbers."""
+    try:
+        return [float(x) for x in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} are not numbers with commas between them, such as 999,650,300.") from None
+
+
 def aspect(text: str) -> float:
     """WIDTH:HEIGHT -> width / height."""
     width, _, height = text.partition(":")

@@ -114,6 +114,41 @@ def test_zero_terminal_snr_of_an_epsilon_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("spec", "config", "steps"),
+    [
+        ("ddpm:timesteps=900 500 1", SD, 3),
+        ("euler:timesteps=999 850.5 24", SD, 3),
+        ("euler:sigmas=14.615 3.861 0.152 0", SD, 3),
+        ("heun:timesteps=999 500 24", SD, 5),
+        ("dpm++2m:sde,timesteps=999 850 736 24", SD, 4),
+        ("dpm++2s:timesteps=999 850 736 24", SD, 4),
+        ("lcm:timesteps=999 499", SD, 2),
+        ("tcd:timesteps=999 499", SD, 2),
+        ("flow-euler:sigmas=1 0.7 0.3", FLOW, 3),
+        ("flow-lcm:sigmas=1 0.7 0.3", FLOW, 3),
+        ("unipc:sigmas=1 0.7 0.3", FLOW, 3),
+    ],
+)
+def test_every_scheduler_that_takes_a_list(spec: str, config: dict[str, Any], steps: int) -> None:
+    """Verified against the scheduler that was given the list; its steps are what pipelines count."""
+    for linear_sigmas in (False, config is FLOW):
+        table = compile_table(spec, 20, config, linear_sigmas=linear_sigmas)
+        assert table.name == spec
+        assert table.steps == table.evaluations == steps
+    scheduler = create(parse(spec), config)
+    with quiet():
+        scheduler.set_timesteps(**parse(spec).lists)
+    np.testing.assert_array_equal(table.timesteps, scheduler.timesteps.numpy())
+
+
+def test_a_list_that_diffusers_refuses() -> None:
+    with pytest.raises(SamplerError, match="must be in descending order"):
+        compile_table("ddpm:timesteps=1 500", 20, SD)
+    with pytest.raises(RequestError, match="at least one step"):
+        compile_table("euler:sigmas=3", 20, SD)
+
+
+@pytest.mark.parametrize(
     ("spec", "draws"),
     [
         ("ddim", (0, 0, 0, 0)),

@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 
 from tests.sampler.scheduler_configs import COGVIDEOX, CONTINUOUS, EDM, FLOW, FLOW_SOLVER, SD, SD_V
 from toolchain.errors import RequestError, SamplerError
 from toolchain.sampler.schedulers import (
     DEFAULTED,
-    OPTIONS,
     SCHEDULERS,
     UNSUPPORTED,
-    SchedulerSpec,
     accepted_options,
     compatible,
     create,
@@ -24,6 +23,7 @@ from toolchain.sampler.schedulers import (
     reference_kwargs,
     step_kwargs,
 )
+from toolchain.sampler.spec import OPTIONS, SchedulerSpec, with_list
 from toolchain.sampler.table import Layout, fit
 
 
@@ -39,6 +39,8 @@ from toolchain.sampler.table import Layout, fit
         ("dpm++2m:sde,karras", "dpm++2m:karras,sde"),
         (" dpm++2m : karras , order = 3 ", "dpm++2m:karras,order=3"),
         ("euler:spacing=trailing,rescale-zero-snr", "euler:rescale-zero-snr,spacing=trailing"),
+        ("euler: sigmas = 14.60  2.0 0 ", "euler:sigmas=14.6 2 0"),
+        ("lcm:timesteps=999 499.0", "lcm:timesteps=999 499"),
     ],
 )
 def test_specs_have_one_canonical_form(spec: str, canonical: str) -> None:
@@ -59,13 +61,18 @@ def test_specs_have_one_canonical_form(spec: str, canonical: str) -> None:
         ("euler:karas", ["no scheduler option is called 'karas'", "did you mean karras?"]),
         ("euler:karras=yes", ["karras takes no value", "karras=yes"]),
         ("euler:karras,karras", ["karras is given twice"]),
-        ("euler:karras,beta", ["one sigma schedule", "karras, exponential, beta"]),
+        ("euler:karras,beta", ["one schedule", "karras, exponential, beta"]),
         ("unipc:order", ["order has a wrong value", "order=1, 2 or 3"]),
         ("unipc:order=4", ["order has a wrong value", "order=4"]),
         ("unipc:order=2.0", ["order has a wrong value"]),
         ("ddim:eta=much", ["eta has a wrong value", "a number from 0 to 1"]),
         ("ddim:eta=1.5", ["eta has a wrong value"]),
         ("ddim:eta=nan", ["eta has a wrong value"]),
+        ("euler:sigmas=", ["sigmas has a wrong value", "a space between them"]),
+        ("euler:sigmas=3 two", ["sigmas has a wrong value", "sigmas=3 two"]),
+        ("euler:sigmas=3 -1", ["sigmas has a wrong value"]),
+        ("euler:sigmas=inf 1", ["sigmas has a wrong value"]),
+        ("euler:sigmas=3 0,timesteps=999", ["one schedule", "timesteps, sigmas"]),
         ("ddim:spacing=even", ["spacing has a wrong value", "leading, trailing, linspace"]),
     ],
 )
@@ -189,6 +196,9 @@ def test_every_scheduler_fits_the_step_of_its_model() -> None:
         ("model", {**SD, "_class_name": "MyScheduler"}, ["no table is known", "MyScheduler", "DDIMScheduler"]),
         ("model", {"clip_sample": False}, ["no _class_name"]),
         ("ddim:karras", SD, ["has no option karras", "rescale-zero-snr, spacing, eta"]),
+        ("ddim:timesteps=999 1", SD, ["has no option timesteps", "can be given to ddpm, ddpm-parallel, euler, heun"]),
+        ("dpm++2m:sigmas=3 1 0", SD, ["has no option sigmas", "can be given to euler, unipc, flow-euler"]),
+        ("flow-euler:timesteps=999 1", FLOW, ["take no timesteps", "give sigmas"]),
         ("euler:eta=0.5", SD, ["has no option eta", "EulerDiscreteScheduler"]),
         ("deis:sde", SD, ["has no option sde"]),
         ("flow-heun:karras", FLOW, ["has no option karras", "no option"]),
@@ -208,8 +218,20 @@ def test_refusals_name_the_reason(spec: str, config: dict[str, Any], parts: list
 
 def test_accepted_options_come_from_the_class() -> None:
     assert accepted_options(diffusers.DDIMScheduler) == ("rescale-zero-snr", "spacing", "eta")
-    assert accepted_options(diffusers.DPMSolverMultistepScheduler) == tuple(o for o in OPTIONS if o != "eta")
+    wanted = tuple(o for o in OPTIONS if o not in ("eta", "sigmas"))
+    assert accepted_options(diffusers.DPMSolverMultistepScheduler) == wanted
     assert accepted_options(diffusers.IPNDMScheduler) == ()
+
+
+@pytest.mark.parametrize("key", ["timesteps", "sigmas"])
+def test_a_list_in_python_becomes_an_option(key: str) -> None:
+    wanted = f"euler:karras,{key}=999 1.5 0"
+    for values in ([999, 1.5, 0], (999.0, 1.5, 0.0), np.array([999, 1.5, 0])):
+        assert with_list("euler:karras", key, values) == wanted
+    assert with_list("euler", key, [3]) == f"euler:{key}=3"
+    for wrong in ("999", 3, ["a"], None):
+        with pytest.raises(RequestError, match=f"{key} is not a list of numbers"):
+            with_list("euler", key, wrong)  # type: ignore[arg-type]
 
 
 def test_eta_is_passed_as_a_pipeline_passes_it() -> None:

@@ -30,7 +30,7 @@ from toolchain.runtime.resolve import resolve
 from toolchain.runtime.result import Result, Timings
 from toolchain.runtime.start import draw, normal, place_next, upload
 from toolchain.runtime.text import Conditions, TextEncoders, place
-from toolchain.sampler.schedulers import parse
+from toolchain.sampler.schedulers import parse, steps_of
 from toolchain.sampler.table import MAX_EVALUATIONS, SamplerTable, table_name
 from toolchain.signing import open_bundle
 
@@ -208,6 +208,7 @@ class Pipeline:
     def _table(self, scheduler: str, steps: int, size: Size, skip: int) -> SamplerTable:
         settings = self.bundle.settings
         spec, tokens = parse(scheduler).canonical, settings.tokens(*size)
+        steps = steps_of(parse(spec), settings.scheduler, steps)
         name = table_name(spec, steps, tokens=tokens, skip=skip)
         if name not in self._tables:
             bundled = name in self.bundle.samplers

@@ -44,6 +44,7 @@ class Options:
                             SDXL and FLUX have no effect, as in diffusers
     seed                    one per picture; a single one counts up over the pictures; None draws one at random
     steps, scheduler        as in `generate`; without a table in the bundle one is compiled, where diffusers is there
+    timesteps, sigmas       a list of numbers in place of `steps`, for schedulers that take one
     guidance                classifier-free guidance scale, 1 or less is none; of FLUX dev the one that is embedded, of
                             FLUX schnell without effect
     guidance_rescale        from 0 to 1, against overexposure
@@ -72,6 +73,8 @@ class Options:
     seed: int | Sequence[int] | None = None
     steps: int | None = None
     scheduler: str | None = None
+    timesteps: Sequence[float] | None = None
+    sigmas: Sequence[float] | None = None
     guidance: float | None = None
     guidance_rescale: float = 0.0
     true_cfg: float | None = None

@@ -16,7 +16,8 @@ from toolchain.errors import RequestError
 from toolchain.runtime import request as ask
 from toolchain.runtime.progress import F32
 from toolchain.runtime.request import Options, Request, Size
-from toolchain.sampler.schedulers import parse
+from toolchain.sampler.schedulers import parse, steps_of
+from toolchain.sampler.spec import LISTS, with_list
 
 log = logging.getLogger("toolchain")
 FLUX = "flux"
@@ -25,17 +26,13 @@ REBUILD_GUIDED = "set classifier_free_guidance = true in the recipe and build ag
 
 def resolve(bundle: Bundle, options: Options) -> Request:
     """RequestError for anything that the bundle cannot do."""
-    defaults = bundle.recipe.sampling
     given = [options.prompt, options.prompt_2, options.prompt_3]
     texts = ask.texts_by_encoder(bundle, "prompt", given, None)
     prompts = ask.check_texts("prompt", options.prompt)
     count = len(prompts)
     guidance, true_cfg = _guidance(bundle, options), _true_cfg(bundle, options)
     negatives, negative_texts = _negatives(bundle, options, count, true_cfg)
-    if options.scheduler is not None and not isinstance(options.scheduler, str):
-        expected = "a string such as 'euler'"
-        raise RequestError("scheduler is not a name", expected=expected, got=repr(options.scheduler))
-    steps = ask.check_steps(defaults.steps if options.steps is None else options.steps)
+    scheduler, steps = _schedule(bundle, options)
     images = None if options.image is None else ask.check_images(options.image, count)
     size, run_size = _sizes(bundle, options, images)
     return Request(
@@ -44,7 +41,7 @@ def resolve(bundle: Bundle, options: Options) -> Request:
         texts=texts,
         negative_texts=negative_texts,
         seeds=ask.check_seeds(options.seed, count),
-        scheduler=parse(options.scheduler or defaults.scheduler).canonical,
+        scheduler=scheduler,
         steps=steps,
         skip=_skip(bundle, options, steps),
         guidance=guidance,
@@ -58,6 +55,23 @@ def resolve(bundle: Bundle, options: Options) -> Request:
         images=None if images is None else _pixels(images, run_size, count),
         encoded_with=[i % len(images) if images and bundle.settings.encode_once else i for i in range(count)],
     )
+
+
+def _schedule(bundle: Bundle, options: Options) -> tuple[str, int]:
+    """(canonical scheduler, with its list where there is one; steps)"""
+    defaults = bundle.recipe.sampling
+    name = defaults.scheduler if options.scheduler is None else options.scheduler
+    if not isinstance(name, str):
+        raise RequestError("scheduler is not a name", expected="a string such as 'euler'", got=repr(name))
+    for key in LISTS:
+        if (values := getattr(options, key)) is not None:
+            name = with_list(name, key, values)
+    spec = parse(name)
+    given = ask.check_steps(defaults.steps if options.steps is None else options.steps)
+    steps = steps_of(spec, bundle.settings.scheduler, given)
+    if spec.lists and options.steps not in (None, steps):
+        log.warning("steps has no effect beside a list of timesteps or sigmas, here for %d; as in diffusers", steps)
+    return spec.canonical, ask.check_steps(steps)
 
 
 def _step_inputs(bundle: Bundle) -> set[str]:

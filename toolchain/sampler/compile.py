@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from toolchain.errors import RequestError, SamplerError
-from toolchain.sampler.schedulers import SchedulerSpec, create, parse, step_kwargs
+from toolchain.sampler.schedulers import create, parse, step_kwargs, steps_of
+from toolchain.sampler.spec import SchedulerSpec
 from toolchain.sampler.table import LAYOUTS, LONGEST, PLAIN, Layout, SamplerTable, split, split_clamp
 from toolchain.sampler.trajectory import Schedule, drive, refusals
 from toolchain.sampler.verify import verify_table
@@ -45,7 +46,8 @@ def compile_table(
     tokens: int = 0,
     linear_sigmas: bool = False,
 ) -> SamplerTable:
-    """The verified table of a scheduler for `steps` steps of the model whose scheduler_config.json is given.
+    """The verified table of a scheduler for `steps` steps of the model whose scheduler_config.json is given. A list of
+    timesteps or sigmas in the spec takes the place of `steps`.
 
     skip           steps that image to image leaves out; the initial state is then the noised latents
     tokens         of the picture, for schedulers that shift by their number
@@ -61,7 +63,7 @@ def compile_table(
         trace = _trace(schedule)
         table = SamplerTable(
             name=spec.canonical,
-            steps=steps,
+            steps=steps_of(spec, model_config, steps),
             timesteps=schedule.timesteps.to(torch.float32).numpy(),
             rows=_realise(spec.canonical, trace),
             init_noise_sigma=float(getattr(schedule.scheduler, "init_noise_sigma", 1.0)),
@@ -83,6 +85,7 @@ def prepare(
     linear_sigmas: bool = False,
 ) -> Schedule:
     """The diffusers scheduler itself, set up as a pipeline does. Errors as for `compile_table`."""
+    steps = steps_of(spec, model_config, steps)
     if steps < 1:
         raise RequestError("a picture takes at least one step", expected="steps from 1", got=steps)
     scheduler = create(spec, model_config)
@@ -94,7 +97,7 @@ def prepare(
             hint='take more steps, or set "skip_prk_steps": true in the model\'s scheduler_config.json',
         )
     with refusals(f"{spec.canonical} with {steps} steps"):
-        scheduler.set_timesteps(**_timing(scheduler, steps, tokens, linear_sigmas))
+        scheduler.set_timesteps(**_timing(scheduler, spec.lists or steps, tokens, linear_sigmas))
     timesteps: torch.Tensor = scheduler.timesteps
     if len(timesteps) > LONGEST:
         raise RequestError(
@@ -111,17 +114,17 @@ def prepare(
     return Schedule(scheduler, timesteps[start:], step_kwargs(spec, scheduler), start)
 
 
-def _timing(scheduler: Any, steps: int, tokens: int, linear_sigmas: bool) -> dict[str, Any]:
-    """Arguments of set_timesteps, as the diffusers pipelines of flow-matching models give them."""
+def _timing(scheduler: Any, steps: int | dict[str, Any], tokens: int, linear_sigmas: bool) -> dict[str, Any]:
+    """Arguments of set_timesteps, as the diffusers pipelines give them. `steps` is their number, or a list by name."""
     config = scheduler.config
-    arguments: dict[str, Any] = {"num_inference_steps": steps}
-    if linear_sigmas and not config.get("use_flow_sigmas"):
+    arguments: dict[str, Any] = steps if isinstance(steps, dict) else {"num_inference_steps": steps}
+    if linear_sigmas and isinstance(steps, int) and not config.get("use_flow_sigmas"):
         arguments = {"sigmas": np.linspace(1.0, 1 / steps, steps)}
     if config.get("use_dynamic_shifting"):
         few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         slope = (high - low) / (many - few)
-        arguments["mu"] = tokens * slope + (low - slope * few)
+        arguments = arguments | {"mu": tokens * slope + (low - slope * few)}
     return arguments
 
 

@@ -1,7 +1,8 @@
 """The names that `--scheduler` takes, and the diffusers scheduler that each stands for.
 
-A spec is `NAME[:option[,option...]]`: `euler`, `dpm++2m:karras,sde`, `ddim:eta=0.5`, or `model` for the class and
-settings of the model's own scheduler_config.json. diffusers is imported when a scheduler is created, not before.
+A spec is `NAME[:option[,option...]]`: `euler`, `dpm++2m:karras,sde`, `ddim:eta=0.5`, `euler:sigmas=14.6 3.9 0.7 0`, or
+`model` for the class and settings of the model's own scheduler_config.json. diffusers is imported when a scheduler is
+created, not before.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import difflib
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from toolchain.errors import RequestError, SamplerError
 from toolchain.sampler import webui
+from toolchain.sampler.spec import FLAGS, LISTS, OPTIONS, SIGMA_FLAGS, VALUES, OptionValue, SchedulerSpec, read_option
 from toolchain.sampler.table import PLAIN, Layout
 
 MODEL = "model"
@@ -80,19 +82,6 @@ UNSUPPORTED: dict[str, str] = {
     "CogVideoXDPMScheduler": "its step also takes the estimate of the step before",
 }
 
-# Settings of diffusers constructors; `order`, `spacing` and `eta` take a value. `eta` is an argument of `step`.
-_FLAGS: dict[str, tuple[str, Any]] = {
-    "karras": ("use_karras_sigmas", True),
-    "exponential": ("use_exponential_sigmas", True),
-    "beta": ("use_beta_sigmas", True),
-    "sde": ("algorithm_type", "sde-dpmsolver++"),
-    "rescale-zero-snr": ("rescale_betas_zero_snr", True),
-}
-_SIGMA_FLAGS = ("karras", "exponential", "beta")
-_SPACINGS = ("leading", "trailing", "linspace")
-_VALUES: dict[str, str] = {"order": "solver_order", "spacing": "timestep_spacing"}
-OPTIONS = (*_FLAGS, *_VALUES, "eta")
-
 # algorithm_type is also an argument of solvers that know no SDE form.
 _SDE_CLASSES = frozenset(
     {
@@ -106,22 +95,6 @@ _SDE_CLASSES = frozenset(
 _QUIET = threading.RLock()
 """Log level and warning filters are the process's: two threads at once would leave each other's behind."""
 
-OptionValue = bool | int | float | str
-
-
-@dataclass(frozen=True)
-class SchedulerSpec:
-    """A parsed spec. Two specs that mean the same are equal: options are sorted and their values normalised."""
-
-    name: str
-    options: tuple[tuple[str, OptionValue], ...] = ()
-
-    @property
-    def canonical(self) -> str:
-        """The spec as text, which `parse` reads back."""
-        texts = [key if value is True else f"{key}={value}" for key, value in self.options]
-        return f"{self.name}:{','.join(texts)}" if texts else self.name
-
 
 def parse(spec: str) -> SchedulerSpec:
     """The meaning of a spec; RequestError for an unknown name or option, a wrong value, a repetition or a conflict."""
@@ -133,11 +106,23 @@ def parse(spec: str) -> SchedulerSpec:
         key, equals, value = (part.strip() for part in text.partition("="))
         if key in options:
             raise RequestError(f"the scheduler option {key} is given twice", got=spec)
-        options[key] = _option(key, value if equals else None)
-    sigmas = [key for key in _SIGMA_FLAGS if key in options]
-    if len(sigmas) > 1:
-        raise RequestError("a scheduler has one sigma schedule", expected="one of " + ", ".join(_SIGMA_FLAGS), got=spec)
+        options[key] = read_option(key, value if equals else None)
+    for group in (SIGMA_FLAGS, LISTS):
+        if sum(key in options for key in group) > 1:
+            raise RequestError("a scheduler has one schedule", expected="one of " + ", ".join(group), got=spec)
     return SchedulerSpec(name, tuple(sorted(options.items())))
+
+
+def steps_of(spec: SchedulerSpec, model_config: Mapping[str, Any], steps: int) -> int:
+    """How many steps the list of a spec stands for, as the diffusers pipelines count them; `steps` without a list."""
+    for key, values in spec.lists.items():
+        cls = SCHEDULERS[spec.name].cls if spec.name != MODEL else model_config.get("_class_name")
+        if (cls, key) == ("EulerDiscreteScheduler", "sigmas"):
+            return len(values) - 1  # its list holds the sigma after the last step too
+        if cls == "HeunDiscreteScheduler":
+            return 2 * len(values) - 1  # pipelines count its evaluations
+        return len(values)
+    return steps
 
 
 def _unknown_name(name: str) -> RequestError:
@@ -152,43 +137,9 @@ def _unknown_name(name: str) -> RequestError:
     )
 
 
-def _option(key: str, value: str | None) -> OptionValue:
-    if key in _FLAGS:
-        if value is not None:
-            raise RequestError(f"the scheduler option {key} takes no value", expected=key, got=f"{key}={value}")
-        return True
-    checks: dict[str, tuple[str, Callable[[str], OptionValue | None]]] = {
-        "order": ("1, 2 or 3", lambda v: int(v) if v in ("1", "2", "3") else None),
-        "spacing": (", ".join(_SPACINGS), lambda v: v if v in _SPACINGS else None),
-        "eta": ("a number from 0 to 1", _unit),
-    }
-    if key not in checks:
-        close = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.5)
-        raise RequestError(
-            f"no scheduler option is called {key!r}",
-            expected=", ".join(OPTIONS),
-            got=key,
-            hint=f"did you mean {close[0]}?" if close else None,
-        )
-    expected, read = checks[key]
-    parsed = read(value) if value is not None else None
-    if parsed is None:
-        got = key if value is None else f"{key}={value}"
-        raise RequestError(f"the scheduler option {key} has a wrong value", expected=f"{key}={expected}", got=got)
-    return parsed
-
-
-def _unit(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number + 0.0 if 0.0 <= number <= 1.0 else None  # + 0.0 makes -0.0 the same spec as 0.0
-
-
 def reference_kwargs(spec: SchedulerSpec) -> dict[str, Any]:
     """What a diffusers pipeline call needs beside the scheduler for the same result."""
-    return {key: value for key, value in spec.options if key == "eta"}
+    return {**{key: value for key, value in spec.options if key == "eta"}, **spec.lists}
 
 
 def step_kwargs(spec: SchedulerSpec, scheduler: Any) -> dict[str, Any]:
@@ -198,7 +149,7 @@ def step_kwargs(spec: SchedulerSpec, scheduler: Any) -> dict[str, Any]:
     """
     if "eta" not in inspect.signature(scheduler.step).parameters:
         return {}
-    return {"eta": 0.0} | reference_kwargs(spec)
+    return {"eta": 0.0} | {key: value for key, value in spec.options if key == "eta"}
 
 
 def family_of(model_config: Mapping[str, Any]) -> str:
@@ -315,12 +266,16 @@ def _family_overrides(spec: SchedulerSpec, entry: Entry, cls: Any, model_config:
             expected="one of " + ", ".join(compatible(model_config)),
             got=spec.canonical,
         )
+    if family == "flow" and "timesteps" in spec.lists:
+        raise SamplerError(
+            "diffusers' pipelines of flow-matching models take no timesteps", got=spec.canonical, hint="give sigmas"
+        )
     if family != "flow" or spec.name == MODEL:
         return {}
     shift = model_config.get("shift", model_config.get("flow_shift", 1.0))
     if "flow_shift" not in _settings(cls):
         return {"shift": shift}
-    sigmas = [key for key, _ in spec.options if key in _SIGMA_FLAGS]
+    sigmas = [key for key, _ in spec.options if key in SIGMA_FLAGS]
     if sigmas:
         raise SamplerError(
             f"{sigmas[0]} sigmas would replace the flow sigmas that this model needs",
@@ -336,27 +291,30 @@ def _option_overrides(spec: SchedulerSpec, cls: Any) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for key, value in spec.options:
         if key not in accepted:
+            takers = [name for name, entry in SCHEDULERS.items() if key in accepted_options(_load(entry.cls))]
             raise SamplerError(
                 f"the scheduler {spec.name} has no option {key}",
                 where=cls.__name__,
                 expected=", ".join(accepted) or "no option",
                 got=spec.canonical,
+                hint=f"{key} can be given to {', '.join(takers)}" if key in LISTS else None,
             )
-        if key in _FLAGS:
-            setting, value = _FLAGS[key]
+        if key in FLAGS:
+            setting, value = FLAGS[key]
             overrides[setting] = value
-        elif key in _VALUES:
-            overrides[_VALUES[key]] = value
+        elif key in VALUES:
+            overrides[VALUES[key]] = value
     return overrides
 
 
 def accepted_options(cls: Any) -> tuple[str, ...]:
     """The options that a diffusers scheduler class takes, in the order of OPTIONS."""
     settings = _settings(cls)
-    has = {key: setting in settings for key, (setting, _) in _FLAGS.items()}
-    has |= {key: setting in settings for key, setting in _VALUES.items()}
+    has = {key: setting in settings for key, (setting, _) in FLAGS.items()}
+    has |= {key: setting in settings for key, setting in VALUES.items()}
     has["sde"] = cls.__name__ in _SDE_CLASSES
     has["eta"] = "eta" in inspect.signature(cls.step).parameters
+    has |= {key: key in inspect.signature(cls.set_timesteps).parameters for key in LISTS}
     return tuple(key for key in OPTIONS if has[key])
 
 
