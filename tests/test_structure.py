@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "toolchain"
 # Each row may import from the rows above it and from itself.
 LAYERS = (
-    ("errors", "garbage", "markup", "wrapping"),
+    ("errors", "garbage", "markup", "terminal", "wrapping"),
     (
         "shipped",
         "toml",
@@ -49,7 +49,7 @@ OWNERS = {
     "onnxscript": {"graph"},
     "huggingface_hub": {"models"},
     "openvino": {"bench"},
-    "click": {"cli", "cli_cache", "cli_recipes", "cli_trace", "console", "report", "progress", "pictures"},
+    "click": {"cli", "cli_cache", "cli_recipes", "cli_trace", "console", "terminal", "report", "progress", "pictures"},
     "cryptography": {"signing"},
     "rich": {"progress", "report"},
 }

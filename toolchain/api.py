@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,6 +20,8 @@ from toolchain.steps import Step
 
 if TYPE_CHECKING:
     from toolchain.check.report import CheckReport
+
+log = logging.getLogger("toolchain")
 
 Progress = Callable[[Step, str], None]
 
@@ -56,7 +59,9 @@ def plan_build(
 
     `recipe` is a Recipe, a file, or the name of one that comes with diffbuild. Needs no library of the engines'.
     """
+    log.debug("model %s", model)
     source = resolve_model(str(model), revision, weights=not graphs_only)
+    log.debug("planning, with the digests of %s", source.path)
     return make_plan(_recipe(recipe), source, Store(Path(store or default_store())), graphs_only=graphs_only)
 
 

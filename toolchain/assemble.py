@@ -58,6 +58,7 @@ def assemble(
         return existing
     built = execute(plan, progress, within)
     signed = (output / SIGNATURE).exists()
+    _LOG.debug("writing %s", output)
     publish_folder(output, _Writer(plan, built, copy_file).fill, owns=_owns(output))
     plan.store.register_bundle(output, refs)
     if signed:

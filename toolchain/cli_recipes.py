@@ -11,7 +11,7 @@ import click
 from toolchain import pictures
 from toolchain.console import answer, examples, json_option, model_option, recipe_argument, revision_option, verbosity
 from toolchain.errors import UsageError
-from toolchain.report import table
+from toolchain.terminal import table
 
 if TYPE_CHECKING:
     from toolchain.recipe import Recipe
@@ -109,7 +109,7 @@ def _recipes_json(found: Sequence[tuple[Recipe, str]]) -> dict[str, Any]:
 
 def _recipes_lines(found: Sequence[tuple[Recipe, str]]) -> Iterator[str]:
     rows = [[r.name, r.family, r.backend, _runs_on(r), _precisions(r)] for r, _ in found]
-    yield from table([["recipe", "family", "backend", "runs on", "precision"], *rows], indent="")
+    yield from table(rows, head=["recipe", "family", "backend", "runs on", "precision"], indent="")
     yield "next: diffbuild plan RECIPE --model DIR_OR_HUB_ID"
 
 

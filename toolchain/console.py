@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from toolchain import progress, report
+from toolchain import progress, report, terminal
 from toolchain.errors import DiffbuildError, UsageError
 
 log = logging.getLogger("toolchain")
@@ -102,7 +102,7 @@ class CommandLine(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             resumes = ctx.invoked_subcommand in ("build", "export")
-            click.echo("interrupted" + ("; the same command goes on from here" if resumes else ""), err=True)
+            terminal.echo("interrupted" + ("; the same command goes on from here" if resumes else ""), err=True)
             raise click.exceptions.Exit(INTERRUPTED) from None
 
 
@@ -191,4 +191,4 @@ def answer(as_json: bool, document: Callable[[], Any], text: Callable[[], Any]) 
     if as_json:
         report.document(document())
     else:
-        report.lines(text())
+        terminal.lines(text())

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import DiffbuildError
-from toolchain.report import device_line, megabytes, table
+from toolchain.report import device_line, megabytes
+from toolchain.terminal import table
 
 if TYPE_CHECKING:
     from toolchain.engines import Backend

@@ -9,7 +9,8 @@ from typing import Any
 
 from toolchain.bundle import Bundle
 from toolchain.memory import FACTS
-from toolchain.report import megabytes, table
+from toolchain.report import megabytes
+from toolchain.terminal import table
 
 TOLD = ("activation_bytes", "precision", "layers")
 
@@ -33,12 +34,12 @@ def engine_lines(bundle: Bundle) -> Iterator[str]:
     targets = bundle.recipe.to_json()[bundle.backend].get("targets")
     compiled = "" if targets is None else f", for compute capability {', '.join(targets) or '8.0 and newer'}"
     yield f"layers, by kind and by the smallest type that they touch{compiled}:"
-    rows = [["", "activations", "attention", "layers"]]
+    rows = []
     for name, facts in engines.items():
         kinds = facts["layers"]["kinds"]
         fused = f"{facts['layers']['fused_attention']} fused"
         rows.append([name, megabytes(facts["activation_bytes"]), fused, "; ".join(map(_kind, kinds.items()))])
-    yield from table(rows)
+    yield from table(rows, head=["", "activations", "attention", "layers"])
 
 
 def _kind(entry: tuple[str, Mapping[str, int]]) -> str:

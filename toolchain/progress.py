@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,9 +11,8 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from toolchain.report import subject
+from toolchain.terminal import echo, painted
 
 if TYPE_CHECKING:
     from toolchain.runtime.progress import Progress as Evaluation
@@ -24,6 +24,22 @@ PLAIN_EVERY_S = 5.0
 """Between two lines of one picture: a log file wants to see life, not every step."""
 BUILD_EVERY_S = 60.0
 """Between two lines of one step of a build: an engine may take an hour."""
+TOO_EARLY_S = 2.0
+"""Nothing is foretold from less."""
+COUNTED = re.compile(r"(\d+) of (\d+)")
+
+
+def left(elapsed_s: float, share: float) -> str:
+    """What is to be told of the time that is left, after `elapsed_s` for `share` of the work; nothing too early."""
+    if elapsed_s < TOO_EARLY_S or not 0 < share < 1:
+        return ""
+    seconds = elapsed_s * (1 - share) / share
+    if seconds < 1:
+        return ""
+    for unit, one in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 1.5 * one:
+            return f", about {seconds / one:.0f} {unit} left"
+    return f", about {seconds:.0f} s left"
 
 
 @dataclass(frozen=True)
@@ -43,20 +59,27 @@ class Steps:
         self._total, self._recipe, self._bar = total, recipe, bar
         self._task = bar.add_task("", total=total) if bar else None
         self._started = self._told = time.perf_counter()
+        self._phase, self._phase_began = "", 0.0
 
     def within(self, step: Step, phase: str, share: float | None) -> None:
         """Shows how far a long step is, as a share of 1; None where nobody can tell."""
-        line = f"{subject(step, self._recipe)}: {phase}" + ("" if share is None else f" {share:.0%}")
+        now = time.perf_counter()
+        if phase != self._phase:
+            self._phase, self._phase_began = phase, now
+        line = f"{subject(step, self._recipe)}: {phase}"
+        line += "" if share is None else f" {share:.0%}{left(now - self._phase_began, share)}"
         if self._bar:
             self._bar.update(self._task, description=line)
-        elif _shown() and time.perf_counter() - self._told >= BUILD_EVERY_S:
-            self._told = time.perf_counter()
-            click.echo(line, err=True)
+        elif _shown() and now - self._told >= BUILD_EVERY_S:
+            self._told = now
+            echo(line, err=True)
 
     def __call__(self, step: Step, what: str) -> None:
         name = subject(step, self._recipe)
         if what == "start":
             self._started = self._told = time.perf_counter()
+            self._phase = ""
+            log.debug("%s", name)
             if self._bar:
                 self._bar.update(self._task, description=name)
             return
@@ -69,10 +92,10 @@ class Steps:
         line = f"[{len(self.finished)}/{self._total}] {name} ... {what}{took}"
         if self._bar:
             self._bar.update(self._task, advance=1)
-            if what == "built":
-                self._bar.console.print(line, markup=False, highlight=False)
+            if what == "built" or log.isEnabledFor(logging.DEBUG):
+                echo(painted(line), err=True)
         elif _shown():
-            click.echo(line, err=True)
+            echo(painted(line), err=True)
 
 
 class Evaluations:
@@ -81,17 +104,20 @@ class Evaluations:
     def __init__(self, bar: Any) -> None:
         self._bar = bar
         self._task: Any = None
-        self._last = time.perf_counter()
+        self._began = self._last = time.perf_counter()
 
     def __call__(self, progress: Evaluation) -> None:
-        done = progress.index + 1
+        done, now = progress.index + 1, time.perf_counter()
+        if progress.index == 0:  # what came before it was no evaluation
+            self._began = now
+            self._task = self._bar.add_task("denoising", total=progress.total) if self._bar else None
+        # The first is where the clock starts, and not among those that it has timed.
+        eta = left(now - self._began, progress.index / (progress.total - 1)) if progress.total > 1 else ""
         if self._bar:
-            if self._task is None:
-                self._task = self._bar.add_task("denoising", total=progress.total)
-            self._bar.update(self._task, completed=done)
-        elif _shown() and time.perf_counter() - self._last >= PLAIN_EVERY_S:
-            self._last = time.perf_counter()
-            click.echo(f"[{done}/{progress.total}] denoising", err=True)
+            self._bar.update(self._task, completed=done, description=f"denoising{eta}")
+        elif _shown() and now - self._last >= PLAIN_EVERY_S:
+            self._last = now
+            echo(f"[{done}/{progress.total}] denoising{eta}", err=True)
 
 
 @contextmanager
@@ -110,15 +136,30 @@ def evaluations() -> Iterator[Evaluations]:
 
 @contextmanager
 def working(what: str) -> Iterator[Callable[[str], None]]:
-    """For work whose length nobody knows: gives what to call with each thing that it turns to. stdout as in `steps`."""
+    """For work whose length nobody knows: gives what to call with each thing that it turns to. stdout as in `steps`.
+
+    What says that it is "3 of 8" of its kind is told with the time that is left, from how long those before it took.
+    """
+    began: dict[str, tuple[float, int]] = {}  # text around the numbers -> when its first came, and which that was
+
+    def with_time(text: str) -> str:
+        match = COUNTED.search(text)
+        if match is None:
+            return text
+        now, number, total = time.perf_counter(), int(match[1]), int(match[2])
+        since, first = began.setdefault(COUNTED.sub("", text), (now, number))
+        return text + left(now - since, (number - first) / max(total - first + 1, 1))
+
     with redirect_stdout(sys.stderr), _bar() as bar:
         task = bar.add_task(what, total=None) if bar else None
 
         def say(text: str) -> None:
+            line = with_time(text)
             if bar:
-                bar.update(task, description=text)
+                bar.update(task, description=line)
+                log.debug("%s", line)
             elif _shown():
-                click.echo(f"{text} ...", err=True)
+                echo(f"{line} ...", err=True)
 
         say(what)
         yield say
@@ -141,14 +182,15 @@ def _bar() -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    console = Console(stderr=True)
     columns = (
         SpinnerColumn(),
         MofNCompleteColumn(),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=max(6, min(24, console.width // 10))),  # what is said beside it matters more
         TimeElapsedColumn(),
         TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         yield bar
 
 
@@ -156,12 +198,15 @@ class _Handler(logging.Handler):
     """Log records on whatever stderr is now: a progress bar puts its own in place while it is on the screen."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(self.format(record), err=True)
+        echo(painted(self.format(record)), err=True)
 
 
 class _Formatter(logging.Formatter):
+    """Of what -v shows also when it was, in seconds since the process began."""
+
     def format(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {super().format(record)}"
+        when = f"{record.relativeCreated / 1e3:.2f} s: " if record.levelno <= logging.DEBUG else ""
+        return f"{record.levelname.lower()}: {when}{super().format(record)}"
 
 
 def start_logging(level: int) -> None:

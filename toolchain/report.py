@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toolchain.errors import DiffbuildError
+from toolchain.terminal import lines, table
 
 if TYPE_CHECKING:
     from toolchain.artifacts import Artifact, GcReport, Store
@@ -44,13 +45,9 @@ def _finite(value: Any) -> Any:
     return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def lines(texts: Iterator[str] | Sequence[str]) -> None:
-    click.echo("\n".join(texts))
-
-
 def failure(error: DiffbuildError, as_json: bool) -> None:
     """An error on stderr, and as a document on stdout where a program reads it."""
-    click.echo(f"error: {error}", err=True)
+    lines(f"error: {error}".splitlines(), err=True)
     if as_json:
         document({"error": _parts(error)})
 
@@ -66,14 +63,6 @@ def megabytes(size: int) -> str:
         if size >= one:
             return f"{size / one:.1f} {unit}"
     return f"{size} B"
-
-
-def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> Iterator[str]:
-    """Rows in columns as wide as their widest entry; the last column is left as it is."""
-    widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
-    for row in rows:
-        padded = [text.ljust(width) for text, width in zip(row, widths, strict=False)]
-        yield (indent + "  ".join([*padded, row[-1]])).rstrip()
 
 
 def subject(step: Step, recipe: str) -> str:
@@ -180,12 +169,13 @@ def memory_lines(engines: Sequence[EngineMemory]) -> Iterator[str]:
     """A table of what each engine takes."""
     if not engines:
         return
-    rows = [["", "weights", "session", "buffers", "activations", "arena", "together"]]
+    head = ["", "weights", "session", "buffers", "activations", "arena", "together"]
+    rows = []
     for e in engines:
         told = "unknown" if e.activations is None else megabytes(e.activations)
         sizes = [megabytes(size) for size in (e.weights, e.session, e.buffers)]
         rows.append([e.name + ("" if e.built else ", exported"), *sizes, told, megabytes(e.arena), megabytes(e.total)])
-    yield from table(rows)
+    yield from table(rows, head=head)
 
 
 def forecast_lines(found: Forecast) -> Iterator[str]:
@@ -315,7 +305,7 @@ def cache_lines(store: Path, artifacts: Sequence[Artifact]) -> Iterator[str]:
     for artifact in artifacts:
         used = _age(now - (artifact.path / "manifest.json").stat().st_mtime)
         rows.append([artifact.stage, artifact.subject, megabytes(_size(artifact)), used, artifact.key[:12]])
-    yield from table([["stage", "subject", "size", "used", "key"], *rows], indent="")
+    yield from table(rows, head=["stage", "subject", "size", "used", "key"], indent="")
     yield f"{store}: {len(artifacts)} artifacts, {megabytes(sum(_size(a) for a in artifacts))}"
 
 

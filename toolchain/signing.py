@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from toolchain.provenance import built_here
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+log = logging.getLogger("toolchain")
 
 FORMAT = 1
 TRUST = "DIFFBUILD_TRUST"
@@ -135,6 +138,7 @@ def admit(bundle: Bundle, *, verify: bool = True, trust: str | Path | None = Non
             got="verify=False or --no-verify",
         )
     if verify:
+        log.debug("comparing %d files of %s with their digests", len(bundle.files), bundle.path)
         bundle.verify()
     elif bundle.backend in MACHINE_CODE:
         bundle.verify_engines()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.files import write_atomic
+from toolchain.terminal import table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -224,11 +225,12 @@ class CheckReport:
         if self.changes:
             lines.append(f"the reference is the pipeline as diffusers loads it, but {'; '.join(self.changes)}")
         lines += [f"warning: {warning}" for warning in self.warnings]
-        rows: list[tuple[str, ...]] = [("component", "bucket", "output", "inputs", "worst", "")]
+        rows: list[tuple[str, ...]] = []
         for key, group in self.grouped().items():
             numbers = _numbers(worst(group), {}, ())
             rows.append((*key, str(len(group)), numbers, "passed" if all(e.passed for e in group) else "FAILED"))
-        lines += _table(rows)
+        head = ("component", "bucket", "output", "inputs", "worst", "")
+        lines += table(rows, head=head, indent="") if rows else []
         for name, label in (("psnr_db", "PSNR dB"), ("ssim", "SSIM")):
             spread = self._summary(name)
             if spread["min"] is not None:
@@ -292,8 +294,3 @@ def show(value: float | str) -> str:
 
 def _json(value: float) -> float | str:
     return value if math.isfinite(value) else str(float(value))
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,8 @@ from toolchain.runtime.text import Conditions, TextEncoders, place
 from toolchain.sampler.schedulers import parse, steps_of
 from toolchain.sampler.table import MAX_EVALUATIONS, SamplerTable, table_name
 from toolchain.signing import open_bundle
+
+log = logging.getLogger("toolchain")
 
 CACHED_TABLES = 64
 
@@ -251,6 +254,7 @@ class Pipeline:
             def opened(name: str) -> Engine:
                 return open_engine(self.bundle, self._backend, name, bucket, self._memory)
 
+            log.debug("opening the engines of %s", bucket)
             with_encoder = "vae_encoder" in self.bundle.engines
             self._buckets[bucket] = BucketEngines(self._memory, opened, with_encoder=with_encoder)
         self._buckets.move_to_end(bucket)
@@ -282,15 +286,18 @@ class Pipeline:
         memory = self._memory
         before = self._texts.tokenize_ms, self._texts.launches
         marks = [memory.mark()]
+        log.debug("text encoders: %d pictures", len(chosen))
         place(memory, engines.inputs, *self._conditions(request, chosen))
         marks.append(memory.mark())
         generators = [Generator(request.seeds[i]) for i in chosen]
         upload(engines, table, request, chosen, generators)
         marks.append(memory.mark())
+        log.debug("denoising: %d evaluations of %s", table.evaluations, request.scheduler)
         done, evaluated = self._denoise(engines, table, generators, callback, timings)
         marks.append(evaluated[-1])
         latents = engines.states[done % 2][0]
         if decode:
+            log.debug("decoding")
             engines.decoders[done % 2]()
         marks.append(memory.mark())
         found = memory.read(latents, *([engines.pixels] if decode else []))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.files import write_atomic
-from toolchain.report import table
+from toolchain.terminal import table
 from toolchain.trace.operators import Launch, most_expensive
 
 TRACKS = {"pipeline": "pipeline", "host": "host: launches and tokenizers", "operators": "ONNX Runtime operators"}
@@ -99,9 +99,10 @@ class Trace:
         for name, costs in found["operators"].items():
             yield ""
             yield f"the most expensive operators of {name}:"
-            head = [["operator", "type", "calls", "total", "share"]]
+            head = ["operator", "type", "calls", "total", "share"]
             listed = [[c["name"], c["kind"], str(c["calls"]), f"{c['total_ms']:.2f} ms"] for c in costs]
-            yield from table(head + [[*row, f"{c['share']:.1%}"] for row, c in zip(listed, costs, strict=True)])
+            rows = [[*row, f"{c['share']:.1%}"] for row, c in zip(listed, costs, strict=True)]
+            yield from table(rows, head=head)
         if self.nvtx:
             yield self.nvtx
 

@@ -1,0 +1,113 @@
+"""Text for people: colours where a terminal shows them, lines and tables as wide as it is.
+
+What is piped or written to a file has neither colours nor line breaks of ours: programs find one record per line there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import click
+
+GOOD, BAD, DOUBTFUL, TODO = {"fg": "green"}, {"fg": "red", "bold": True}, {"fg": "yellow"}, {"fg": "cyan"}
+STYLES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("hit", "built", "passed", "works", "yes"), GOOD),
+    **dict.fromkeys(("error", "failed", "FAILED", "damaged", "cannot run", "no"), BAD),
+    **dict.fromkeys(("warning", "miss", "builds here"), DOUBTFUL),
+    **dict.fromkeys(("hint", "next"), TODO),
+}
+"""Words that begin a line or a cell of a table, and are followed by a colon, a comma or the cell's end; or say
+what became of a step, and how long that took."""
+PAINTED = re.compile(rf"(?m)(^\s*|\s\s|\.\.\. )({'|'.join(STYLES)})(?=[:,]|\s\s|$|\s[\d.]+\ss$)")
+COMMANDS = re.compile(r"\s*(next|hint): ")
+"""Lines to copy from, which stay whole."""
+UNBROKEN = "\N{NO-BREAK SPACE}"
+NARROWEST = 24
+"""Characters: a column of running text that is narrower stands below its row."""
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Prints; the colours are left out where nobody sees them, and where NO_COLOR or TERM=dumb asks for that."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    click.echo(text, err=err, color=False if plain else None)
+
+
+def width(*, err: bool = False) -> int | None:
+    """Columns of the terminal, or $COLUMNS; None for a file or a pipe."""
+    told = os.environ.get("COLUMNS", "")
+    if not (told.isdecimal() or (sys.stderr if err else sys.stdout).isatty()):
+        return None
+    return max(shutil.get_terminal_size().columns, 40)
+
+
+def lines(texts: Iterator[str] | Sequence[str], *, err: bool = False) -> None:
+    """Prints lines, each as wide as the terminal at most, but for longer words and for commands."""
+    columns = width(err=err)
+    echo("\n".join(painted(fitted(text, columns)) for text in texts), err=err)
+
+
+def fitted(line: str, columns: int | None) -> str:
+    """A line broken between words, what follows set in by two more than it is."""
+    if columns is None or len(line) <= columns or COMMANDS.match(line):
+        return line
+    indent = line[: len(line) - len(line.lstrip())]
+    return "\n".join(_wrapped(line.strip(), columns, indent, f"{indent}  "))
+
+
+def table(
+    rows: Sequence[Sequence[str]], *, head: Sequence[str] | None = None, indent: str = "  ", columns: int | None = None
+) -> Iterator[str]:
+    """Rows in columns as wide as their widest entry; the last column is running text.
+
+    Where a terminal is too narrow the last column is broken between words, or each row becomes a paragraph: its first
+    entry, and the others with their heads.
+    """
+    columns = columns or width()
+    every = [*([head] if head else []), *rows]
+    widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in every), strict=True)]
+    left = len(indent) + sum(widths) + 2 * len(widths)
+    words = [len(word) for row in every for word in row[-1].split()]
+    if columns is None or left + max((len(row[-1]) for row in every), default=0) <= columns:
+        room: int | None = None
+    elif columns - left >= max(NARROWEST, *words):
+        room = columns - left
+    else:
+        for row in rows:
+            yield from _paragraph(row, head, indent, columns)
+        return
+    for row in every:
+        first, *more = [row[-1]] if room is None else _wrapped(row[-1], room) or [""]
+        padded = [text.ljust(size) for text, size in zip(row, widths, strict=False)]
+        yield (indent + "  ".join([*padded, first])).rstrip()
+        yield from (" " * left + text for text in more)
+
+
+def _paragraph(row: Sequence[str], head: Sequence[str] | None, indent: str, columns: int) -> Iterator[str]:
+    if head is None:
+        first, rest = row[:-1], row[-1:]
+    else:
+        # A verdict has no head: it stands beside what it is about.
+        first = [row[0], *(cell for cell, name in zip(row[1:], head[1:], strict=True) if not name)]
+        rest = [f"{name} {cell}" for cell, name in zip(row[1:], head[1:], strict=True) if name and cell]
+    if any(first):
+        yield (indent + "  ".join(first)).rstrip()
+    below = f"{indent}    "
+    whole = [part if len(part) > NARROWEST else part.replace(" ", UNBROKEN) for part in rest]
+    yield from (line.replace(UNBROKEN, " ") for line in _wrapped(", ".join(whole), columns, below, below))
+
+
+def _wrapped(text: str, columns: int, first: str = "", others: str = "") -> list[str]:
+    return textwrap.wrap(
+        text, columns, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def painted(text: str) -> str:
+    """With the colours of what stands out: verdicts, hits and misses, errors."""
+    return PAINTED.sub(lambda match: match[1] + click.style(match[2], **STYLES[match[2]]), text)
