@@ -7,7 +7,7 @@ Reference modules are loaded one at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ from toolchain.bundle import ANY, Bundle
 from toolchain.check.measure import Arrays, Feed, call, compare_engine
 from toolchain.check.reference import reference_module
 from toolchain.check.report import Entry
+from toolchain.check.rounding import RoundedComponent
 from toolchain.engines import backend_of
 from toolchain.engines.memory import HostMemory
 from toolchain.models import Component, Family, ModelSource
@@ -65,6 +66,7 @@ class _Comparison:
         self.prompts = bundle.recipe.check.prompts
         self.guided = bundle.recipe.classifier_free_guidance
         self.entries: list[Entry] = []
+        self.rounded: RoundedComponent | None = None
 
     def text_encoders(self, texts: Sequence[str]) -> dict[str, Conditions]:
         """What the reference makes of each text, by the text."""
@@ -129,9 +131,16 @@ class _Comparison:
             for bucket in self.bundle.buckets:
                 self._compare(component, bucket, module, feeds[bucket])
 
-    def _reference(self, component: Component) -> AbstractContextManager[nn.Module]:
+    @contextmanager
+    def _reference(self, component: Component) -> Iterator[nn.Module]:
+        """The reference, and beside it, where the recipe computes in a smaller type, the component in that."""
         self.progress(f"{component.name}: loading the reference")
-        return reference_module(component, self.source, self.bundle.recipe)
+        recipe = self.bundle.recipe
+        with reference_module(component, self.source, recipe) as module:
+            if recipe.component(component.name).dtype != "float32":
+                self.rounded = RoundedComponent(component, self.source, recipe, module)
+            yield module
+        self.rounded = None
 
     def _compare(
         self, component: Component, bucket: Bucket | None, module: nn.Module, feeds: list[Feed]
@@ -140,17 +149,22 @@ class _Comparison:
         label = ANY if bucket is None else str(bucket)
         some = bucket or self.bundle.buckets[0]
         self.progress(f"{component.name} {label}: comparing {len(feeds)} inputs")
+        spec = self.bundle.engine(component.name, some).spec
+        tolerance = self.bundle.recipe.check.tolerance(component.name)
         entries, outputs = compare_engine(
             component.name,
             label,
-            self.bundle.engine(component.name, some).spec,
+            spec,
             module,
             lambda: open_memory(self.bundle, backend_of(self.bundle.backend), 1),
             lambda memory: open_engine(self.bundle, backend_of(self.bundle.backend), component.name, some, memory),
             feeds,
-            self.bundle.recipe.check.tolerance(component.name),
+            tolerance,
         )
         self.entries += entries
+        if self.rounded is not None:
+            self.progress(f"{component.name} {label}: every value rounded to {self.rounded.dtype}")
+            self.entries += self.rounded.compare(label, spec, feeds, outputs, tolerance)
         return outputs
 
     def _start(

@@ -53,6 +53,7 @@ class Entry:
     input   what it was given, such as "prompt 1, evaluation 10 of 20"
     failed  the metrics that miss their limit, and "finite" where the engine's output holds NaN or infinity
     evaluation  which one of a trajectory, counted from 1; None for what is not a denoiser's
+    note    what to do where it failed, in the words of a recipe, or why; "" where nothing is known
     """
 
     component: str
@@ -63,6 +64,7 @@ class Entry:
     limits: Metrics
     failed: tuple[str, ...]
     evaluation: int | None = None
+    note: str = ""
 
     @property
     def passed(self) -> bool:
@@ -81,7 +83,8 @@ class Entry:
 
     def numbers(self) -> str:
         """What was measured and, where it failed, what was needed."""
-        return _numbers(self.metrics.named(), self.limits.named(), self.failed)
+        numbers = _numbers(self.metrics.named(), self.limits.named(), self.failed)
+        return f"{numbers}; {self.note}" if self.note else numbers
 
     def to_json(self) -> dict[str, Any]:
         metrics, limits = ({k: _json(v) for k, v in m.named().items()} for m in (self.metrics, self.limits))
