@@ -66,7 +66,7 @@ def _wrap(transformer: nn.Module, source: ModelSource, recipe: Recipe, dtype: st
 
 def embeds_guidance(source: ModelSource) -> bool:
     """Whether the network was distilled with its guidance as an input: dev, not schnell."""
-    return source.config("transformer").get("guidance_embeds") is True
+    return bool(source.config("transformer").get("guidance_embeds"))
 
 
 def check(source: ModelSource, recipe: Recipe) -> None:

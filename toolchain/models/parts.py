@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", GENERIC)
 T5_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", GENERIC)
-# Named, because a config can name one too: a kernel that transformers would fetch from the hub and run.
-ATTENTION = "sdpa"
+# A config's own attention may be a kernel that transformers would fetch from the hub and run; its other settings of
+# these names choose what a call gives beside the tensors that are used.
+OWN_OPTIONS = {"attn_implementation": "sdpa", "output_attentions": False, "return_dict": True}
 CLIP_LENGTH = 77
 VAE_SCALE = 0.18215
 # Where T5 exceeds float16 first: https://github.com/huggingface/transformers/issues/5651
@@ -120,7 +121,7 @@ def clip_text_encoder(
         # The model with projection builds its inner model in the config's dtype, whatever the default is.
         own_keys = ("dtype", "torch_dtype", "attn_implementation", "_attn_implementation")
         given = {key: value for key, value in source.config(folder).items() if key not in own_keys}
-        config = transformers.CLIPTextConfig(**given | {"attn_implementation": ATTENTION, "dtype": own.dtype})
+        config = transformers.CLIPTextConfig(**given | OWN_OPTIONS | {"dtype": own.dtype})
         return wrap(construct(lambda: getattr(transformers, cls)(config), own.dtype, own.keep_float32, folder))
 
     def reference(source: ModelSource, recipe: Recipe) -> nn.Module:
@@ -166,8 +167,7 @@ def load_text_encoder(source: ModelSource, folder: str, cls: str) -> nn.Module:
     """A transformers model with the checkpoint's weights in float32."""
     import transformers
 
-    attention = {} if cls.startswith("T5") else {"attn_implementation": ATTENTION}
-    return _load(getattr(transformers, cls), source, folder, **attention)
+    return _load(getattr(transformers, cls), source, folder, **({} if cls.startswith("T5") else OWN_OPTIONS))
 
 
 def load_network(source: ModelSource, folder: str, cls: str) -> nn.Module:
@@ -177,7 +177,7 @@ def load_network(source: ModelSource, folder: str, cls: str) -> nn.Module:
     return _load(getattr(diffusers, cls), source, folder)
 
 
-def _load(cls: Any, source: ModelSource, folder: str, **options: str) -> nn.Module:
+def _load(cls: Any, source: ModelSource, folder: str, **options: Any) -> nn.Module:
     import torch
 
     variant = source.variant(folder)

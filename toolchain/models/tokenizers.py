@@ -125,4 +125,7 @@ def _plain(tokenizer: Any) -> str:
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     plain.no_truncation()
     plain.no_padding()
-    return str(plain.to_str())
+    data = json.loads(plain.to_str())
+    if tokenizer.split_special_tokens:  # prompts hold none: what looks like one is text
+        data["added_tokens"] = [token for token in data["added_tokens"] if not token["special"]]
+    return json.dumps(data, ensure_ascii=False)
