@@ -60,7 +60,7 @@ def test_a_wheel_holds_the_recipes(tmp_path: Path) -> None:
     command = ["-c", "import setuptools; setuptools.setup()", "-q", "build_py", "--build-lib", str(built)]
     subprocess.run([sys.executable, *command], cwd=source, check=True, capture_output=True)
     assert sorted(path.stem for path in (built / "toolchain" / "recipes").iterdir()) == NAMES
-    assert (built / "toolchain" / "py.typed").exists()
+    assert all((built / name / "py.typed").exists() for name in ("diffbuild", "toolchain"))
     shutil.rmtree(source)
     script = "from toolchain.cli import main; main()"
     done = subprocess.run(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.errors import RequestError, UsageError
+from toolchain.errors import UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,7 +31,7 @@ def draw(pipe: Pipeline, request: Mapping[str, Any], shown: Callback) -> Drawn:
     """Calls the pipeline with the options of `generate`, by their names there. Raises RequestError."""
     wanted = {k: v for k, v in request.items() if v is not None and k not in ("prompts", "image")}
     if request.get("image"):
-        wanted["image"] = [read_image(path) for path in request["image"]]
+        wanted["image"] = list(request["image"])
     result = pipe(list(request["prompts"]), callback=shown, **wanted)
     ran = result.request
     common = {"steps": ran.steps, "scheduler": ran.scheduler, "guidance": ran.guidance}
@@ -41,20 +41,6 @@ def draw(pipe: Pipeline, request: Mapping[str, Any], shown: Callback) -> Drawn:
     common |= {"true_cfg": ran.true_cfg} if ran.true_cfg > 1 else {}
     own = zip(ran.prompts, ran.negatives or [""] * len(ran.prompts), ran.seeds, strict=True)
     return Drawn(result, [{"prompt": p, "negative_prompt": n, "seed": seed, **common} for p, n, seed in own])
-
-
-def read_image(path: Path) -> Image.Image:
-    """An image file as RGB, as `diffusers.utils.load_image` reads it. Raises UsageError."""
-    from PIL import Image
-
-    from toolchain.runtime.request import to_rgb
-
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except Exception as error:  # as in `to_rgb`, and whatever the disk says
-        got = error.got if isinstance(error, RequestError) else error
-        raise UsageError("the image cannot be read", where=path, expected="a PNG, JPEG or WebP file", got=got) from None
 
 
 def save(drawn: Drawn, output: Path | None) -> list[dict[str, Any]]:

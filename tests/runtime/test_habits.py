@@ -104,7 +104,7 @@ def test_every_argument_of_diffusers_is_taken_or_answered() -> None:
         for kind in ("", "Img2Img"):
             call = inspect.signature(getattr(diffusers, f"{family}{kind}Pipeline").__call__)
             names = {name for name in call.parameters if not name.endswith("_embeds")}
-            assert names - known - {"self", "kwargs", "timesteps", "sigmas"} == set()
+            assert names - known - {"self", "kwargs"} == set()
             for name in names & DEFAULTS.keys():
                 default = call.parameters[name].default
                 if name != "max_sequence_length":

@@ -18,8 +18,7 @@ import toolchain
 from tests.parity import random_images
 from toolchain.cli import cli
 from toolchain.errors import RequestError, UsageError
-from toolchain.pictures import read_image
-from toolchain.runtime.request import check_images
+from toolchain.runtime.request import check_images, read_image
 
 HEIGHT, WIDTH = 20, 30
 ORIENTATION = 0x0112
@@ -93,7 +92,8 @@ def both_ways(path: Path) -> list[np.ndarray]:
     """The pixels as the command line and as Python get them."""
     with Image.open(path) as opened:
         (given,) = check_images(opened, 1)
-    return [np.asarray(read_image(path)), np.asarray(given)]
+    (named,) = check_images(str(path), 1)
+    return [np.asarray(named), np.asarray(given)]
 
 
 @pytest.mark.parametrize("name", FILES)

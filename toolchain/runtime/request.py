@@ -10,6 +10,7 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -24,7 +25,7 @@ from toolchain.sampler.table import LONGEST
 
 Size = tuple[int, int]
 Texts = str | Sequence[str]
-Picture = Image.Image | NDArray[np.uint8]
+Picture = Image.Image | NDArray[np.uint8] | str | Path
 
 log = logging.getLogger("toolchain")
 STRENGTH = 0.6  # where neither the request nor the recipe says
@@ -298,11 +299,14 @@ def check_images(image: Picture | Sequence[Picture], count: int) -> list[Image.I
     given: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
     images = []
     for one in given:
+        if isinstance(one, str | Path):
+            images.append(read_image(Path(one)))
+            continue
         pixels = isinstance(one, np.ndarray) and one.dtype == np.uint8 and one.ndim == 3 and one.shape[2] == 3
         if not pixels and not isinstance(one, Image.Image):
             raise RequestError(
                 "image is not an image",
-                expected="a PIL image or a uint8 array [H, W, 3], or a list of them",
+                expected="a PIL image, its file or a uint8 array [H, W, 3], or a list of them",
                 got=f"{type(one).__name__} {getattr(one, 'dtype', '')} {getattr(one, 'shape', '')}".strip(),
             )
         images.append(Image.fromarray(one) if isinstance(one, np.ndarray) else to_rgb(one))
@@ -310,6 +314,17 @@ def check_images(image: Picture | Sequence[Picture], count: int) -> list[Image.I
         expected = f"{count}, or a number that divides it"
         raise RequestError("as many images as prompts are needed", expected=expected, got=len(images))
     return images
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file as RGB, as `diffusers.utils.load_image` reads it. Raises RequestError."""
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except Exception as error:  # as in `to_rgb`, and whatever the disk says
+        got = error.got if isinstance(error, RequestError) else error
+        expected = "a PNG, JPEG or WebP file"
+        raise RequestError("the image cannot be read", where=path, expected=expected, got=got) from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
