@@ -48,6 +48,7 @@ def report() -> BenchReport:
         likeness_db={"diffusers": 89.25},
         sweeps={"steps": [{"steps": "5", "total_ms": 5.0, "images": 1}, {"steps": "10", "total_ms": 9.0, "images": 1}]},
         forecast_mb=330.0,
+        pictures={name: np.full((64, 96, 3), 200, np.uint8) for name in ("diffbuild", "diffusers")},
     )
 
 
@@ -68,10 +69,11 @@ def test_the_page_needs_nothing_and_escapes_everything(report: BenchReport) -> N
     assert "<script" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "a &lt;processor&gt;" in html
-    assert not re.search(r"https?://|src=|@import|url\(", html)
+    assert not re.search(r'https?://|src="(?!data:image/png;base64,)|@import|url\(', html)
     assert "<b>3.00 times</b>" in html
     assert "PSNR 89.2 dB" in html
-    assert html.count("<svg") == 3  # stages, cold start, one sweep
+    assert html.count('class="bars"') == 4  # stages, memory, cold start, one sweep
+    assert html.count("<img") == html.count("<figcaption") == 2
 
 
 def test_the_terminal_says_the_same(report: BenchReport) -> None:
@@ -79,6 +81,7 @@ def test_the_terminal_says_the_same(report: BenchReport) -> None:
     assert "diffusers takes 3.00 times as long" in text
     assert "137.93 images/s" in text
     assert json.dumps(report.to_json())
+    assert "pictures" not in report.to_json()
 
 
 def test_memory_is_held_against_its_forecast(report: BenchReport) -> None:
@@ -91,6 +94,17 @@ def test_memory_is_held_against_its_forecast(report: BenchReport) -> None:
     nothing = replace(report, forecast_mb=None)
     assert "memory:" not in "\n".join(nothing.lines())
     assert "Memory:" not in page(nothing)
+
+
+def test_the_page_shows_memory_by_what_took_it(report: BenchReport) -> None:
+    """400 MB of ours, of which 300 came with the engines; the others tell no peak here."""
+    html = page(report)
+    assert "diffbuild: 400 MB" in html
+    assert 'title="process 100.0 MB" style="background:#888;width:25.00%"' in html
+    assert 'title="engines 300.0 MB" style="background:#2b6cb0;width:75.00%"' in html
+    ours = replace(report.contenders["diffbuild"], gpu_mb=220.0)
+    assert "diffbuild on the GPU: 220 MB" in page(replace(report, contenders={"diffbuild": ours}, ratios={}))
+    assert "Resident" not in page(replace(report, contenders={"diffbuild": WITHOUT}, ratios={}))
 
 
 def test_on_a_gpu_its_memory_counts(report: BenchReport) -> None:
@@ -139,7 +153,9 @@ def test_a_run_against_diffusers(tiny_bundle: Path, tiny_model: Path, tmp_path: 
     assert data["forecast_mb"] > 0
     assert len(data["ratios"]["diffusers"]["rounds"]) == 2
     assert [point["batch"] for point in data["sweeps"]["batch"]] == ["1"]
-    assert "<!doctype html>" in (tmp_path / "bench.html").read_text()
+    html = (tmp_path / "bench.html").read_text()
+    assert "<!doctype html>" in html
+    assert html.count("<img") == 2
 
 
 def test_a_run_against_openvino(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-VOID = ("img", "link", "meta")
+VOID = ("img", "input", "link", "meta")
 
 
 class Html(str):

@@ -42,7 +42,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("img", "link", "meta"):
+        if tag not in ("img", "input", "link", "meta"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:

@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from tests.check.page_samples import bundle, failing, passing
+from toolchain.bench.page import page
+from toolchain.bench.report import BenchReport, Result, Spread
 from toolchain.check.page import POLICY, render
 from toolchain.check.report import CheckReport
 
@@ -109,6 +111,72 @@ def test_the_page_is_as_wide_as_the_screen(browser: Browser, width: int) -> None
     assert match
     assert (int(match[1]), int(match[2])) == (width, width)
     assert (int(match[3]) > 0) == (width == PHONE[0])
+
+
+def bench_page() -> str:
+    """Every contender, with times of the longest kind."""
+
+    def times(ms: float) -> Spread:
+        return Spread(ms, ms * 0.9, ms * 1.1)
+
+    names = ("diffbuild", "diffusers", "compile", "openvino")
+    stages = {stage: times(11852.3) for stage in ("tokenize_ms", "text_ms", "denoise_ms", "decode_ms", "overhead_ms")}
+    result = Result({"process_ms": 50.0, "imports_ms": 2e4}, stages, times(61234.5), 48123.0, {}, 2180.0, 4100.0)
+    work = {"prompt": "a red circle", "batch": 1, "size": "1024x1024", "steps": 50, "scheduler": "model"}
+    return page(
+        BenchReport(
+            bundle="bundle",
+            recipe="sdxl-fp16-tensorrt",
+            workload={**work, "guidance": 5.0},
+            repeats=5,
+            machine={"cpu": "AMD EPYC 9354 32-Core Processor", "cpu_features": "x86_64-avx512", "cores": 32},
+            versions={"diffusers": "0.42.1"},
+            contenders=dict.fromkeys(names, result),
+            ratios={name: [1.5] for name in names[1:]},
+            likeness_db=dict.fromkeys(names[1:], 89.25),
+            sweeps={"steps": [{"steps": str(n), "total_ms": 1e3 * n, "images": 1} for n in (5, 10, 20, 40)]},
+            pictures=dict.fromkeys(names, np.full((64, 96, 3), 200, np.uint8)),
+        )
+    )
+
+
+def test_nothing_of_a_benchmark_is_cut(browser: Browser) -> None:
+    """Neither the page nor its table is wider than the screen, on a phone and on a desktop."""
+    frames = "".join(
+        f'<iframe width="{width}" height="900" style="border: 0" srcdoc="{escape(bench_page())}"></iframe>'
+        for width in (PHONE[0], DESKTOP[0])
+    )
+    script = """<script>onload = () => {
+        const of = f => { const d = f.contentDocument, root = d.documentElement;
+            const smallest = Math.min(...[...d.querySelectorAll('td, td span, p, div')].map(
+                e => parseFloat(f.contentWindow.getComputedStyle(e).fontSize)));
+            return [root.scrollWidth - root.clientWidth, ...[...d.querySelectorAll('.scroll')].map(
+                b => b.scrollWidth - b.clientWidth), smallest, d.images[0].naturalWidth]; };
+        document.title = 'measured ' + [...document.querySelectorAll('iframe')].map(of).join(';');
+    }</script>"""
+    dom, console, requests = browser.open(f"<!doctype html>{frames}{script}")
+    match = re.search(r"<title>measured ([^<]*)</title>", dom)
+    assert match
+    for found in match[1].split(";"):
+        page_over, table_over, smallest_px, picture = map(float, found.split(","))
+        assert (page_over, table_over, picture) == (0, 0, 96)
+        assert smallest_px >= 11
+    assert (console, requests) == ([], [])
+
+
+def test_a_click_enlarges_a_picture_and_another_one_ends_that(browser: Browser) -> None:
+    frame = f"""<!doctype html><iframe id="f" width="{PHONE[0]}" height="900" style="border: 0"
+        srcdoc="{escape(render(failing(), bundle()))}"></iframe><script>f.onload = () => {{
+            const image = f.contentDocument.images[1], widths = [image.clientWidth];
+            for (let i = 0; i < 2; i++) {{ image.click(); widths.push(image.clientWidth + 'x' + image.clientHeight); }}
+            document.title = ['clicked', ...widths].join(' ');
+        }}</script>"""
+    dom, _, _ = browser.open(frame)
+    match = re.search(r"<title>clicked (\d+) (\d+)x(\d+) (\d+)x\d+</title>", dom)
+    assert match
+    small, width, height, again = map(int, match.groups())
+    assert small < PHONE[0] / 3
+    assert (width, height, again) == (PHONE[0], 900, small)
 
 
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])

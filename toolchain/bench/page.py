@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from toolchain.bench.report import BenchReport, Result, Spread, alike, spread
+from toolchain.check.page import POLICY, figure
+from toolchain.check.style import STYLE
 from toolchain.markup import Html, element, join, table
 
 COLOURS = {
@@ -21,18 +23,25 @@ COLOURS = {
     "denoise_ms": "#2b6cb0",
     "decode_ms": "#2f855a",
     "overhead_ms": "#c53030",
+    "total_ms": "#2b6cb0",
+    "engines": "#2b6cb0",
+    "on the GPU": "#2f855a",
 }
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; width: 100%; } th, td { padding: .3rem .5rem; text-align: left;
-  border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; white-space: nowrap; }
-.scroll { overflow-x: auto; } svg { width: 100%; height: auto; display: block; }
-svg text { font: 13px system-ui, sans-serif; fill: currentColor; }
-.key { display: inline-block; margin-right: 1rem; white-space: nowrap; }
-.key i { display: inline-block; width: .8em; height: .8em; margin-right: .3em; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+BARS = """
+.bar { display: flex; height: 1.4rem; margin: .1rem 0 .6rem; }
+.bar i { display: block; min-width: 0; }
+.keys { font-size: .875rem; }
+.keys span { display: inline-block; margin-right: 1rem; }
+.keys i { display: inline-block; width: .8em; height: .8em; margin-right: .3em; }
+.pictures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 9rem), 1fr)); gap: .75rem; }
+table { overflow-wrap: normal; }
+th, td { white-space: normal; vertical-align: top; font-variant-numeric: tabular-nums; }
+td span { color: var(--faint); }
+td span, td:first-child { white-space: nowrap; }
+@media (max-width: 43.99rem) {
+  td span { display: block; font-size: .6875rem; white-space: normal; }
+  th, td { padding-right: .4rem; font-size: .75rem; }
+}
 """
 
 
@@ -43,9 +52,11 @@ def page(report: BenchReport) -> str:
     head = element(
         "head",
         element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width"),
+        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("link", rel="icon", href="data:,"),
         element("title", title),
-        element("style", Html(STYLE)),
+        element("style", Html(STYLE + BARS)),
     )
     about = (
         f"“{work['prompt']}”, {work['scheduler']}, guidance {work['guidance']}; medians of {report.repeats} rounds in "
@@ -56,12 +67,13 @@ def page(report: BenchReport) -> str:
         element("h1", title),
         element("p", about),
         _verdicts(report),
+        _pictures(report),
         element("h2", "A call by stage"),
-        _bars({name: {k: s.median for k, s in r.stages.items()} for name, r in report.contenders.items()}),
+        _bars({name: {k: s.median for k, s in r.stages.items()} for name, r in report.contenders.items()}, "ms"),
         _stages(report.contenders, int(work["batch"])),
-        *([element("p", f"Memory: {report.memory}.")] if report.memory else []),
+        _memory(report),
         element("h2", "Cold start: from the process to the first picture"),
-        _bars({name: r.start for name, r in report.contenders.items()}),
+        _bars({name: r.start for name, r in report.contenders.items()}, "ms"),
         *(_sweep(kind, points) for kind, points in report.sweeps.items()),
         element("h2", "Machine"),
         element("pre", f"{_plain(report.machine)}\n{_plain(report.versions)}"),
@@ -79,64 +91,74 @@ def _verdicts(report: BenchReport) -> Html:
     return element("ul", *lines) if lines else Html()
 
 
-def _bars(rows: Mapping[str, Mapping[str, float]]) -> Html:
-    """Stacked bars on one scale, with the numbers written beside them."""
+def _pictures(report: BenchReport) -> Html:
+    """The first of each contender: that of another prompt or of noise alone is seen, whatever it took."""
+    if not report.pictures:
+        return Html()
+    figures = [figure(pixels, name) for name, pixels in report.pictures.items()]
+    note = element("p", "The first picture of each. A click enlarges it.", class_="note")
+    return join(element("h2", "Pictures"), note, element("div", *figures, class_="pictures"))
+
+
+def _bars(rows: Mapping[str, Mapping[str, float]], unit: str) -> Html:
+    """Stacked bars on one scale under their names and sums; text is the page's own, and keeps its size on a phone."""
     longest = max(sum(row.values()) for row in rows.values()) or 1.0
-    shapes, y = [], 0
+    drawn = []
     for name, row in rows.items():
-        shapes.append(element("text", f"{name}: {sum(row.values()):.0f} ms", x=0, y=y + 16))
-        x = 0.0
-        for stage, ms in row.items():
-            width = max(ms / longest * 800, 0)
-            label = element("title", f"{_name(stage)} {ms:.1f} ms")
-            shapes.append(
-                element("rect", label, x=f"{x:.1f}", y=y + 22, width=f"{width:.1f}", height=22, fill=_colour(stage))
-            )
-            x += width
-        y += 60
-    stages = dict.fromkeys(stage for row in rows.values() for stage in row)
-    keys = [element("span", element("i", style=f"background:{_colour(s)}"), _name(s), class_="key") for s in stages]
-    return join(element("svg", *shapes, viewBox=f"0 0 800 {y}", role="img"), element("p", *keys))
+        parts = [
+            element("i", title=f"{_name(part)} {value:.1f} {unit}", style=_block(part, max(value / longest * 100, 0)))
+            for part, value in row.items()
+        ]
+        drawn += [element("div", f"{name}: {sum(row.values()):.0f} {unit}"), element("div", *parts, class_="bar")]
+    parts_of_all = dict.fromkeys(part for row in rows.values() for part in row)
+    keys = [element("span", element("i", style=_block(part)), _name(part)) for part in parts_of_all]
+    return element("div", *drawn, *([element("p", *keys, class_="keys")] if len(keys) > 1 else []), class_="bars")
 
 
-def _colour(stage: str) -> str:
-    return COLOURS.get(stage, "#888")
+def _block(part: str, percent: float | None = None) -> str:
+    width = "" if percent is None else f";width:{percent:.2f}%"
+    return f"background:{COLOURS.get(part, '#888')}{width}"
 
 
 def _stages(contenders: Mapping[str, Result], images: int) -> Html:
-    stages = dict.fromkeys(stage for result in contenders.values() for stage in result.stages)
-    rows = []
-    for name, result in contenders.items():
-        times = [_spread(result.stages.get(stage)) for stage in stages]
-        memory = [f"{mb:.0f} MB" if mb is not None else "" for mb in (result.peak_mb, result.gpu_mb)]
-        rate = images / result.total.median * 1e3
-        rows.append([name, *times, _spread(result.total), f"{rate:.2f}", *memory])
-    head = ["", *map(_name, stages), "total", "images/s", "peak memory", "on the GPU"]
-    return join(table(head, rows), element("p", "Milliseconds: median (p10 to p90)."))
+    """A column for each contender, which are few, and a row for each stage."""
+    found = list(contenders.values())
+    stages = dict.fromkeys(stage for result in found for stage in result.stages)
+    rows: list[list[str]] = [[_name(stage), *(_spread(r.stages.get(stage)) for r in found)] for stage in stages]
+    rows.append(["total", *(_spread(r.total) for r in found)])
+    rows.append(["images/s", *(f"{images / r.total.median * 1e3:.2f}" for r in found)])
+    note = element("p", "Milliseconds: median (tenth to ninetieth percentile).", class_="note")
+    return join(table(["", *contenders], rows), note)
 
 
-def _spread(found: Spread | None) -> str:
-    return f"{found.median:.1f} ({found.p10:.1f} to {found.p90:.1f})" if found else ""
+def _spread(found: Spread | None) -> Html:
+    if found is None:
+        return Html()
+    digits = 0 if found.median >= 100 else 1
+    spread_ = f"({found.p10:.{digits}f} to {found.p90:.{digits}f})"
+    return join(f"{found.median:.{digits}f} ", element("span", spread_))
+
+
+def _memory(report: BenchReport) -> Html:
+    """Peak of each process, of which ours also knows what came with the engines, and what lies on the GPU."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, result in report.contenders.items():
+        if result.peak_mb is not None:
+            engines = result.grown_mb or 0.0
+            rows[name] = {"process": result.peak_mb - engines, **({"engines": engines} if engines else {})}
+        if result.gpu_mb is not None:
+            rows[f"{name} on the GPU"] = {"on the GPU": result.gpu_mb}
+    said = [element("p", f"Memory: {report.memory}.")] if report.memory else []
+    if not rows:
+        return join(*said)
+    note = element("p", "Resident memory at its peak, mapped weight files included.", class_="note")
+    return join(element("h2", "Memory"), _bars(rows, "MB"), note, *said)
 
 
 def _sweep(kind: str, points: Sequence[Mapping[str, Any]]) -> Html:
-    """How cost grows: time over what was varied, from zero."""
-    highest = max(point["total_ms"] for point in points)
-    place = [
-        (60 + i * 680 / max(len(points) - 1, 1), 200 - 170 * point["total_ms"] / highest)
-        for i, point in enumerate(points)
-    ]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in place)
-    axis = element("line", x1=40, y1=200, x2=760, y2=200, stroke="currentColor", stroke_opacity=".3")
-    shapes = [axis, element("polyline", points=line, fill="none", stroke="#2b6cb0", stroke_width=2)]
-    for (x, y), point in zip(place, points, strict=True):
-        left = f"{x:.1f}"
-        shapes += [
-            element("circle", cx=left, cy=f"{y:.1f}", r=4, fill="#2b6cb0"),
-            element("text", f"{point['total_ms']:.0f} ms", x=left, y=f"{y - 10:.1f}", text_anchor="middle"),
-            element("text", str(point[kind]), x=left, y=222, text_anchor="middle"),
-        ]
-    return join(element("h2", f"Cost by {kind}"), element("svg", *shapes, viewBox="0 0 800 230", role="img"))
+    """How cost grows with what was varied."""
+    rows = {f"{kind} {point[kind]}": {"total_ms": point["total_ms"]} for point in points}
+    return join(element("h2", f"Cost by {kind}"), _bars(rows, "ms"))
 
 
 def _name(stage: str) -> str:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 STAGES = ("tokenize_ms", "text_ms", "denoise_ms", "decode_ms", "overhead_ms")
 
@@ -49,6 +53,7 @@ class BenchReport:
     likeness_db  contender -> PSNR of its first picture against ours; infinite where they are equal
     sweeps       what was varied -> points
     forecast_mb  by how much our memory, on a GPU the GPU's, should have grown, as far as the bundle knows
+    pictures     contender -> its first picture, 8-bit [H, W, 3]; not in the JSON
     """
 
     bundle: str
@@ -62,6 +67,7 @@ class BenchReport:
     likeness_db: Mapping[str, float | None]
     sweeps: Mapping[str, Sequence[Mapping[str, Any]]]
     forecast_mb: float | None = None
+    pictures: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def memory(self) -> str | None:
@@ -77,7 +83,9 @@ class BenchReport:
 
     def to_json(self) -> dict[str, Any]:
         ratios = {name: asdict(spread(values)) | {"rounds": list(values)} for name, values in self.ratios.items()}
-        return {**asdict(self), "ratios": ratios}
+        data = asdict(replace(self, pictures={}))
+        del data["pictures"]
+        return {**data, "ratios": ratios}
 
     def lines(self) -> Iterator[str]:
         """For the terminal."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolchain.bench.contender import Contender
 from toolchain.bench.openvino import plain_graphs
@@ -27,6 +27,9 @@ from toolchain.recipe import Bucket
 from toolchain.runtime.engines import usable_backend
 from toolchain.runtime.pipeline import bucket_batches
 from toolchain.signing import require_trusted
+
+if TYPE_CHECKING:
+    from toolchain.check.report import Pixels
 
 OURS = "diffbuild"
 OPENVINO = "openvino"
@@ -132,7 +135,7 @@ def bench(
         finally:
             for contender in contenders:
                 contender.close()
-        likeness = {c.name: _psnr_db(contenders[0].picture, c.picture) for c in contenders[1:]}
+        pictures = {c.name: _pixels(c.picture) for c in contenders}
     return BenchReport(
         bundle=str(bundle.path),
         recipe=bundle.recipe.name,
@@ -142,9 +145,10 @@ def bench(
         versions=installed(VERSIONS),
         contenders={c.name: summarize(c.start, [r[c.name] for r in rounds], ends[c.name]) for c in contenders},
         ratios={n: [r[n]["total_ms"] / r[OURS]["total_ms"] for r in rounds] for n in against},
-        likeness_db=likeness,
+        likeness_db={name: _psnr_db(pictures[OURS], pictures[name]) for name in against},
         sweeps=swept,
         forecast_mb=_forecast_mb(bundle, work),
+        pictures=pictures,
     )
 
 
@@ -198,10 +202,14 @@ def _forecast_mb(bundle: Bundle, work: Workload) -> float | None:
     return None if total is None else total / 1e6
 
 
-def _psnr_db(ours: Path, theirs: Path) -> float | None:
-    """How alike the first pictures are: contenders that draw other pictures do other work."""
+def _pixels(path: Path) -> Pixels:
     import numpy as np
     from PIL import Image
 
-    a, b = (np.asarray(Image.open(path)) for path in (theirs, ours))
-    return Pair(a, b).psnr_db if a.shape == b.shape else None
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _psnr_db(ours: Pixels, theirs: Pixels) -> float | None:
+    """How alike the first pictures are: contenders that draw other pictures do other work."""
+    return Pair(theirs, ours).psnr_db if theirs.shape == ours.shape else None

@@ -142,7 +142,7 @@ def _pictures(report: CheckReport) -> Html:
     rest = [element("p", cut), table(head, rows, numbers=(1, 3, 4))] if rows else []
     note = (
         f"The worst first. The difference is absolute, the largest of the three channels, times {AMPLIFIED}: black is "
-        f"equal, white is {math.ceil(255 / AMPLIFIED)} of 255 levels or more."
+        f"equal, white is {math.ceil(255 / AMPLIFIED)} of 255 levels or more. A click enlarges a picture."
     )
     intro = [element("h2", "Pictures"), element("p", note, class_="note")]
     return join(*intro, element("div", *figures, class_="pictures"), *rest) if figures else Html()
@@ -174,15 +174,19 @@ def _figures(pair: Pair) -> list[Html]:
     amplified = np.minimum(AMPLIFIED * levels, 255).astype(np.uint8)
     differ = f"{(levels > 0).mean():.1%} of the pixels differ, by {levels.max()} of 255 levels at most."
     figures = [
-        _figure(pair.reference, "reference"),
-        _figure(pair.compiled, "compiled"),
-        _figure(amplified, f"difference x{AMPLIFIED}"),
+        figure(pair.reference, "reference"),
+        figure(pair.compiled, "compiled"),
+        figure(amplified, f"difference x{AMPLIFIED}"),
     ]
     told = differ if levels.any() else "Every pixel is the same."
     return [element("p", told, class_="note"), element("div", *figures, class_="three")]
 
 
-def _figure(pixels: Pixels, caption: str) -> Html:
+def figure(pixels: Pixels, caption: str) -> Html:
+    """A picture that fills the window when it is clicked on, and goes back when it is clicked on again.
+
+    The click ticks a box that nobody sees, which the style sheet goes by: no script runs.
+    """
     from PIL import Image
 
     data = io.BytesIO()
@@ -191,7 +195,8 @@ def _figure(pixels: Pixels, caption: str) -> Html:
     source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
     small = "small" if max(height, width) <= SMALL else None
     image = element("img", src=source, alt=caption, width=width, height=height, class_=small)
-    return element("figure", image, element("figcaption", caption))
+    box = element("input", type="checkbox", aria_label=f"enlarge: {caption}")
+    return element("figure", element("label", box, image, class_="zoom"), element("figcaption", caption))
 
 
 # --- components -------------------------------------------------------------------------------------------------------

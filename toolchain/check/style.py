@@ -42,6 +42,13 @@ figure { margin: 0; }
 figcaption { line-height: 1.3; margin-top: .25rem; }
 img { display: block; width: 100%; height: auto; outline: 1px solid var(--line); }
 img.small { image-rendering: pixelated; }
+.zoom { display: block; position: relative; cursor: zoom-in; }
+.zoom input { position: absolute; opacity: 0; pointer-events: none; }
+.zoom input:focus-visible + img { outline: 3px solid var(--mark); }
+.zoom input:checked + img {
+  position: fixed; inset: 0; z-index: 1; width: 100vw; height: 100vh; object-fit: contain; background: var(--ground);
+  cursor: zoom-out;
+}
 
 svg { display: block; width: 100%; overflow: visible; }
 .rows { margin-top: .75rem; }
