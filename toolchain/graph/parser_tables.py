@@ -145,6 +145,13 @@ def _takes_rtx() -> dict[str, frozenset[ir.DataType]]:
 
 
 TAKES_RTX = _takes_rtx()
+NO_BFLOAT16 = frozenset(
+    name
+    for takes in (TAKES, TAKES_RTX)
+    for name, types in takes.items()
+    if D.FLOAT in types and D.BFLOAT16 not in types
+)
+"""Operators that one of the parsers takes in float32 and not in bfloat16."""
 NONPAD = 6
 """The input of Attention that only this parser takes: nonpad_kv_seqlen."""
 CONSTANT_INPUTS_RTX = {name: CONSTANT_INPUTS[name] for name in CONSTANT_INPUTS.keys() - {"CumSum", "OneHot"}}
