@@ -304,11 +304,11 @@ MODELS = [
         "HF_HUB_OFFLINE",
     ),
     Case(
-        "model is a file",
+        "model is a file, and no network",
         lambda w: w.build(model=w.model / UNET),
         1,
-        ("the model is a single file",),
-        "from_single_file",
+        ("single file cannot be had", "the hub's stable-diffusion-v1-5"),
+        "--config DIR",
     ),
     Case(
         "no model_index.json",

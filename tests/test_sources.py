@@ -9,19 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from click.testing import CliRunner
 
 import toolchain
 from tests.parity import LEAST_PSNR_DB, Build, draw_with_diffusers, least_psnr_db
-from tests.tiny import recipe_for
+from tests.tiny import make_sd, recipe_for
+from tests.tiny_flux import make_flux
 from tests.tiny_sdxl import make_sdxl
+from tests.tiny_single_file import read, write_single_file
 from toolchain.artifacts import Store
 from toolchain.check.reference import reference_pipeline
-from toolchain.errors import ModelError
-from toolchain.models import MODELS, Family, resolve_model
+from toolchain.cli import cli
+from toolchain.errors import ModelError, UsageError
+from toolchain.models import MODELS, Family, family_for, resolve_model
 from toolchain.plan import make_plan
 from toolchain.runtime.prompt import PromptTokenizer
+from toolchain.single_file import open_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+# Built as "tiny", the name of the shared bundle's recipe: what another test finds in the store goes by that.
 RECIPE = """\
 family = "sd"
 buckets = ["1x64x64"]
@@ -41,7 +48,6 @@ def compare(pipe: toolchain.Pipeline, model: Path, prompt: str, negative: str) -
 
 
 def test_a_textual_inversion_of_several_vectors(build: Build, tiny_model: Path, tmp_path: Path) -> None:
-    import torch
     from diffusers import StableDiffusionPipeline
 
     theirs = StableDiffusionPipeline.from_pretrained(tiny_model)
@@ -49,7 +55,7 @@ def test_a_textual_inversion_of_several_vectors(build: Build, tiny_model: Path, 
     theirs.load_textual_inversion({"<s>": torch.randn(3, 32)}, token="<s>")
     theirs.load_textual_inversion({"<bad>": torch.randn(2, 32)}, token="<bad>")
     theirs.save_pretrained(tmp_path / "model")
-    pipe = build("inversion", tmp_path / "model", RECIPE)
+    pipe = build("tiny", tmp_path / "model", RECIPE)
     assert compare(pipe, tmp_path / "model", "a red <s> on white", "<bad> circle") >= LEAST_PSNR_DB
 
 
@@ -96,7 +102,7 @@ def test_a_whole_clip_model_as_text_encoder(build: Build, tiny_copy: Path) -> No
     read = json.loads(config.read_text())
     assert "hidden_size" not in read
     config.write_text(json.dumps(read | {"attn_implementation": "eager"}))
-    pipe = build("whole-clip", tiny_copy, RECIPE)
+    pipe = build("tiny", tiny_copy, RECIPE)
     assert compare(pipe, tiny_copy, "a red circle", "white") >= LEAST_PSNR_DB
 
 
@@ -140,3 +146,94 @@ def test_a_plan_knows_weights_that_no_build_could_read(tiny_copy: Path, tmp_path
     with pytest.raises(ModelError, match="LoRA") as caught:
         make_plan(recipe_for(), resolve_model(str(tiny_copy)), Store(tmp_path / "store"))
     assert "unload_lora_weights" in str(caught.value)
+
+
+def configs_of(model: Path, out: Path) -> Path:
+    """A model's folder without weights: what `--config` needs."""
+    shutil.copytree(model, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    return out
+
+
+@pytest.fixture
+def narrow_flux(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' converter knows the width of FLUX.1 as a constant; the tiny model's stands in its place."""
+    from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers as converter
+
+    code = converter.__code__
+    assert 3072 in code.co_consts
+    consts = tuple(32 if const == 3072 else const for const in code.co_consts)
+    monkeypatch.setattr(converter, "__code__", code.replace(co_consts=consts))
+
+
+MAKERS = {"sd1": make_sd, "sd2": make_sd, "sdxl": make_sdxl, "flux": make_flux}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_single_file_holds_the_model_that_it_was_made_of(kind: str, tmp_path: Path, narrow_flux: None) -> None:
+    model = MAKERS[kind](tmp_path / "model")
+    path = write_single_file(model, kind, tmp_path / "one.safetensors")
+    config = str(configs_of(model, tmp_path / "config"))
+    source = open_model(str(path), config=config, store=tmp_path / "store")
+    plain = resolve_model(str(model))
+    assert source.name == str(path)
+    assert source.index["_class_name"] == plain.index["_class_name"]
+    for component in family_for(plain).components:
+        ours, theirs = (read(s.path / component.folder) for s in (source, plain))
+        assert ours.keys() == theirs.keys()
+        assert all((ours[key] == theirs[key]).all() for key in theirs)
+    again = open_model(str(path), config=config, store=tmp_path / "store")
+    assert again.path == source.path
+
+
+def test_a_single_file_draws_what_diffusers_draws_of_it(tiny_model: Path, tmp_path: Path, store: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    path = write_single_file(tiny_model, "sd1", tmp_path / "one.safetensors")
+    config = str(configs_of(tiny_model, tmp_path / "config"))
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    arguments = ["--model", str(path), "--config", config, "--store", str(store), "--output", str(tmp_path / "bundle")]
+    done = CliRunner().invoke(cli, ["build", str(tmp_path / "tiny.toml"), *arguments], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert f"{path} is converted once, with the configs of {config}" in done.stderr
+    theirs = StableDiffusionPipeline.from_single_file(str(path), config=config, local_files_only=True)
+    options: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 5.0, "height": 64, "width": 64}
+    picture = theirs("a red circle", generator=torch.Generator().manual_seed(3), **options).images[0]
+    ours = toolchain.load(tmp_path / "bundle")("a red circle", seed=3, steps=4, guidance=5.0).images
+    assert least_psnr_db(ours, [picture]) >= LEAST_PSNR_DB
+
+
+def test_a_single_file_without_a_network_needs_configs(tiny_model: Path, tmp_path: Path) -> None:
+    path = write_single_file(tiny_model, "sd1", tmp_path / "one.safetensors")
+    with pytest.raises(ModelError, match="stable-diffusion-v1-5") as caught:
+        open_model(str(path), store=tmp_path / "store")
+    assert "--config DIR" in str(caught.value)
+    assert not (tmp_path / "store").exists()
+
+
+def test_configs_belong_to_a_single_file(tiny_model: Path) -> None:
+    with pytest.raises(UsageError, match="single file"):
+        open_model(str(tiny_model), config=str(tiny_model))
+    with pytest.raises(UsageError, match="revision"):
+        open_model(str(tiny_model / "unet" / "diffusion_pytorch_model.safetensors"), "main")
+
+
+@pytest.mark.parametrize(("name", "says"), [("a.ckpt", "a pickle can run code"), ("a.gguf", "GGUF")])
+def test_single_files_that_are_not_opened(tmp_path: Path, name: str, says: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ModelError, match=says):
+        open_model(str(tmp_path / name))
+
+
+def test_a_part_of_a_model_in_a_single_file_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    """And nothing of it stays in the store."""
+    from safetensors.torch import load_file, save_file
+
+    path = write_single_file(tiny_model, "sd1", tmp_path / "one.safetensors")
+    tensors = load_file(path)
+    save_file({k: v for k, v in tensors.items() if "middle_block" not in k}, path)
+    with pytest.raises(ModelError, match="lacks tensors"):
+        open_model(str(path), config=str(tiny_model), store=tmp_path / "store")
+    save_file({**tensors, "scaled_fp8": torch.zeros(1)}, path)
+    with pytest.raises(ModelError, match="quantised"):
+        open_model(str(path), config=str(tiny_model), store=tmp_path / "store")
+    assert list(Store(tmp_path / "store").artifacts()) == []

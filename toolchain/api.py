@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolchain.artifacts import Store, publish_folder
+from toolchain.artifacts import Store, default_store, publish_folder
 from toolchain.bundle import Bundle
 from toolchain.engines import backend_of
-from toolchain.models import family_of, named_family, resolve_model
+from toolchain.models import family_of, named_family
 from toolchain.plan import Plan, check_recipe, execute, make_plan
 from toolchain.recipe import Recipe, load_recipe
+from toolchain.single_file import open_model
 from toolchain.steps import Step
 
 if TYPE_CHECKING:
@@ -26,22 +26,21 @@ log = logging.getLogger("toolchain")
 Progress = Callable[[Step, str], None]
 
 
-def default_store() -> Path:
-    """$DIFFBUILD_STORE, or `artifacts` in the working directory."""
-    return Path(os.environ.get("DIFFBUILD_STORE", "artifacts"))
-
-
 def _recipe(recipe: Recipe | str | Path) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
 def check_recipe_file(
-    recipe: Recipe | str | Path, model: str | Path | None = None, *, revision: str | None = None
+    recipe: Recipe | str | Path,
+    model: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    config: str | Path | None = None,
 ) -> Recipe:
     """The recipe, after all that can be held against it without its engines' library: with `model` also whether it fits
     that, of which the config files are enough. Raises RecipeError with every problem, ModelError and UsageError."""
     found = _recipe(recipe)
-    source = None if model is None else resolve_model(str(model), revision, weights=False)
+    source = None if model is None else open_model(model, revision, config=config, weights=False)
     family = named_family(found.family) if source is None else family_of(source, found)
     check_recipe(found, family, backend_of(found.backend), source)
     return found
@@ -52,6 +51,7 @@ def plan_build(
     model: str | Path,
     *,
     revision: str | None = None,
+    config: str | Path | None = None,
     store: str | Path | None = None,
     graphs_only: bool = False,
 ) -> Plan:
@@ -60,7 +60,8 @@ def plan_build(
     `recipe` is a Recipe, a file, or the name of one that comes with diffbuild. Needs no library of the engines'.
     """
     log.debug("model %s", model)
-    source = resolve_model(str(model), revision, weights=not graphs_only)
+    # Of one file even the graphs tell where each weight lies, and for that it is converted.
+    source = open_model(model, revision, config=config, store=store, weights=not graphs_only or Path(model).is_file())
     log.debug("planning, with the digests of %s", source.path)
     return make_plan(_recipe(recipe), source, Store(Path(store or default_store())), graphs_only=graphs_only)
 
@@ -71,14 +72,19 @@ def build(
     output: str | Path,
     *,
     revision: str | None = None,
+    config: str | Path | None = None,
     store: str | Path | None = None,
     progress: Progress = lambda step, what: None,
 ) -> Bundle:
-    """Builds what the store lacks and writes a bundle. `model` is a diffusers folder or a hub id."""
+    """Builds what the store lacks and writes a bundle.
+
+    `model` is a diffusers folder, a hub id, or a .safetensors file that holds all of a model, with `config` for what
+    the file does not say: see `toolchain.single_file.open_model`.
+    """
     from toolchain.assemble import assemble, check_output
 
     check_output(Path(output))
-    return assemble(plan_build(recipe, model, revision=revision, store=store), Path(output), progress)
+    return assemble(plan_build(recipe, model, revision=revision, config=config, store=store), Path(output), progress)
 
 
 def export_graphs(
@@ -87,6 +93,7 @@ def export_graphs(
     output: str | Path,
     *,
     revision: str | None = None,
+    config: str | Path | None = None,
     store: str | Path | None = None,
     progress: Progress = lambda step, what: None,
 ) -> list[Path]:
@@ -100,7 +107,7 @@ def export_graphs(
     from toolchain.export.safetensors import read_folder
     from toolchain.export.weights import find_tensors, weight_uses
 
-    plan_ = plan_build(recipe, model, revision=revision, store=store, graphs_only=True)
+    plan_ = plan_build(recipe, model, revision=revision, config=config, store=store, graphs_only=True)
     folders = {c.name: plan_.source.path / c.folder for c in plan_.family.components}
     # Read now, so that a damaged file is found before the graphs are built and not after.
     checkpoints = {name: read_folder(f) for name, f in folders.items() if plan_.source.has_weights(f.name)}
@@ -130,6 +137,7 @@ def check_bundle(
     model: str | Path,
     *,
     revision: str | None = None,
+    config: str | Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> CheckReport:
     """Compares a bundle with the model that it was built from. See `toolchain.check`."""
@@ -139,4 +147,4 @@ def check_bundle(
 
     found = read_bundle(bundle)
     require_trusted(found)
-    return compare(found, resolve_model(str(model), revision), progress=progress)
+    return compare(found, open_model(model, revision, config=config), progress=progress)

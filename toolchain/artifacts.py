@@ -65,6 +65,7 @@ __all__ = [
     "Json",
     "Store",
     "content_key",
+    "default_store",
     "file_digest",
     "publish_folder",
     "write_atomic",
@@ -72,6 +73,11 @@ __all__ = [
 
 # A file changed within one tick of the filesystem's clock keeps its times: only files older than this are stamped.
 _SETTLED_NS = 2_000_000_000
+
+
+def default_store() -> Path:
+    """$DIFFBUILD_STORE, or `artifacts` in the working directory."""
+    return Path(os.environ.get("DIFFBUILD_STORE", "artifacts"))
 
 
 @dataclass(frozen=True)

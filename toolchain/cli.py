@@ -27,9 +27,9 @@ from toolchain.console import (
     json_option,
     model_option,
     numbers,
+    origin_options,
     place,
     recipe_argument,
-    revision_option,
     size,
     store_option,
     verbosity,
@@ -73,18 +73,18 @@ for command in (cache, init, recipe_group, recipes, trace):
 @cli.command(epilog=examples("diffbuild plan sd15-fp32 --model owner/name"))
 @recipe_argument
 @model_option
-@revision_option
+@origin_options
 @store_option
 @json_option
 @verbosity
-def plan(recipe: Path, model: str, revision: str | None, store: Path | None, as_json: bool) -> None:
+def plan(recipe: Path, model: str, store: Path | None, as_json: bool, **origin: Any) -> None:
     """Show what a build would do, and build nothing.
 
     Each step is a hit, which is in the store, or a miss, with the fields that changed since it was last built.
     """
     from toolchain.api import plan_build
 
-    planned = plan_build(recipe, model, revision=revision, store=store)
+    planned = plan_build(recipe, model, **origin, store=store)
     answer(as_json, lambda: report.plan_json(planned), lambda: report.plan_lines(planned))
 
 
@@ -99,11 +99,11 @@ def plan(recipe: Path, model: str, revision: str | None, store: Path | None, as_
 @click.option(
     "--output", "-o", required=True, type=click.Path(path_type=Path), metavar="BUNDLE", help="The new bundle."
 )
-@revision_option
+@origin_options
 @store_option
 @json_option
 @verbosity
-def build(recipe: Path, model: str, output: Path, revision: str | None, store: Path | None, as_json: bool) -> None:
+def build(recipe: Path, model: str, output: Path, store: Path | None, as_json: bool, **origin: Any) -> None:
     """Build a bundle from a recipe and a model.
 
     Builds what the store does not hold yet. After an error or an interruption the same command goes on where it
@@ -114,7 +114,7 @@ def build(recipe: Path, model: str, output: Path, revision: str | None, store: P
 
     check_output(output)
     started = time.perf_counter()
-    planned = plan_build(recipe, model, revision=revision, store=store)
+    planned = plan_build(recipe, model, **origin, store=store)
     with progress.steps(len(planned.steps), planned.recipe.name) as shown:
         bundle = assemble(planned, output, shown, shown.within)
     result = (bundle, shown.finished, time.perf_counter() - started)
@@ -125,11 +125,11 @@ def build(recipe: Path, model: str, output: Path, revision: str | None, store: P
 @recipe_argument
 @model_option
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The new folder.")
-@revision_option
+@origin_options
 @store_option
 @json_option
 @verbosity
-def export(recipe: Path, model: str, output: Path, revision: str | None, store: Path | None, as_json: bool) -> None:
+def export(recipe: Path, model: str, output: Path, store: Path | None, as_json: bool, **origin: Any) -> None:
     """Write the ONNX graphs alone, without weights.
 
     Needs the model's config files and nothing else. Beside each COMPONENT-BUCKET.onnx lies a .weights.json: which
@@ -139,9 +139,9 @@ def export(recipe: Path, model: str, output: Path, revision: str | None, store: 
     from toolchain.recipe import load_recipe
 
     loaded = load_recipe(recipe)
-    planned = plan_build(loaded, model, revision=revision, store=store, graphs_only=True)
+    planned = plan_build(loaded, model, **origin, store=store, graphs_only=True)
     with progress.steps(len(planned.steps), loaded.name) as shown:
-        graphs = export_graphs(loaded, model, output, revision=revision, store=store, progress=shown)
+        graphs = export_graphs(loaded, model, output, **origin, store=store, progress=shown)
     names = [str(graph) for graph in graphs]
     answer(as_json, lambda: {"output": str(output), "graphs": names}, lambda: names)
 
@@ -219,14 +219,12 @@ def generate(
 )
 @bundle_argument
 @model_option
-@revision_option
+@origin_options
 @click.option("--report", "target", type=new_file, metavar="FILE.json", help="Also write the report.")
 @click.option("--html", "page", type=new_file, metavar="FILE.html", help="Also write a page with pictures and charts.")
 @json_option
 @verbosity
-def check(
-    bundle: Path, model: str, revision: str | None, target: Path | None, page: Path | None, as_json: bool
-) -> None:
+def check(bundle: Path, model: str, target: Path | None, page: Path | None, as_json: bool, **origin: Any) -> None:
     """Compare a bundle with the model that it was built from.
 
     Exit code 3 when a tolerance of the recipe is missed.
@@ -240,7 +238,7 @@ def check(
     if target is not None and page is not None and target.resolve() == page.resolve():
         raise UsageError("--report and --html name the same file", where=page, expected="two files")
     with progress.working(f"comparing {bundle} with {model}") as say:
-        compared = check_bundle(bundle, model, revision=revision, progress=say)
+        compared = check_bundle(bundle, model, **origin, progress=say)
     if target is not None:
         compared.save(target)
     if page is not None:
@@ -257,7 +255,7 @@ def check(
 )
 @bundle_argument
 @click.option("--model", metavar="DIR_OR_HUB_ID", help="The model that the bundle was built from, for --against.")
-@revision_option
+@origin_options
 @click.option(
     "--against", multiple=True, type=click.Choice(["diffusers", "compile", "openvino"]), help="Also measure, in turn."
 )
@@ -369,7 +367,7 @@ def doctor(ctx: click.Context, store: Path | None, as_json: bool) -> None:
     Lists backends, library versions, CPU, GPU and the disk of the store. Exit code 0 when
     one backend at least works, 1 when none does.
     """
-    from toolchain.api import default_store
+    from toolchain.artifacts import default_store
     from toolchain.doctor import doctor_lines, examine
 
     facts = examine(store or default_store())

@@ -21,8 +21,7 @@ def cache() -> None:
 @verbosity
 def cache_ls(store: Path | None, as_json: bool) -> None:
     """List every artifact with its size and its last use."""
-    from toolchain.api import default_store
-    from toolchain.artifacts import Store
+    from toolchain.artifacts import Store, default_store
 
     opened = Store(store or default_store())
     found = list(opened.artifacts())
@@ -38,8 +37,7 @@ def cache_ls(store: Path | None, as_json: bool) -> None:
 @verbosity
 def cache_verify(store: Path | None, quarantine: bool, as_json: bool) -> None:
     """Read every byte of the store; exit code 3 when an artifact is damaged."""
-    from toolchain.api import default_store
-    from toolchain.artifacts import Store
+    from toolchain.artifacts import Store, default_store
 
     opened = Store(store or default_store())
     with progress.working(f"reading {opened.root}"):
@@ -70,8 +68,7 @@ def cache_gc(store: Path | None, dry_run: bool, hours: float, as_json: bool) -> 
     Bundles are complete copies: they keep working. Artifacts of a bundle that is still at the place where it was built
     are kept, so that building it again stays fast.
     """
-    from toolchain.api import default_store
-    from toolchain.artifacts import Store
+    from toolchain.artifacts import Store, default_store
 
     opened = Store(store or default_store())
     done = opened.gc(dry_run=dry_run, min_age_s=hours * 3600)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toolchain import pictures
-from toolchain.console import answer, examples, json_option, model_option, recipe_argument, revision_option, verbosity
+from toolchain.console import answer, examples, json_option, model_option, origin_options, recipe_argument, verbosity
 from toolchain.errors import UsageError
 from toolchain.terminal import table
 
@@ -38,28 +38,28 @@ def recipes(as_json: bool) -> None:
     epilog=examples("diffbuild init --model ./model", "diffbuild init --model owner/name --output mine.toml")
 )
 @model_option
-@revision_option
+@origin_options
 @click.option("--backend", type=click.Choice(BACKENDS), help="Of the engines.  [default: the fastest that runs here]")
 @click.option(
     "--output", "-o", type=click.Path(path_type=Path), metavar="FILE.toml", help="[default: the model's name, .toml]"
 )
 @json_option
 @verbosity
-def init(model: str, revision: str | None, backend: str | None, output: Path | None, as_json: bool) -> None:
+def init(model: str, backend: str | None, output: Path | None, as_json: bool, **origin: Any) -> None:
     """Write a recipe for this machine and a model.
 
     The recipe that comes nearest is cut to the model's own size and to what the backend computes in. Needs the model's
     config files and nothing else.
     """
     from toolchain.files import write_atomic
-    from toolchain.models import resolve_model
+    from toolchain.single_file import open_model
     from toolchain.starter import best_backend, write_starter
 
     target = output or Path(f"{Path(model).resolve().name}.toml")
     pictures.check_output(target)
     if target.exists():
         raise UsageError("the recipe is there already", where=target, hint="choose another --output, or delete it")
-    made = write_starter(resolve_model(model, revision, weights=False), backend or best_backend(), target.stem)
+    made = write_starter(open_model(model, **origin, weights=False), backend or best_backend(), target.stem)
     write_atomic(target, made.text.encode())
     answer(
         as_json,
@@ -78,17 +78,17 @@ def recipe_group() -> None:
 )
 @recipe_argument
 @click.option("--model", metavar="DIR_OR_HUB_ID", help="Also check whether the recipe fits this model.")
-@revision_option
+@origin_options
 @json_option
 @verbosity
-def recipe_check(recipe: Path, model: str | None, revision: str | None, as_json: bool) -> None:
+def recipe_check(recipe: Path, model: str | None, as_json: bool, **origin: Any) -> None:
     """Check a recipe, without its engines' library.
 
     Names every problem at once. With --model, whose config files are enough, also what does not fit the model.
     """
     from toolchain.api import check_recipe_file
 
-    found = check_recipe_file(recipe, model, revision=revision)
+    found = check_recipe_file(recipe, model, **origin)
     answer(as_json, lambda: {"model": model, "recipe": found.to_json()}, lambda: _sound_lines(found, model))
 
 

@@ -170,11 +170,24 @@ def examples(*commands: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
 
 
+def origin_options(command: Command) -> Command:
+    """What may stand beside --model."""
+    revision = click.option("--revision", metavar="REVISION", help="Branch, tag or commit of a hub id.")
+    config = click.option(
+        "--config",
+        metavar="DIR_OR_HUB_ID",
+        help="Describes the model of a single file.  [default: the hub repository that diffusers takes]",
+    )
+    return revision(config(command))
+
+
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 model_option = click.option(
-    "--model", required=True, metavar="DIR_OR_HUB_ID", help="A diffusers folder, or a hub id such as owner/name."
+    "--model",
+    required=True,
+    metavar="DIR_OR_HUB_ID",
+    help="A diffusers folder, a .safetensors file, or a hub id such as owner/name.",
 )
-revision_option = click.option("--revision", metavar="REVISION", help="Branch, tag or commit of a hub id.")
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 store_option = click.option(
     "--store",

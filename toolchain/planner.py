@@ -17,13 +17,14 @@ from toolchain.artifacts import Artifact, Json, Store, content_key
 from toolchain.bundle import ANY, PROFILES
 from toolchain.engines import Backend
 from toolchain.errors import EngineError, ExportError
-from toolchain.export.safetensors import find_weights, read_folder, require_plain
+from toolchain.export.safetensors import find_weights, read_folder
 from toolchain.models import Component, Family, ModelSource
 from toolchain.recipe import Bucket, Recipe
 from toolchain.sampler.schedulers import parse
 from toolchain.sampler.table import table_name
 from toolchain.settings import ModelSettings
 from toolchain.steps import EXPORT_TOOLS, Built, Step, Within, code_digest, tool_versions
+from toolchain.weights import require_plain
 
 if TYPE_CHECKING:
     import onnx_ir as ir

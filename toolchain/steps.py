@@ -25,6 +25,7 @@ CODE = {  # which packages of ours decide a stage's outcome
     "engine": ENGINE_CODE,
     "sampler": ("sampler",),
     "tokenizer": ("models/tokenizers.py",),
+    "model": ("models/single_file.py",),
 }
 
 Built = Mapping[str, Artifact]

@@ -11,7 +11,8 @@ import difflib
 import json
 import mmap
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from toolchain.errors import WeightsError
+from toolchain.errors import ModelError, WeightsError
 
 # numpy has no bfloat16 and no float8: their bits come as unsigned integers.
 DTYPES = {
@@ -30,6 +31,15 @@ DTYPES = {
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 GIT_LFS = b"version "
+FLOATS = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
+"""What a weight may be stored as."""
+# What stands beside weights that are no plain numbers any more: a LoRA's matrices; scales and tables as bitsandbytes,
+# quanto, compressed-tensors, GPTQ and FP8 with scales call them.
+LORA = re.compile(r"\.(base_layer|lora_[AB]|lora_(up|down))\.")
+QUANTIZED = re.compile(
+    r"(^|[._])(absmax|quant_map|quant_state\..*|SCB|_data|_scale|(weight|input)_scale(_inv)?|scale_(weight|input)|"
+    r"scaled_fp8|weight_packed|qweight|qzeros)$"
+)
 NOT_QUANTIZED = "use the model that it was made from, in float16 or bfloat16; the recipe decides the engines' precision"
 
 
@@ -158,6 +168,31 @@ def _check_layout(path: Path, refs: list[TensorRef], *, start: int, size: int) -
         raise WeightsError(
             "the file goes on after its last tensor", where=path, expected=f"{position} bytes", got=f"{size} bytes"
         )
+
+
+def require_plain(checkpoint: Mapping[str, TensorRef], where: Path) -> None:
+    """ModelError for weights that only mean something together with others: quantised ones, and a LoRA beside its base.
+
+    float8 by itself is plain: it is widened, as the libraries do when they load it in another type.
+    """
+    lora = next(filter(LORA.search, checkpoint), None)
+    if lora is not None:
+        raise ModelError(
+            "the checkpoint was saved with a LoRA beside its weights: whether it was fused cannot be told from it",
+            where=where,
+            expected="the names of a plain checkpoint",
+            got=lora,
+            hint="with diffusers: pipeline.fuse_lora(), pipeline.unload_lora_weights(), then save_pretrained(FOLDER)",
+        )
+    for key, ref in checkpoint.items():
+        if QUANTIZED.search(key) or (key.endswith(".weight") and ref.dtype not in FLOATS):
+            raise ModelError(
+                "the weights are quantised, which is not supported",
+                where=where,
+                expected="tensors of type " + ", ".join(FLOATS),
+                got=f"{key}: {ref.dtype} {list(ref.shape)}",
+                hint=NOT_QUANTIZED,
+            )
 
 
 class MappedWeights:

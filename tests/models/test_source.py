@@ -145,13 +145,6 @@ def test_a_missing_folder(name: str) -> None:
         resolve_model(name)
 
 
-def test_a_single_file_says_how_to_convert_it(tmp_path: Path) -> None:
-    path = tmp_path / "v1-5.safetensors"
-    path.write_bytes(b"")
-    with pytest.raises(ModelError, match="from_single_file"):
-        resolve_model(str(path))
-
-
 def test_offline_is_a_clear_error() -> None:
     with pytest.raises(ModelError) as error:
         resolve_model("nobody/never-downloaded")

@@ -28,8 +28,7 @@ def plain_graphs(bundle: Bundle, model: Path, out: Path, progress: Callable[[str
 
     Raises ModelError, ExportError, WeightsError and StoreError.
     """
-    from toolchain.api import default_store
-    from toolchain.artifacts import Store
+    from toolchain.artifacts import Store, default_store
     from toolchain.assemble import copy_file
     from toolchain.models import resolve_model
     from toolchain.plan import execute, make_plan

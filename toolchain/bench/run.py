@@ -22,11 +22,11 @@ from toolchain.check.report import Pair
 from toolchain.doctor import installed, machine
 from toolchain.errors import UsageError
 from toolchain.memory import forecast
-from toolchain.models import resolve_model
 from toolchain.recipe import Bucket
 from toolchain.runtime.engines import usable_backend
 from toolchain.runtime.pipeline import bucket_batches
 from toolchain.signing import require_trusted
+from toolchain.single_file import open_model
 
 if TYPE_CHECKING:
     from toolchain.check.report import Pixels
@@ -83,6 +83,7 @@ def measure(
     *,
     model: str | None = None,
     revision: str | None = None,
+    config: str | None = None,
     against: tuple[str, ...] = (),
     repeats: int = 5,
     prompt: str | None = None,
@@ -91,12 +92,12 @@ def measure(
     size: tuple[int, int] | None = None,
     sweep: tuple[str, ...] = (),
 ) -> BenchReport:
-    """`diffbuild bench`, by the names of its options. Raises what `bench` and `resolve_model` raise."""
+    """`diffbuild bench`, by the names of its options. Raises what `bench` and `open_model` raise."""
     bundle = read_bundle(path)
     require_trusted(bundle)
     work = workload(bundle, prompt, batch, size, steps)
-    source = resolve_model(model, revision).path if model is not None and against else None
-    return bench(bundle, work, against=against, model=source, repeats=repeats, sweeps=sweep, progress=progress)
+    folder = open_model(model, revision, config=config).path if model is not None and against else None
+    return bench(bundle, work, against=against, model=folder, repeats=repeats, sweeps=sweep, progress=progress)
 
 
 def bench(

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ModelError
 from toolchain.models import Component, Family, ModelSource
+from toolchain.models.single_file import quiet_libraries
 from toolchain.models.source import UNUSED_FOLDERS
 from toolchain.recipe import Recipe
-from toolchain.sampler.schedulers import quiet
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,22 +78,10 @@ def text_length(source: ModelSource, family: Family, recipe: Recipe) -> dict[str
 @contextmanager
 def _loading(source: ModelSource) -> Iterator[None]:
     """Without the libraries' progress bars and advice: a check reports its own progress."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    loggers = [m for m in (diffusers.utils.logging, transformers.utils.logging) if m.is_progress_bar_enabled()]
-    for logger in loggers:
-        logger.disable_progress_bar()
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
     try:
-        with quiet():
+        with quiet_libraries():
             yield
     except (OSError, ValueError) as error:
         raise ModelError(
             "the reference cannot be loaded", where=source.path, got=error, hint="download the model again"
         ) from error
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-        for logger in loggers:
-            logger.enable_progress_bar()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,8 +17,6 @@ from toolchain.weights import DTYPES, NOT_QUANTIZED, TensorRef, numpy_dtype, rea
 
 Data = bytes | memoryview | npt.NDArray[Any]
 
-FLOATS = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
-"""What a weight may be stored as."""
 ALIGNMENT = 64  # bytes; a cache line, and as much as any vector load wants
 STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call them
 # The variant stands before the last suffix in the names that both write; older repositories have it after the stem.
@@ -29,13 +27,6 @@ NAMES = tuple(
         r"\.safetensors\.index(?:\.(?P<variant>\w+))?\.json",
         r"\.(?P<variant>\w+)\.safetensors\.index\.json",
     )
-)
-# What stands beside weights that are no plain numbers any more: a LoRA's matrices; scales and tables as bitsandbytes,
-# quanto, compressed-tensors, GPTQ and FP8 with scales call them.
-LORA = re.compile(r"\.(base_layer|lora_[AB]|lora_(up|down))\.")
-QUANTIZED = re.compile(
-    r"(^|[._])(absmax|quant_map|quant_state\..*|SCB|_data|_scale|(weight|input)_scale(_inv)?|scale_(weight|input)|"
-    r"scaled_fp8|weight_packed|qweight|qzeros)$"
 )
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -68,31 +59,6 @@ def read_folder(folder: Path, *, variant: str | None = None) -> dict[str, Tensor
     for key in index.keys() - refs.keys():
         raise WeightsError("a shard lacks a tensor of the index", where=f"{folder / index[key]}, tensor {key!r}")
     return refs
-
-
-def require_plain(checkpoint: Mapping[str, TensorRef], where: Path) -> None:
-    """ModelError for weights that only mean something together with others: quantised ones, and a LoRA beside its base.
-
-    float8 by itself is plain: it is widened, as the libraries do when they load it in another type.
-    """
-    lora = next(filter(LORA.search, checkpoint), None)
-    if lora is not None:
-        raise ModelError(
-            "the checkpoint was saved with a LoRA beside its weights: whether it was fused cannot be told from it",
-            where=where,
-            expected="the names of a plain checkpoint",
-            got=lora,
-            hint="with diffusers: pipeline.fuse_lora(), pipeline.unload_lora_weights(), then save_pretrained(FOLDER)",
-        )
-    for key, ref in checkpoint.items():
-        if QUANTIZED.search(key) or (key.endswith(".weight") and ref.dtype not in FLOATS):
-            raise ModelError(
-                "the weights are quantised, which is not supported",
-                where=where,
-                expected="tensors of type " + ", ".join(FLOATS),
-                got=f"{key}: {ref.dtype} {list(ref.shape)}",
-                hint=NOT_QUANTIZED,
-            )
 
 
 def _find_entry(folder: Path, variant: str | None) -> Path:

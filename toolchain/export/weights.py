@@ -17,10 +17,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from toolchain.errors import WeightsError
-from toolchain.export.safetensors import FLOATS, write_safetensors
+from toolchain.export.safetensors import write_safetensors
 from toolchain.graph.placeholder import is_weight, static_shape
 from toolchain.graph.transpose import SUFFIX
-from toolchain.weights import MappedWeights, TensorRef, numpy_dtype
+from toolchain.weights import FLOATS, MappedWeights, TensorRef, numpy_dtype
 
 DTYPES = {
     ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16", ir.DataType.DOUBLE: "F64",

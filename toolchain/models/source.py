@@ -114,20 +114,13 @@ def resolve_model(model: str, revision: str | None = None, *, weights: bool = Tr
 
     weights: False where the configs are enough: the weights are not downloaded then.
 
-    Raises ModelError for a missing folder, a single-file checkpoint, remote code, or an unreachable hub.
+    Raises ModelError for a missing folder, remote code, or an unreachable hub.
     """
     path = Path(model).expanduser()
     if revision is not None and path.exists():
         raise UsageError("a revision belongs to a hub id, and the model is a local path", where=path, got=revision)
     if model and path.is_dir():
         source = ModelSource(path.resolve(), model, None)
-    elif path.is_file():
-        raise ModelError(
-            "the model is a single file",
-            where=path,
-            expected="a diffusers folder with model_index.json",
-            hint="convert it once: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)",
-        )
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith((".", "/")):
         source = _from_hub(model, revision, weights)
     else:
