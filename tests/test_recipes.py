@@ -167,7 +167,8 @@ def test_a_first_recipe(family: str, backend: str, models: Callable[[Recipe], Pa
     assert (made.backend, made.component("denoiser").dtype) == (backend, dtype)
     assert {part.dtype for part in made.components.values()} <= {dtype, "float32"}
     if backend == "onnxruntime":
-        assert (made.check.psnr_db, made.check.components) == (40.0, {}), "limits of another type were kept"
+        limits = made.picture_limits["psnr_db"], made.check.components
+        assert limits == (60.0, {}), "limits of another type were kept"
     assert toolchain.api.check_recipe_file(path, str(model)) == made
     assert CliRunner().invoke(cli, arguments).exit_code == 2, "a recipe was overwritten"
 
