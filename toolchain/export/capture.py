@@ -27,6 +27,7 @@ from toolchain.graph import IR_VERSION, OPSET
 from toolchain.graph.liveness import facts
 from toolchain.graph.opset import allow_bfloat16
 from toolchain.graph.placeholder import placeholder, static_shape
+from toolchain.graph.round_trips import drop_round_trips
 from toolchain.graph.simplify import simplify
 from toolchain.graph.typed import check_types
 from toolchain.memory import GRAPH_FACTS
@@ -67,7 +68,7 @@ def capture(component: Component, source: ModelSource, recipe: Recipe, bucket: B
     try:
         # A trace makes millions of objects and little garbage: looking for it takes 5 to 10 % of the time.
         with _quiet(), _translations_read_once(), kept_garbage(), fake, torch.no_grad():
-            module = _construct(component, source, recipe)
+            module = make_module(component, source, recipe)
             inputs = {t.name: torch.zeros(t.shape, dtype=getattr(torch, t.dtype)) for t in spec.inputs}
             program = torch.export.export(module, (), inputs, strict=False)
             exported = torch.onnx.export(
@@ -95,6 +96,8 @@ def capture(component: Component, source: ModelSource, recipe: Recipe, bucket: B
     _detach_weights(model, weights, component.prefix)
     with _quiet():
         model = simplify(model)
+    if recipe.component(component.name).keep_float32:
+        model = drop_round_trips(model)
     model.ir_version = IR_VERSION
     model.graph.name = component.name
     check_signature(model, spec, component.name)
@@ -108,7 +111,8 @@ def write_graph(model: ir.Model, folder: Path) -> None:
     (folder / GRAPH_FACTS).write_text(json.dumps(facts(model), indent=1) + "\n")
 
 
-def _construct(component: Component, source: ModelSource, recipe: Recipe) -> nn.Module:
+def make_module(component: Component, source: ModelSource, recipe: Recipe) -> nn.Module:
+    """The wrapper to export, built from its config. ModelError for a config that no module can be made from."""
     try:
         return component.module(source, recipe)
     except DiffbuildError:

@@ -22,7 +22,10 @@ MOVES = frozenset({"Concat", "Expand", "Flatten", "Reshape", "Slice", "Split", "
 
 
 def drop_round_trips(model: ir.Model) -> ir.Model:
-    """Changes the model, and returns it; narrow values that nothing uses any more are left for another pass."""
+    """Changes the model, whose values must have types, and returns it.
+
+    For graphs with modules kept in float32: elsewhere, as in FLUX's rotary embedding, a model rounds by its own design.
+    """
     found: dict[ir.Value, ir.Value | None] = {}
     for node in list(model.graph):
         value = node.inputs[0] if _casts(node, ir.DataType.FLOAT) else None
@@ -32,6 +35,7 @@ def drop_round_trips(model: ir.Model) -> ir.Model:
             same.outputs[0].shape, same.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
             ir.convenience.replace_nodes_and_values(model.graph, node, [node], [same], node.outputs, same.outputs)
     common.IdentityEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
     return model
 
 
@@ -58,9 +62,8 @@ def _move(node: ir.Node, found: dict[ir.Value, ir.Value | None]) -> None:
     sources = [None if value is None else _wide(value, found) for value in node.inputs[:count]]
     if None in sources:
         return
-    moved = ir.node(
-        node.op_type, [*sources, *node.inputs[count:]], node.attributes, num_outputs=len(node.outputs), name=node.name
-    )
+    # Without the name: the node itself stays, where somebody needs the narrow value.
+    moved = ir.node(node.op_type, [*sources, *node.inputs[count:]], node.attributes, num_outputs=len(node.outputs))
     for narrow, wide in zip(node.outputs, moved.outputs, strict=True):
         wide.shape, wide.type = narrow.shape, ir.TensorType(ir.DataType.FLOAT)
         found[narrow] = wide

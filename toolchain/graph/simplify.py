@@ -7,7 +7,6 @@
 5. An Einsum that only permutes is a Transpose.
 6. Where torch promoted a type in silence there is a Cast.
 7. What NVIDIA's parsers do not take in bfloat16 has casts around it.
-8. Nothing is rounded to a narrower type between float32 and float32.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from onnxscript import optimizer
 from toolchain.graph.einsum import transpose_einsums
 from toolchain.graph.placeholder import is_weight
 from toolchain.graph.promote import promote_types
-from toolchain.graph.round_trips import drop_round_trips
 from toolchain.graph.widen import widen_operators
 
 # A folded value is written into the graph of every bucket, so it must stay small: 4 MiB holds a 1024x1024 mask.
@@ -49,8 +47,6 @@ def simplify(model: ir.Model) -> ir.Model:
         )
         common.RemoveUnusedNodesPass()(model)
     widen_operators(model)  # here, where every value has a type
-    drop_round_trips(model)
-    common.RemoveUnusedNodesPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     common.ClearMetadataAndDocStringPass()(model)  # the exporter's stack traces are half of a graph's bytes
