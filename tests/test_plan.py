@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,13 @@ def own_store(
     """A store of what `tiny_bundle` was built from and no more: other workers put anything into the shared one."""
     own = tmp_path_factory.mktemp("own") / "store"
     for step in toolchain.plan_build(tiny_recipe, str(tiny_model), store=store).steps:
-        shutil.copytree(store / step.stage / step.key, own / step.stage / step.key)
+        built = store / step.stage / step.key  # maybe by another test, under its recipe's name
+        Store(own).get_or_build(step.stage, step.subject, step.inputs, partial(copy_files, built))
     return own
+
+
+def copy_files(built: Path, folder: Path) -> None:
+    shutil.copytree(built, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
 
 
 @pytest.fixture
@@ -295,14 +301,6 @@ def test_recipes_that_do_not_fit(built: dict[str, str], tmp_path: Path, old: str
     with pytest.raises(RecipeError) as error:
         toolchain.plan_build(recipe, **built)  # type: ignore[arg-type]
     assert message in str(error.value)
-
-
-def test_a_pattern_that_matches_no_module(built: dict[str, str], tmp_path: Path) -> None:
-    text = RECIPE + '[components.denoiser]\ndtype = "float16"\nkeep_float32 = ["conv_inn"]\n'
-    with pytest.raises(RecipeError) as error:
-        toolchain.build(write(tmp_path / "tiny.toml", text), built["model"], tmp_path / "out", store=tmp_path / "store")
-    assert "conv_inn" in str(error.value)
-    assert "conv_in" in str(error.value)
 
 
 def test_graphs_alone_need_no_weights(tiny_copy: Path, tiny_recipe: Path, own_store: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ LAYERS = (
     ("graph", "models", "sampler", "bundle", "provenance", "signing", "memory"),
     ("export", "engines"),
     ("runtime",),
-    ("steps", "single_file", "planner", "plan", "starter", "assemble", "check"),
+    ("steps", "single_file", "kept", "planner", "plan", "starter", "assemble", "check"),
     ("api",),
     ("report", "inspection", "progress", "pictures", "doctor", "console", "cli_cache", "cli_recipes", "bench"),
     ("trace", "cli_trace"),

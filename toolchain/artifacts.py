@@ -21,7 +21,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,15 +138,17 @@ class Store:
                 return None
         return artifact
 
-    def explain(self, stage: str, subject: str, inputs: Mapping[str, Json]) -> list[str]:
+    def explain(
+        self, stage: str, subject: str, inputs: Mapping[str, Json], known: Sequence[Artifact] | None = None
+    ) -> list[str]:
         """For a miss: the fields that differ from the stage's and subject's most recently built or reused artifact.
 
-        Lines "path.to.field: old -> new"; empty when none was ever built.
+        Lines "path.to.field: old -> new"; empty when none was ever built. `known`: what `by_use` gave, for many calls.
         """
-        same = [a for a in self.artifacts() if (a.stage, a.subject) == (stage, subject)]
-        if not same:
+        listed = self.by_use() if known is None else known
+        latest = next((a for a in listed if (a.stage, a.subject) == (stage, subject)), None)
+        if latest is None:
             return []
-        latest = min(same, key=lambda a: _age_s(a.path))
         return list(differences(dict(latest.inputs), json.loads(canonical(dict(inputs)))))
 
     def get_or_build(
@@ -182,6 +184,10 @@ class Store:
         for stage, key, _ in self._entries():
             if (artifact := self.lookup(stage, key)) is not None:
                 yield artifact
+
+    def by_use(self) -> list[Artifact]:
+        """All complete artifacts, the one built or reused last first."""
+        return sorted(self.artifacts(), key=lambda a: _age_s(a.path))
 
     def verify(self) -> list[tuple[Artifact | Path, str]]:
         """Reads every byte of the store; lists what is damaged and how.

@@ -5,7 +5,7 @@ Planning imports neither torch nor diffusers, so that a build with nothing to do
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,11 @@ from typing import Any
 
 from toolchain.artifacts import Artifact, Store
 from toolchain.engines import Backend, backend_of
-from toolchain.errors import EngineError, RecipeError, RequestError
+from toolchain.errors import EngineError, RecipeError, RequestError, SamplerError
 from toolchain.models import Family, ModelSource, family_of
 from toolchain.planner import Planner
 from toolchain.recipe import Recipe
-from toolchain.sampler.schedulers import parse
+from toolchain.sampler.schedulers import entry_for, parse
 from toolchain.steps import Step
 
 
@@ -70,6 +70,7 @@ def make_plan(recipe: Recipe, source: ModelSource, store: Store, *, graphs_only:
         planner.samplers()
     for component in family.parts(recipe):
         planner.graphs(component)
+    _check_patterns(recipe, source, family, planner.steps)
     if not graphs_only:
         for component in family.parts(recipe):
             planner.engines(component)
@@ -82,6 +83,23 @@ def _device(backend: Backend) -> tuple[dict[str, Any] | None, EngineError | None
         return backend.device(), None
     except EngineError as error:
         return None, error
+
+
+def _check_patterns(recipe: Recipe, source: ModelSource, family: Family, steps: Sequence[Step]) -> None:
+    """RecipeError with every pattern of `keep_float32` that matches no module."""
+    problems: list[str] = []
+    for component in family.parts(recipe):
+        if recipe.component(component.name).keep_float32:
+            from toolchain.kept import pattern_problems
+
+            exported = all(s.hit for s in steps if s.stage == "graph" and s.inputs["component"] == component.name)
+            problems += pattern_problems(component, source, recipe, exported=exported)
+    _refuse(problems, recipe)
+
+
+def _refuse(problems: Sequence[str], recipe: Recipe) -> None:
+    if problems:
+        raise RecipeError("the recipe does not fit the model:\n    " + "\n    ".join(problems), where=recipe.name)
 
 
 def check_recipe(
@@ -111,14 +129,17 @@ def check_recipe(
     for bucket in recipe.buckets:
         if bucket.height % multiple or bucket.width % multiple:
             problems.append(f"buckets: {bucket} has sides that are no multiples of {multiple}, as the model needs them")
+    config = None if source is None or graphs_only else family.settings(source).scheduler
     for spec in dict.fromkeys([recipe.sampling.scheduler, *recipe.sampling.schedulers]):
         try:
-            parse(spec)
-        except RequestError as error:
+            parsed = parse(spec)
+            if config is not None:
+                entry_for(parsed, config)
+        except (RequestError, SamplerError) as error:
+            expected = f"expected {error.expected}, " if isinstance(error, SamplerError) and error.expected else ""
             hint = f"; {error.hint}" if error.hint else ""
-            problems.append(f"sampling.schedulers: {error.what} (got {spec}){hint}")
-    if problems:
-        raise RecipeError("the recipe does not fit the model:\n    " + "\n    ".join(problems), where=recipe.name)
+            problems.append(f"sampling.schedulers: {error.what} ({expected}got {spec}){hint}")
+    _refuse(problems, recipe)
 
 
 def execute(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +17,7 @@ from toolchain.engines import Backend
 from toolchain.errors import EngineError, ExportError
 from toolchain.export.safetensors import find_weights, read_folder
 from toolchain.models import Component, Family, ModelSource
-from toolchain.recipe import Bucket, Recipe
+from toolchain.recipe import Bucket, ComponentRecipe, Recipe
 from toolchain.sampler.schedulers import parse
 from toolchain.sampler.table import table_name
 from toolchain.settings import ModelSettings
@@ -61,11 +59,36 @@ class Planner:
         inputs = {"code": code_digest(stage), **inputs}
         key = content_key(stage, inputs)
         hit = self.store.lookup(stage, key) is not None
-        # One subject per model and recipe, so that `explain` compares like with like.
+        changed = [] if hit else self._explain(stage, subject, inputs)
         name = f"{self.recipe.name} {subject}"
-        changed = [] if hit else self.store.explain(stage, name, inputs)
         self.steps.append(Step(stage, name, key, inputs, hit, tuple(changed), run, tuple(needs)))
         return key
+
+    def _explain(self, stage: str, subject: str, inputs: dict[str, Json]) -> list[str]:
+        """What changed since this recipe was built; since its twin was, and then its name first, where it never was."""
+        # One subject per model and recipe, so that like is compared with like.
+        own, twin = self.recipe.name, self._twin
+        found = self.store.explain(stage, f"{own} {subject}", inputs, self._known)
+        if found or twin is None:
+            return found
+        found = self.store.explain(stage, f"{twin} {subject}", inputs, self._known)
+        return [f"recipe.name: {json.dumps(twin)} -> {json.dumps(own)}", *found] if found else []
+
+    @cached_property
+    def _known(self) -> list[Artifact]:
+        return self.store.by_use()
+
+    @cached_property
+    def _twin(self) -> str | None:
+        """The recipe of another name that this model was built by last."""
+        denoiser = self.family.component("denoiser")
+        like = {"family": self.family.name, "component": denoiser.name, "config": self.config(denoiser)}
+        found = [a for a in self._known if a.stage == "graph" and {k: a.inputs.get(k) for k in like} == like]
+        names = [a.subject.rpartition(f" {denoiser.name} ")[0] for a in found]
+        return next((name for name in names if name != self.recipe.name), None)
+
+    def config(self, component: Component) -> dict[str, Json]:
+        return compiled(self.source.config(component.folder))
 
     def name(self, stage: str, subject: str) -> str:
         return f"{stage} {self.recipe.name} {subject}"
@@ -80,15 +103,14 @@ class Planner:
         return {str(bucket): bucket for bucket in self.recipe.buckets}
 
     def graphs(self, component: Component) -> None:
-        recipe = self.recipe.component(component.name)
         for label, bucket in self.buckets(component).items():
             spec = component.spec(self.source, bucket, self.recipe)
             inputs: dict[str, Json] = {
                 "family": self.family.name,  # whose wrapper it is, around networks that others have too
                 "component": component.name,
-                "config": _config_digest(self.source.config(component.folder)),
+                "config": self.config(component),
                 "signature": spec.to_json(),
-                "recipe": _json(recipe),
+                "recipe": _precision(self.recipe.component(component.name)),
                 # Of the denoiser alone: a text encoder is the same with and without guidance.
                 "guided": self.guided and component.name == "denoiser",
                 "tools": tool_versions(EXPORT_TOOLS),
@@ -110,8 +132,8 @@ class Planner:
             "family": self.family.name,
             "component": component.name,  # both halves of a VAE come from one checkpoint
             "checkpoint": {f.name: self.store.digest_of(f) for f in files},
-            "config": _config_digest(self.source.config(component.folder)),
-            "recipe": _json(self.recipe.component(component.name)),
+            "config": self.config(component),
+            "recipe": _precision(self.recipe.component(component.name)),
             "backend": self.backend.name,
             "tools": tool_versions(EXPORT_TOOLS),
         }
@@ -219,7 +241,7 @@ class Planner:
             "tokens": tokens,
             "skip": skip,
             "linear_sigmas": settings.linear_sigmas,
-            "config": _config_digest(settings.scheduler),
+            "config": compiled(settings.scheduler),
             "tools": tool_versions(("diffusers", "torch")),
         }
 
@@ -233,15 +255,19 @@ class Planner:
         self.add("sampler", table_name(spec, steps, tokens=tokens, skip=skip), inputs, run)
 
 
-def _json(value: Any) -> Json:
-    data: Json = json.loads(json.dumps(asdict(value)))
-    return data
+def _precision(own: ComponentRecipe) -> dict[str, Json]:
+    """What of a component's table decides its graph and weights.
+
+    `tokens` is in the signature where there is such a choice, and in float32 there is nothing to keep.
+    """
+    return {"dtype": own.dtype, "keep_float32": [*sorted(own.keep_float32)] if own.dtype != "float32" else []}
 
 
-def _config_digest(config: Mapping[str, Any]) -> str:
-    """Names and library versions in a config change nothing that is compiled."""
+def compiled(config: Mapping[str, Any]) -> dict[str, Json]:
+    """A config without its names and library versions, which change nothing that is compiled."""
     kept = {k: v for k, v in config.items() if k not in ("_name_or_path", "_diffusers_version", "transformers_version")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    plain: dict[str, Json] = json.loads(json.dumps(kept), parse_constant=str)  # schedulers' configs hold infinities
+    return plain
 
 
 @contextmanager

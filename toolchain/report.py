@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 """Of every JSON document. Raised when a field goes or changes its meaning, not when one is added."""
+RENAMED = "recipe.name"
+"""What a step says has changed where it was compared with a recipe of another name."""
 MADE_OF = ("graph", "weights", "packed")
 """Inputs of a step that are keys of other steps: what changed in those is told there."""
 
@@ -98,6 +100,9 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         yield f"engines by {plan.backend.name} cannot be built here: {plan.refused}"
     if plan.device:
         yield f"engines by {plan.backend.name} for {device_line(plan.device)}"
+    renamed = next((c for step in plan.steps for c in step.changed if c.startswith(RENAMED)), None)
+    if renamed:
+        yield f"compared with a recipe of another name, as this one was never built: {renamed.partition(': ')[2]}"
     rows = []
     for step in plan.steps:
         first, *others = [""] if step.hit else _reasons(step, plan)
@@ -120,7 +125,7 @@ def _reasons(step: Step, plan: Plan) -> list[str]:
     """Why a step is a miss. A changed key says to people only that it is made from something new; digests are cut."""
     if plan.refused and "device" in step.inputs:
         return ["cannot be built here"]
-    fields = [change.partition(": ") for change in step.changed]
+    fields = [change.partition(": ") for change in step.changed if not change.startswith(RENAMED)]
     own = [
         f"{field}: " + re.sub(r"[0-9a-f]{13,}", lambda m: m[0][:12], v)
         for field, _, v in fields
@@ -153,6 +158,12 @@ def build_lines(bundle: Bundle, finished: Sequence[Finished], seconds: float) ->
 
 def _buckets(bundle: Bundle) -> list[str]:
     return [str(bucket) for bucket in bundle.buckets]
+
+
+def _prompts(bundle: Bundle) -> dict[str, int]:
+    """How many tokens each text encoder takes, by its name."""
+    specs = {name: bundle.engine(name, bundle.buckets[0]).spec for name in bundle.tokenizers}
+    return {name: spec.input("ids").shape[1] for name, spec in specs.items()}
 
 
 def _component_bytes(bundle: Bundle, component: str) -> dict[str, int]:
@@ -207,6 +218,7 @@ def bundle_json(bundle: Bundle, refused: str | None, verified: bool) -> dict[str
         "refused": refused,
         "buckets": _buckets(bundle),
         "components": {c: {"bytes": _component_bytes(bundle, c)} for c in bundle.engines},
+        "prompts": _prompts(bundle),
         "engines": engine_facts(bundle),
         "memory": forecast(bundle).to_json(),
         "samplers": list(bundle.samplers),
@@ -232,6 +244,7 @@ def bundle_lines(bundle: Bundle, refused: str | None, verified: bool) -> Iterato
         ["device", f"{bundle.backend}: " + ", ".join(f"{k} {v}" for k, v in bundle.device.items())],
         ["runs here", "yes" if refused is None else f"no: {refused}"],
         ["buckets", ", ".join(_buckets(bundle)) + " (batch x height x width)"],
+        ["prompts", ", ".join(f"{name} {tokens} tokens" for name, tokens in _prompts(bundle).items())],
         ["samplers", ", ".join(bundle.samplers) + " (scheduler/steps)"],
         ["built with", ", ".join(f"{name} {version}" for name, version in bundle.tools.items())],
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import diffusers
@@ -12,6 +13,7 @@ from tests.sampler.scheduler_configs import COGVIDEOX, CONTINUOUS, EDM, FLOW, FL
 from toolchain.errors import RequestError, SamplerError
 from toolchain.sampler.schedulers import (
     DEFAULTED,
+    FLOW_SIGMAS,
     SCHEDULERS,
     UNSUPPORTED,
     accepted_options,
@@ -221,6 +223,14 @@ def test_accepted_options_come_from_the_class() -> None:
     wanted = tuple(o for o in OPTIONS if o not in ("eta", "sigmas"))
     assert accepted_options(diffusers.DPMSolverMultistepScheduler) == wanted
     assert accepted_options(diffusers.IPNDMScheduler) == ()
+
+
+def test_the_classes_with_flow_sigmas_are_those_of_diffusers() -> None:
+    """Planning goes by the table, which this holds to the classes."""
+    classes = {entry.cls: getattr(diffusers, entry.cls) for entry in SCHEDULERS.values()}
+    assert {
+        n for n, c in classes.items() if "use_flow_sigmas" in inspect.signature(c.__init__).parameters
+    } == FLOW_SIGMAS
 
 
 @pytest.mark.parametrize("key", ["timesteps", "sigmas"])

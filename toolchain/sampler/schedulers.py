@@ -72,6 +72,18 @@ SCHEDULERS: dict[str, Entry] = {
     "ipndm": Entry("IPNDMScheduler", family="continuous"),
 }
 
+# Classes for betas that have the setting use_flow_sigmas: by name, because planning loads none of them.
+FLOW_SIGMAS = frozenset(
+    {
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepInverseScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "SASolverScheduler",
+        "UniPCMultistepScheduler",
+    }
+)
+
 _BROWNIAN = "its noise is one Brownian tree over the whole trajectory, not a draw for each step"
 UNSUPPORTED: dict[str, str] = {
     "DPMSolverSDEScheduler": _BROWNIAN,
@@ -179,7 +191,24 @@ def compatible(model_config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _drives(entry: Entry, family: str) -> bool:
-    return entry.family == family or (family == "flow" and "use_flow_sigmas" in _settings(_load(entry.cls)))
+    return entry.family == family or (family == "flow" and entry.cls in FLOW_SIGMAS)
+
+
+def entry_for(spec: SchedulerSpec, model_config: Mapping[str, Any]) -> Entry:
+    """The class that a spec stands for. SamplerError where it cannot drive the model, without a look at diffusers."""
+    entry, family = _entry(spec, model_config), family_of(model_config)
+    if not _drives(entry, family):
+        raise SamplerError(
+            f"the scheduler {spec.name} is for {entry.family} models, and this model is {family}",
+            where="scheduler/scheduler_config.json",
+            expected="one of " + ", ".join(compatible(model_config)),
+            got=spec.canonical,
+        )
+    if family == "flow" and "timesteps" in spec.lists:
+        raise SamplerError(
+            "diffusers' pipelines of flow-matching models take no timesteps", got=spec.canonical, hint="give sigmas"
+        )
+    return entry
 
 
 def create(spec: SchedulerSpec, model_config: Mapping[str, Any]) -> Any:
@@ -188,7 +217,7 @@ def create(spec: SchedulerSpec, model_config: Mapping[str, Any]) -> Any:
     A solver made for betas drives a flow-matching model with use_flow_sigmas, prediction_type flow_prediction and the
     model's shift. SamplerError with the reason for a class, setting or option that no table can reproduce.
     """
-    entry = _entry(spec, model_config)
+    entry = entry_for(spec, model_config)
     cls = _load(entry.cls)
     overrides = {**entry.fixed, **_family_overrides(spec, entry, cls, model_config)}
     overrides.update(_option_overrides(spec, cls))
@@ -258,19 +287,7 @@ def _settings(cls: Any) -> Mapping[str, inspect.Parameter]:
 
 def _family_overrides(spec: SchedulerSpec, entry: Entry, cls: Any, model_config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that carry a model's family over to a class made for another; SamplerError where none can."""
-    family = family_of(model_config)
-    if not _drives(entry, family):
-        raise SamplerError(
-            f"the scheduler {spec.name} is for {entry.family} models, and this model is {family}",
-            where="scheduler/scheduler_config.json",
-            expected="one of " + ", ".join(compatible(model_config)),
-            got=spec.canonical,
-        )
-    if family == "flow" and "timesteps" in spec.lists:
-        raise SamplerError(
-            "diffusers' pipelines of flow-matching models take no timesteps", got=spec.canonical, hint="give sigmas"
-        )
-    if family != "flow" or spec.name == MODEL:
+    if family_of(model_config) != "flow" or spec.name == MODEL:
         return {}
     shift = model_config.get("shift", model_config.get("flow_shift", 1.0))
     if "flow_shift" not in _settings(cls):

@@ -1,0 +1,197 @@
+"""What a plan says before anything is built: what changed, what rebuilds nothing, and what is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import toolchain
+from tests.sampler.scheduler_configs import FLOW
+from tests.test_plan import built, own_store, write
+from tests.tiny import RECIPE
+from toolchain.errors import RecipeError
+from toolchain.plan import Plan
+from toolchain.report import plan_json, plan_lines
+
+__all__ = ["built", "own_store"]
+Edit = Callable[[dict[str, Any]], None]
+
+
+def plan(model: Path | str, store: Path | str, folder: Path, text: str, name: str = "tiny") -> Plan:
+    return toolchain.plan_build(write(folder / f"{name}.toml", text), str(model), store=Path(store))
+
+
+def keys(made: Plan) -> dict[str, str]:
+    return {step.name: step.key for step in made.steps}
+
+
+def edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def own(component: str, **values: Any) -> str:
+    lines = "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+    return f"{RECIPE}\n[components.{component}]\n{lines}"
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (RECIPE, own("text_encoder", tokens=24)),
+        (RECIPE, own("denoiser", tokens=3)),
+        (RECIPE, own("denoiser", keep_float32=["conv_in"])),
+        (RECIPE, own("text_encoder", dtype="float32", keep_float32=["*"])),
+        (
+            own("denoiser", dtype="float16", keep_float32=["conv_in", "conv_out"]),
+            own("denoiser", dtype="float16", keep_float32=["conv_out", "conv_in"]),
+        ),
+    ],
+)
+def test_what_rebuilds_nothing_changes_no_key(one: str, other: str, tiny_model: Path, tmp_path: Path) -> None:
+    store = tmp_path / "none"
+    assert keys(plan(tiny_model, store, tmp_path, one)) == keys(plan(tiny_model, store, tmp_path, other))
+
+
+def test_what_is_kept_in_float16_changes_graph_weights_and_engines(tiny_model: Path, tmp_path: Path) -> None:
+    texts = [own("denoiser", dtype="float16", keep_float32=kept) for kept in (["conv_in"], ["conv_out"])]
+    first, second = (keys(plan(tiny_model, tmp_path / "none", tmp_path, text)) for text in texts)
+    changed = {name for name in first if first[name] != second[name]}
+    assert {name.split()[0] for name in changed} == {"graph", "weights", "packed", "engine"}
+    assert all(" denoiser" in name for name in changed)
+
+
+# --- reasons ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_config_names_the_key_and_both_values(built: dict[str, str], tiny_copy: Path, tmp_path: Path) -> None:
+    edit(tiny_copy / "unet" / "config.json", norm_eps=0.5, block_out_channels=[32, 96])
+    edit(tiny_copy / "scheduler" / "scheduler_config.json", beta_end=0.5)
+    made = plan(tiny_copy, built["store"], tmp_path, RECIPE)
+    expected = ("config.block_out_channels[1]: 64 -> 96", "config.norm_eps: 1e-05 -> 0.5")
+    assert made.step("graph tiny denoiser 1x64x64").changed == expected
+    assert set(expected) <= set(made.step("weights tiny denoiser").changed)
+    assert made.step("sampler tiny euler/4").changed == ("config.beta_end: 0.012 -> 0.5",)
+    assert "config.norm_eps: 1e-05 -> 0.5" in "\n".join(plan_lines(made))
+
+
+def test_infinities_of_a_config_are_values_too(built: dict[str, str], tiny_copy: Path, tmp_path: Path) -> None:
+    """As diffusers writes them: lambda_min_clipped is -Infinity in most configs of DPM solvers."""
+    edit(tiny_copy / "scheduler" / "scheduler_config.json", lambda_min_clipped=float("-inf"))
+    made = plan(tiny_copy, built["store"], tmp_path, RECIPE)
+    assert made.step("sampler tiny euler/4").changed == ('config.lambda_min_clipped: (absent) -> "-Infinity"',)
+
+
+def test_another_file_name_is_compared_with_what_was_built(built: dict[str, str], tmp_path: Path) -> None:
+    """A recipe that was copied and edited: the same model was built by it under its old name."""
+    text = RECIPE + '\n[onnxruntime]\noptimization = "basic"\n'
+    made = plan(built["model"], built["store"], tmp_path, text, name="copied")
+    misses = [step for step in made.steps if not step.hit]
+    assert {step.stage for step in misses} == {"engine"}
+    for step in misses:
+        assert step.changed[0] == 'recipe.name: "tiny" -> "copied"'
+        assert 'options.optimization: "all" -> "basic"' in step.changed
+    lines = "\n".join(plan_lines(made))
+    assert 'a recipe of another name, as this one was never built: "tiny" -> "copied"' in lines
+    assert "not built yet" not in lines
+    assert any("recipe.name" in line for line in plan_json(made)["steps"][-1]["changed"])
+
+
+def test_another_model_is_not_compared(built: dict[str, str], tiny_copy: Path, tmp_path: Path) -> None:
+    """Under another name too, it has nothing to do with what is there."""
+    edit(tiny_copy / "unet" / "config.json", norm_eps=0.5)
+    made = plan(tiny_copy, built["store"], tmp_path, RECIPE, name="other")
+    assert made.step("graph other denoiser 1x64x64").changed == ()
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("component", "dtype", "pattern", "said"),
+    [
+        ("denoiser", "float16", "conv_inn", "no module matches 'conv_inn', did you mean 'conv_in'?"),
+        ("denoiser", "float32", "unet.conv_in", "no module matches 'unet.conv_in'"),
+        ("text_encoder", "float16", "decoder.*", "no module matches 'decoder.*'"),
+    ],
+)
+def test_a_pattern_that_matches_nothing(
+    component: str, dtype: str, pattern: str, said: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    text = own(component, dtype=dtype, keep_float32=["*_embedding*", pattern] if component == "denoiser" else [pattern])
+    with pytest.raises(RecipeError) as error:
+        plan(tiny_model, tmp_path / "none", tmp_path, text)
+    assert f"components.{component}.keep_float32: {said}" in str(error.value)
+    assert "expected names or patterns of modules" in str(error.value)
+    assert "_embedding" not in str(error.value).split("(expected")[0]
+
+
+def test_patterns_of_all_components_are_told_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    text = own("denoiser", dtype="float16", keep_float32=["a", "b"])
+    text += '\n[components.vae_decoder]\ndtype = "float16"\nkeep_float32 = ["c"]\n'
+    with pytest.raises(RecipeError) as error:
+        plan(tiny_model, tmp_path / "none", tmp_path, text)
+    assert all(f"no module matches {name!r}" in str(error.value) for name in "abc")
+
+
+def test_a_module_without_weights_is_a_module(tiny_model: Path, tmp_path: Path) -> None:
+    """No checkpoint holds its name."""
+    plan(tiny_model, tmp_path / "none", tmp_path, own("denoiser", dtype="float16", keep_float32=["conv_act"]))
+
+
+def test_patterns_are_told_without_weights(tiny_copy: Path, tmp_path: Path) -> None:
+    for file in tiny_copy.rglob("*.safetensors"):
+        file.unlink()
+    recipe = write(tmp_path / "tiny.toml", own("vae_encoder", dtype="float16", keep_float32=["encoder.conv_in", "x"]))
+    with pytest.raises(RecipeError, match=r"vae_encoder\.keep_float32: no module matches 'x'"):
+        toolchain.export_graphs(recipe, str(tiny_copy), tmp_path / "graphs", store=tmp_path / "none")
+
+
+def test_patterns_that_match_cost_no_torch(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("the network was made")
+
+    monkeypatch.setattr("toolchain.export.capture.make_module", fail)
+    kept = ["conv_in", "*.norm1", "down_blocks.0.resnets.*"]
+    plan(tiny_model, tmp_path / "none", tmp_path, own("denoiser", dtype="float16", keep_float32=kept))
+
+
+@pytest.mark.parametrize("place", ["scheduler", "schedulers"])
+@pytest.mark.parametrize("name", ["flow-euler", "edm-euler", "cogvideox-ddim", "ipndm"])
+def test_a_scheduler_of_another_family(name: str, place: str, tiny_model: Path, tmp_path: Path) -> None:
+    text = RECIPE.replace(
+        *{
+            "scheduler": ('scheduler = "euler"', f'scheduler = "{name}"'),
+            "schedulers": ('["model", "euler", "euler-a"]', f'["model", "{name}"]'),
+        }[place]
+    )
+    assert text != RECIPE
+    with pytest.raises(RecipeError) as error:
+        plan(tiny_model, tmp_path / "none", tmp_path, text)
+    assert f"sampling.schedulers: the scheduler {name} is for " in str(error.value)
+    assert "models, and this model is beta (expected one of ddim, " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (FLOW, "the scheduler euler is for beta models, and this model is flow (expected one of dpm++2m"),
+        ({"_class_name": "DPMSolverSDEScheduler"}, "the model's own scheduler cannot be compiled: its noise is one"),
+    ],
+)
+def test_what_the_model_says_of_its_scheduler(
+    config: dict[str, Any], said: str, tiny_copy: Path, tmp_path: Path
+) -> None:
+    (tiny_copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    edit(tiny_copy / "model_index.json", scheduler=["diffusers", config["_class_name"]])
+    with pytest.raises(RecipeError) as error:
+        plan(tiny_copy, tmp_path / "none", tmp_path, RECIPE)
+    assert said in str(error.value)
+    # Its graphs have nothing to do with that.
+    toolchain.plan_build(write(tmp_path / "g.toml", RECIPE), str(tiny_copy), store=tmp_path / "none", graphs_only=True)
