@@ -58,6 +58,7 @@ MOVED = {
     "Expand": ("s = Constant<value_ints=[2,2,3]>() m = Expand(h, s)", lambda x: np.stack([x, x])),
     "Flatten": ("m = Flatten<axis=0>(h)", lambda x: x.reshape(1, 6)),
     "Squeeze": ("a = Constant<value_ints=[0]>() u = Unsqueeze(h, a) m = Squeeze(u, a)", lambda x: x),
+    "Gather": ("i = Constant<value_ints=[1]>() m = Gather(h, i)", lambda x: x[[1]]),
     "Concat": ("m = Concat<axis=0>(h, h)", lambda x: np.concatenate([x, x])),
 }
 

@@ -17,7 +17,9 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 LOW = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
-MOVES = frozenset({"Concat", "Expand", "Flatten", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"})
+MOVES = frozenset(
+    {"Concat", "Expand", "Flatten", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+)
 """Of these the first input is moved, and the others say how; of Concat all are."""
 
 
