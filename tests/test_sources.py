@@ -124,7 +124,9 @@ def test_a_folder_that_a_controlnet_pipeline_saved(
         keys.append([step.key for step in plan.steps if step.stage != "tokenizer"])
     assert keys[0] == keys[1]
     assert caplog.text.count("saved by StableDiffusionControlNetPipeline over ordinary networks") == 1
-    assert type(reference_pipeline(source, plan.family, recipe)) is StableDiffusionPipeline
+    pipeline, changed = reference_pipeline(source, plan.family, recipe)
+    assert type(pipeline) is StableDiffusionPipeline
+    assert "StableDiffusionPipeline in place of StableDiffusionControlNetPipeline" in changed
 
 
 @pytest.mark.parametrize("family", MODELS.values(), ids=lambda family: family.name)
