@@ -426,9 +426,9 @@ BUNDLES = [
     ),
     Case(
         "missing file",
-        bundle_file(lambda w: (w.bundle / "samplers/euler-4.json").unlink()),
+        bundle_file(lambda w: (w.bundle / "samplers/euler.json").unlink()),
         1,
-        ("a file of the bundle is missing", "euler-4.json"),
+        ("a file of the bundle is missing", "euler.json"),
         "copy it again",
     ),
     Case(

@@ -22,6 +22,7 @@ from toolchain.recipe import (
     TensorRtOptions,
     TensorRtRtxOptions,
     Tolerance,
+    load_recipe,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +72,17 @@ def test_every_recipe_key_is_in_the_reference(kind: type) -> None:
     reference = README.split("## Recipes")[1].split("\n## ")[0]
     words = set(re.findall(r"[a-z_0-9]+", "".join(re.findall(r"`[^`]+`", reference))))
     assert {f.name for f in fields(kind)} - {"name"} <= words
+
+
+def test_the_examples_draw_with_tables_of_the_bundle() -> None:
+    """So that they run where diffusers is not."""
+    tables = load_recipe(ROOT / "recipes" / "sd15-fp32.toml").sampling.tables
+    command = next(line for line in commands() if line.startswith("generate sd15"))
+    steps, scheduler = re.findall(r"--(?:steps|scheduler) (\S+)", command)
+    assert int(steps) in tables[scheduler]
+    called = re.search(r'scheduler="(.+)", steps=(\d+)', README)
+    assert called is not None
+    assert int(called[2]) in tables[called[1]]
 
 
 def test_the_numbers_are_those_of_the_runs() -> None:

@@ -12,8 +12,8 @@ import pytest
 import toolchain
 from tests.tiny import RECIPE
 from toolchain.artifacts import Store
-from toolchain.assemble import assemble
-from toolchain.errors import RecipeError, StoreError, UsageError
+from toolchain.assemble import assemble, sampler_file
+from toolchain.errors import RecipeError, SamplerError, StoreError, UsageError
 
 
 def write(path: Path, text: str) -> Path:
@@ -71,7 +71,37 @@ def test_sampling_defaults_rebuild_nothing(built: dict[str, str], tmp_path: Path
 def test_a_new_step_count_compiles_its_tables_alone(built: dict[str, str], tmp_path: Path) -> None:
     recipe = write(tmp_path / "tiny.toml", RECIPE.replace("step_counts = [4]", "step_counts = [4, 6]"))
     plan = toolchain.plan_build(recipe, **built)  # type: ignore[arg-type]
-    assert misses(plan) == [f"sampler tiny {name}/6" for name in ("model", "euler", "euler-a")]
+    assert misses(plan) == [f"sampler tiny {name}" for name in ("euler", "model", "euler-a")]
+    assert set(plan.step("sampler tiny euler").changed) == {'steps: "4" -> "4,6"', 'required: "4" -> "4,6"'}
+
+
+def test_a_range_leaves_out_what_a_scheduler_cannot_do(
+    built: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = RECIPE.replace("step_counts = [4]", 'step_counts = ["49-52"]').replace('["model"', '["lcm", "model"')
+    plan = toolchain.plan_build(write(tmp_path / "tiny.toml", text), **built)  # type: ignore[arg-type]
+    phases: list[tuple[str, float | None]] = []
+    plan.step("sampler tiny lcm").run({}, tmp_path, lambda phase, share: phases.append((phase, share)))
+    tables = json.loads((tmp_path / "tables.json").read_text())
+    assert {name: type(table) for name, table in tables.items()} == {
+        **{f"lcm/{steps}": dict for steps in (49, 50)},
+        **{f"lcm/{steps}": str for steps in (51, 52)},
+    }
+    assert "no tables of lcm for 51-52 steps" in caplog.text
+    assert phases[1] == ("table 2 of 4", 0.25)
+    asked = text.replace('["49-52"]', "[51]")
+    plan = toolchain.plan_build(write(tmp_path / "tiny.toml", asked), **built)  # type: ignore[arg-type]
+    with pytest.raises(SamplerError, match="refuses lcm with 51 steps"):
+        plan.step("sampler tiny lcm").run({}, tmp_path, lambda phase, share: None)
+
+
+def test_schedulers_whose_names_look_alike_have_files_of_their_own() -> None:
+    specs = ["euler", "dpm++2m-sde", "dpm++2m:sde", "dpm++2m:karras,sde", "dpm++2m-karras-sde"]
+    specs += [f"euler:sigmas={' '.join(map(str, range(n, 0, -1)))}" for n in (40, 80)]
+    places = [sampler_file(spec) for spec in specs]
+    assert len({*places}) == len(specs)
+    assert places[0] == "samplers/euler.json"
+    assert all(len(place) < 80 and " " not in place for place in places)
 
 
 def test_a_miss_names_the_field_that_changed(built: dict[str, str], tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ keep_float32 = ["*"]
 [sampling]
 scheduler = "dpm++2m"
 steps = 4
+step_counts = [4]
 
 [check]
 prompts = ["a red circle"]
@@ -92,7 +93,8 @@ def test_what_is_kept_in_float32_costs_no_accuracy(build: Build, tiny_model: Pat
 
 
 def test_without_guidance_the_batch_is_not_doubled(build: Build, tiny_model: Path) -> None:
-    text = 'family = "sd"\nbuckets = ["1x64x64"]\nclassifier_free_guidance = false\n[check]\nprompts = ["a"]\n'
+    text = 'family = "sd"\nbuckets = ["1x64x64"]\nclassifier_free_guidance = false\n'
+    text += '[sampling]\nstep_counts = [4]\n[check]\nprompts = ["a"]\n'
     pipe = build("plain", tiny_model, text)
     assert pipe.bundle.engines["denoiser"]["1x64x64"].spec.input("context").shape[0] == 1
     ours = pipe(PROMPT, seed=0, steps=4, scheduler="ddim").images

@@ -66,7 +66,7 @@ def test_defaults() -> None:
         buckets=(Bucket(1, 64, 64),),
         classifier_free_guidance=True,
         components={},
-        sampling=Sampling("model", 20, 5.0, ("model",), (20,)),
+        sampling=Sampling("model", 20, 5.0, ("model",), ("1-50",)),
         onnxruntime=OnnxRuntimeOptions("all", 0),
         onnxruntime_cuda=OnnxRuntimeCudaOptions("all", True, False, True),
         tensorrt=TensorRtOptions(3, 0, "none", "none", False, False, -1, "", True, "step"),
@@ -131,6 +131,18 @@ snr_db = 30.5
 """
 
 
+def test_step_counts_are_numbers_and_ranges() -> None:
+    """Whether a number was asked for by itself tells whether its table may be left out."""
+    text = SMALLEST + "[sampling]\nsteps = 7\nstep_counts = ['1-3', 3, '9-9']\nschedulers = ['euler', 'ddim']\n"
+    grid = {1: False, 2: False, 3: True, 9: False}
+    assert parse(text).sampling.tables == {"model": grid | {7: True}, "euler": grid, "ddim": grid}
+    assert parse(SMALLEST).sampling.tables == {"model": {n: n == 20 for n in range(1, 51)}}
+    assert Recipe.from_json(parse(text).to_json()) == parse(text)
+    for wrong in ("0-3", "3-1", "1-", "-3", "1-3-5", "01-3", " 1-3", "all"):
+        with pytest.raises(RecipeError, match=r"step_counts\[0\]: out of range"):
+            parse(SMALLEST + f"[sampling]\nstep_counts = ['{wrong}']\n")
+
+
 def test_every_key() -> None:
     recipe = parse(FULL)
     assert recipe.buckets == (Bucket(batch=1, height=64, width=64), Bucket(batch=4, height=64, width=128))
@@ -138,7 +150,7 @@ def test_every_key() -> None:
     assert recipe.component("text_encoder_2") == ComponentRecipe()
     assert recipe.sampling == Sampling("euler", 8, 7.0, ("ddim", "euler"), (8, 20))
     assert type(recipe.sampling.guidance) is float
-    assert recipe.sampling.tables == (("euler", 8), ("ddim", 8), ("ddim", 20), ("euler", 20))
+    assert recipe.sampling.tables == {"euler": {8: True, 20: True}, "ddim": {8: True, 20: True}}
     assert recipe.onnxruntime == OnnxRuntimeOptions("basic", 2)
     assert recipe.onnxruntime_cuda == OnnxRuntimeCudaOptions("extended", False, True, False)
     assert recipe.tensorrt == TensorRtOptions(
@@ -235,6 +247,7 @@ vae_decoder.cosin = 1
 """
 KEYS = "family, backend, buckets, classifier_free_guidance, without, components, sampling, onnxruntime, "
 KEYS += "onnxruntime_cuda, tensorrt, tensorrt_rtx, check"
+STEP_COUNT = 'a number of steps from 1, or a range such as "1-50"'
 SEED = "an integer from 0 to 2**64 - 1"
 MANY_LINES = [
     f"famly: unknown key, did you mean 'family'? (expected one of {KEYS}, got 'famly')",
@@ -262,10 +275,10 @@ MANY_LINES = [
     "sampling.guidance: out of range (expected a number of 0 or more, got nan)",
     "sampling.schedulers[1]: duplicate (expected each entry once, got 'euler')",
     f"sampling.schedulers[2]: empty (expected {TEXT}, got ' ')",
-    f"sampling.step_counts[1]: wrong type (expected {COUNT}, got 30.0)",
-    f"sampling.step_counts[2]: wrong type (expected {COUNT}, got true)",
-    f"sampling.step_counts[3]: wrong type (expected {COUNT}, got '50')",
-    f"sampling.step_counts[4]: out of range (expected {COUNT}, got 0)",
+    f"sampling.step_counts[1]: wrong type (expected {STEP_COUNT}, got 30.0)",
+    f"sampling.step_counts[2]: wrong type (expected {STEP_COUNT}, got true)",
+    f"sampling.step_counts[3]: out of range (expected {STEP_COUNT}, got '50')",
+    f"sampling.step_counts[4]: out of range (expected {STEP_COUNT}, got 0)",
     "onnxruntime.optimization: unknown value (expected one of 'basic', 'extended', 'all', got 'layout')",
     "onnxruntime.threads: out of range (expected an integer of 0 or more, got -1)",
     "tensorrt.fp16: unknown key (expected one of builder_optimization_level, workspace_mb, tiling_optimization_level, "

@@ -272,9 +272,9 @@ def test_verify_of_an_unsigned_bundle(bundle_copy: Path) -> None:
 
 def test_verify_names_every_damaged_file(bundle_copy: Path) -> None:
     (bundle_copy / ENGINE).unlink()
-    (bundle_copy / "samplers" / "euler-4.json").write_text("{}")
+    (bundle_copy / "samplers" / "euler.json").write_text("{}")
     found = {Path(str(p["where"])).name for p in run_json("verify", bundle_copy, code=3)["problems"]}
-    assert found == {"graph.onnx", "euler-4.json"}
+    assert found == {"graph.onnx", "euler.json"}
 
 
 def test_verify_of_no_bundle(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ classifier_free_guidance = {str(guided).lower()}
 
 [sampling]
 steps = 4
+step_counts = [4]
 
 [check]
 prompts = ["a red circle on a white background"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -28,6 +30,7 @@ from toolchain.bundle import (
 from toolchain.errors import BundleError, StoreError, UsageError
 from toolchain.files import foreign_files, some
 from toolchain.plan import Plan, execute
+from toolchain.planner import TABLES
 from toolchain.provenance import note_built
 from toolchain.signature import GraphSpec
 from toolchain.steps import EXPORT_TOOLS, Step, tool_versions
@@ -170,13 +173,12 @@ class _Writer:
         recipe = plan.recipe
         components = plan.family.parts(recipe)
         engines = {c.name: self._engines(folder, c.name) for c in components}
-        samplers = {}
+        samplers: dict[str, str] = {}
         for step in plan.steps:
             if step.stage == "sampler":
-                label = step.subject.removeprefix(f"{recipe.name} ")
-                name = label.replace("/", "-").replace(":", "-").replace(",", "-").replace("=", "-")
-                samplers[label] = f"samplers/{name}.json"
-                self._copy(self.built[step.name], "table.json", folder, samplers[label])
+                artifact, place = self.built[step.name], sampler_file(str(step.inputs["scheduler"]))
+                self._copy(artifact, TABLES, folder, place)
+                samplers |= dict.fromkeys(_tables(artifact), place)
         tokenizers = {c.name: f"tokenizers/{c.tokenizer}" for c in components if c.tokenizer}
         for place in tokenizers.values():
             tokenizer = self.built[f"tokenizer {recipe.name} {Path(place).name}"]
@@ -235,6 +237,22 @@ class _Writer:
         record = artifact.files[name]
         self._copy_file(artifact.file(name), folder / target)
         self.files[target] = FileEntry(record.sha256, record.size)
+
+
+def sampler_file(spec: str) -> str:
+    """Where the tables of a scheduler lie: dpm++2m-sde and dpm++2m:sde are two."""
+    plain = re.sub(r"[^a-z0-9+.-]+", "-", spec)[:40]
+    return f"samplers/{plain if plain == spec else f'{plain}-{hashlib.sha256(spec.encode()).hexdigest()[:8]}'}.json"
+
+
+def _tables(artifact: Artifact) -> list[str]:
+    """The names of what an artifact of stage sampler holds. StoreError for a damaged one."""
+    try:
+        return list(json.loads(artifact.file(TABLES).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise StoreError(
+            "an artifact in the store is damaged", where=artifact.file(TABLES), got=error, hint="diffbuild cache verify"
+        ) from error
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -25,6 +26,19 @@ Count = Annotated[int, Rule("an integer of 1 or more", lambda n: n >= 1)]
 Whole = Annotated[int, Rule("an integer of 0 or more", lambda n: n >= 0)]
 Level = Annotated[int, Rule("an integer from 0 to 5", lambda n: 0 <= n <= 5)]
 Streams = Annotated[int, Rule("an integer of -1 or more", lambda n: n >= -1)]
+
+
+StepCount = Annotated[
+    int | str, Rule('a number of steps from 1, or a range such as "1-50"', lambda value: bool(step_range(value)))
+]
+
+
+def step_range(entry: int | str) -> range:
+    """The numbers of steps that an entry of `step_counts` stands for; none for what is no such entry."""
+    if isinstance(entry, int):
+        return range(entry, entry + 1) if entry > 0 else range(0)
+    ends = re.fullmatch(r"([1-9][0-9]{0,5})-([1-9][0-9]{0,5})", entry)
+    return range(int(ends[1]), int(ends[2]) + 1) if ends else range(0)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from toolchain.artifacts import Artifact, Json, Store, content_key
 from toolchain.bundle import ANY, PROFILES
 from toolchain.engines import Backend
-from toolchain.errors import EngineError, ExportError
+from toolchain.errors import EngineError, ExportError, RequestError, SamplerError
 from toolchain.export.safetensors import find_weights, read_folder
 from toolchain.models import Component, Family, ModelSource
 from toolchain.recipe import Bucket, ComponentRecipe, Recipe
-from toolchain.sampler.schedulers import parse
-from toolchain.sampler.table import table_name
+from toolchain.sampler.schedulers import parse, steps_of
+from toolchain.sampler.table import spans, table_name
 from toolchain.settings import ModelSettings
 from toolchain.steps import EXPORT_TOOLS, Built, Step, Within, code_digest, tool_versions
 from toolchain.weights import require_plain
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 GRAPH = "graph.onnx"
+TABLES = "tables.json"
+log = logging.getLogger("toolchain")
 
 
 class Planner:
@@ -226,20 +229,35 @@ class Planner:
             self.add("tokenizer", component.tokenizer, inputs, run)
 
     def samplers(self) -> None:
+        """One step for the tables of each scheduler."""
         settings = self.family.settings(self.source)
-        sizes = dict.fromkeys(settings.tokens(b.height, b.width) for b in self.recipe.buckets)
-        for spec, steps in self.recipe.sampling.tables:
-            skips = [settings.skipped_steps(steps, strength) for strength in self.recipe.sampling.strengths]
-            for tokens, skip in itertools.product(sizes, dict.fromkeys([0, *skips])):
-                if skip < steps:  # a strength may be too small for the shortest schedules
-                    self.sampler(parse(spec).canonical, steps, tokens, skip, settings)
+        found: dict[str, dict[int, bool]] = {}
+        for text, counts in self.recipe.sampling.tables.items():
+            spec = parse(text)
+            own = found.setdefault(spec.canonical, {})
+            for steps, asked in counts.items():  # a list of its own has one number of steps, whatever the others have
+                number = steps_of(spec, settings.scheduler, steps)
+                own[number] = own.get(number, False) or asked or bool(spec.lists)
+        for canonical, counts in found.items():
+            self.sampler(canonical, counts, settings)
 
-    def sampler(self, spec: str, steps: int, tokens: int, skip: int, settings: ModelSettings) -> None:
+    def sampler(self, spec: str, counts: Mapping[int, bool], settings: ModelSettings) -> None:
+        """`counts`: numbers of steps, each with whether it must be there; others are left out where they cannot."""
+        sizes = list(dict.fromkeys(settings.tokens(b.height, b.width) for b in self.recipe.buckets))
+        strengths = self.recipe.sampling.strengths
+        tables = {}
+        for steps in sorted(counts):
+            skips = dict.fromkeys([0, *(settings.skipped_steps(steps, strength) for strength in strengths)])
+            for tokens, skip in itertools.product(sizes, skips):
+                if skip < steps:  # a strength may be too small for the shortest schedules
+                    tables[table_name(spec, steps, tokens=tokens, skip=skip)] = steps, tokens, skip
         inputs: dict[str, Json] = {
             "scheduler": spec,
-            "steps": steps,
-            "tokens": tokens,
-            "skip": skip,
+            "steps": spans(counts),
+            "required": spans(steps for steps, required in counts.items() if required),
+            "tokens": [*sizes],
+            "strengths": [*strengths],
+            "early_start": settings.early_start,
             "linear_sigmas": settings.linear_sigmas,
             "config": compiled(settings.scheduler),
             "tools": tool_versions(("diffusers", "torch")),
@@ -248,11 +266,25 @@ class Planner:
         def run(_: Built, out: Path, within: Within) -> None:
             from toolchain.sampler.compile import compile_table
 
-            linear = settings.linear_sigmas
-            table = compile_table(spec, steps, settings.scheduler, skip=skip, tokens=tokens, linear_sigmas=linear)
-            (out / "table.json").write_text(json.dumps(table.to_json()))
+            linear, written, left = settings.linear_sigmas, dict[str, Any](), dict[int, str]()
+            for number, (name, (steps, tokens, skip)) in enumerate(tables.items()):
+                within(f"table {number + 1} of {len(tables)}", number / len(tables))
+                try:
+                    table = compile_table(
+                        spec, steps, settings.scheduler, skip=skip, tokens=tokens, linear_sigmas=linear
+                    )
+                    written[name] = table.to_json()
+                except (RequestError, SamplerError) as error:
+                    if counts[steps]:
+                        raise
+                    written[name] = left[steps] = error.what if error.got is None else f"{error.what}: {error.got}"
+            if left:
+                log.warning(
+                    "no tables of %s for %s steps: %s", spec, spans(left), "; ".join(dict.fromkeys(left.values()))
+                )
+            (out / TABLES).write_text(json.dumps(written, separators=(",", ":")))
 
-        self.add("sampler", table_name(spec, steps, tokens=tokens, skip=skip), inputs, run)
+        self.add("sampler", spec, inputs, run)
 
 
 def _precision(own: ComponentRecipe) -> dict[str, Json]:

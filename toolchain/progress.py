@@ -106,6 +106,13 @@ class Evaluations:
         self._task: Any = None
         self._began = self._last = time.perf_counter()
 
+    def stage(self, text: str) -> None:
+        """For what takes long before the first step."""
+        if self._bar:
+            self._bar.console.print(f"{text} ...", markup=False, highlight=False)
+        elif _shown():
+            echo(f"{text} ...", err=True)
+
     def __call__(self, progress: Evaluation) -> None:
         done, now = progress.index + 1, time.perf_counter()
         if progress.index == 0:  # what came before it was no evaluation

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from toolchain import shipped
@@ -21,10 +22,12 @@ from toolchain.options import (
     OnnxRuntimeCudaOptions,
     OnnxRuntimeOptions,
     Rule,
+    StepCount,
     TensorRtOptions,
     TensorRtRtxOptions,
     Text,
     Whole,
+    step_range,
 )
 
 Seed = Annotated[int, Rule("an integer from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64)]
@@ -85,6 +88,7 @@ class ComponentRecipe:
 class Sampling:
     """Defaults of `generate`, and which coefficient tables lie in the bundle.
 
+    step_counts: numbers and ranges. What a range asks for and a scheduler cannot do is left out, and said.
     strengths: of image to image; each starts its schedules at another step, and so needs tables of its own.
     """
 
@@ -92,14 +96,19 @@ class Sampling:
     steps: Count = 20
     guidance: NotNegative = 5.0
     schedulers: Annotated[tuple[Text, ...], NOT_EMPTY] = ("model",)
-    step_counts: Annotated[tuple[Count, ...], NOT_EMPTY] = (20,)
+    step_counts: Annotated[tuple[StepCount, ...], NOT_EMPTY] = ("1-50",)
     strengths: tuple[Strength, ...] = ()
 
     @property
-    def tables(self) -> tuple[tuple[str, int], ...]:
-        """Every (scheduler, steps) to compile: the grid of both lists and the defaults, each once."""
-        grid = [(scheduler, steps) for scheduler in self.schedulers for steps in self.step_counts]
-        return tuple(dict.fromkeys([(self.scheduler, self.steps), *grid]))
+    def tables(self) -> dict[str, dict[int, bool]]:
+        """What to compile: scheduler -> numbers of steps, each with whether it was asked for by itself, not in a range.
+        The default scheduler has the default number of steps too."""
+        counts: dict[int, bool] = {}
+        for entry in self.step_counts:
+            counts |= {steps: counts.get(steps, False) or type(entry) is int for steps in step_range(entry)}
+        found = {scheduler: dict(counts) for scheduler in (self.scheduler, *self.schedulers)}
+        found[self.scheduler][self.steps] = True
+        return found
 
 
 @dataclass(frozen=True)
@@ -246,9 +255,8 @@ def _read(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
         if get_origin(inner) is not tuple and len(problems) > before:
             problems[before:] = [_line(path, "wrong type", rule.expected, value)]
         elif len(problems) == before and not rule.holds(result):
-            problems.append(
-                _line(path, "empty" if isinstance(result, (str, tuple)) else "out of range", rule.expected, value)
-            )
+            empty = not result.strip() if isinstance(result, str) else isinstance(result, tuple)
+            problems.append(_line(path, "empty" if empty else "out of range", rule.expected, value))
         return result
     if is_dataclass(kind) and kind is not Bucket:
         return _read_table(kind, value, path, problems, given={})
@@ -265,6 +273,9 @@ def _read(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
         if type(value) is str:
             problems.append(_line(path, f"unknown value{_nearest(value, get_args(kind))}", _describe(kind), value))
             return None
+    elif isinstance(kind, UnionType):
+        if type(value) in get_args(kind):
+            return value
     elif kind is Bucket:
         if type(value) is str:
             problem = _bucket_problem(value)
@@ -354,6 +365,8 @@ def _bucket_problem(text: str) -> str | None:
 def _describe(kind: Any) -> str:
     if get_origin(kind) is Annotated:
         return str(get_args(kind)[1].expected)
+    if isinstance(kind, UnionType):
+        return " or ".join(map(_describe, get_args(kind)))
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(repr, get_args(kind)))
     if get_origin(kind) is Mapping or (is_dataclass(kind) and kind is not Bucket):

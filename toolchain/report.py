@@ -232,6 +232,7 @@ def bundle_json(bundle: Bundle, refused: str | None, verified: bool) -> dict[str
 def bundle_lines(bundle: Bundle, refused: str | None, verified: bool) -> Iterator[str]:
     from toolchain.inspection import engine_lines
     from toolchain.memory import forecast
+    from toolchain.sampler.table import describe_tables
 
     model = bundle.model
     at = f" at {model['revision']}" if model.get("revision") else ""
@@ -245,7 +246,7 @@ def bundle_lines(bundle: Bundle, refused: str | None, verified: bool) -> Iterato
         ["runs here", "yes" if refused is None else f"no: {refused}"],
         ["buckets", ", ".join(_buckets(bundle)) + " (batch x height x width)"],
         ["prompts", ", ".join(f"{name} {tokens} tokens" for name, tokens in _prompts(bundle).items())],
-        ["samplers", ", ".join(bundle.samplers) + " (scheduler/steps)"],
+        ["samplers", ", ".join(describe_tables(bundle.samplers)) + " (scheduler/steps)"],
         ["built with", ", ".join(f"{name} {version}" for name, version in bundle.tools.items())],
     ]
     for component in bundle.engines:
@@ -292,7 +293,9 @@ def generate_lines(images: Sequence[Mapping[str, Any]], timings: Timings, load_m
     steps = len(timings.steps_ms)
     each = f" ({timings.denoise_ms / steps:.1f} ms each)" if steps else ""
     yield (
-        f"loaded in {load_ms / 1e3:.2f} s, generated in {timings.total_ms / 1e3:.2f} s: text {timings.text_ms:.0f} ms, "
+        f"loaded in {load_ms / 1e3:.2f} s, generated in {timings.total_ms / 1e3:.2f} s: "
+        + (f"compiling the sampler table {timings.table_ms:.0f} ms, " if timings.table_ms else "")
+        + f"text {timings.text_ms:.0f} ms, "
         f"{steps} steps {timings.denoise_ms:.0f} ms{each}, decoding {timings.decode_ms:.0f} ms"
     )
 

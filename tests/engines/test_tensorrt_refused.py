@@ -31,6 +31,7 @@ strip_plan = true
 [sampling]
 scheduler = "euler"
 steps = 2
+step_counts = [2]
 [check]
 prompts = ["a red circle"]
 """

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 import toolchain
-from toolchain.errors import RequestError
+from toolchain.bundle import read_bundle
+from toolchain.errors import BundleError, RequestError, SamplerError
 from toolchain.runtime import pipeline, start
 from toolchain.runtime.noise import Generator
+from toolchain.runtime.tables import load_table
 from toolchain.sampler.compile import compile_table
 
 PROMPT = "a red circle on a white background"
@@ -117,8 +121,38 @@ def test_the_cache_of_prompts_stops_growing(pipe: toolchain.Pipeline, monkeypatc
 
 
 def test_a_table_that_is_not_in_the_bundle_is_compiled(pipe: toolchain.Pipeline) -> None:
-    assert "ddim/3" not in pipe.bundle.samplers
-    assert pipe.table("ddim", 3, (64, 64)).evaluations == 3
+    assert "ddim/6" not in pipe.bundle.samplers
+    assert pipe.table("ddim", 6, (64, 64)).evaluations == 6
+
+
+def test_compiling_a_table_is_told_and_timed(pipe: toolchain.Pipeline) -> None:
+    class Watch:
+        told: ClassVar[list[str]] = []
+
+        def __call__(self, progress: toolchain.Progress) -> None:
+            self.told.append(f"evaluation {progress.index}")
+
+        def stage(self, text: str) -> None:
+            self.told.append(text)
+
+    for wanted in (["compiling the sampler table ddim/2"], []):
+        Watch.told.clear()
+        timings = pipe(PROMPT, seed=0, scheduler="ddim", steps=2, callback=Watch()).timings
+        assert Watch.told == [*wanted, "evaluation 0", "evaluation 1"]
+        assert (timings.table_ms > 0) == bool(wanted)
+        assert timings.table_ms + timings.text_ms + timings.denoise_ms + timings.decode_ms <= timings.total_ms
+    assert pipe(PROMPT, seed=0, scheduler="euler", steps=4).timings.table_ms == 0
+
+
+def test_what_a_scheduler_cannot_do_of_a_range_is_refused_with_the_reason(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = dataclasses.replace(read_bundle(tiny_bundle), path=tmp_path, samplers={"lcm/51": "lcm.json"})
+    (tmp_path / "lcm.json").write_text('{"lcm/51": "diffusers refuses lcm with 51 steps"}')
+    with pytest.raises(SamplerError, match="refuses lcm with 51 steps"):
+        load_table(bundle, "lcm/51")
+    for damage in ("{}", "[]", "{"):
+        (tmp_path / "lcm.json").write_text(damage)
+        with pytest.raises(BundleError, match="a sampler table"):
+            load_table(bundle, "lcm/51")
 
 
 @pytest.mark.parametrize("scheduler", ["euler", "euler-a", "heun"])
@@ -136,7 +170,7 @@ def test_a_table_longer_than_the_step_has_rows_is_written_part_by_part(
 
 def test_a_bundle_without_room_for_a_table_says_so(pipe: toolchain.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     clamping = compile_table("ddim", 3, {**pipe.bundle.settings.scheduler, "clip_sample": True})
-    monkeypatch.setitem(pipe._tables, "ddim/3", clamping)
+    monkeypatch.setitem(pipe._tables._known, "ddim/3", clamping)
     with pytest.raises(RequestError, match="clamps its estimate") as error:
         pipe(PROMPT, scheduler="ddim", steps=3)
     assert "build the bundle again" in str(error.value)

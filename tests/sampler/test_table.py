@@ -21,10 +21,13 @@ from toolchain.sampler.table import (
     ROW,
     Layout,
     SamplerTable,
+    describe_tables,
     fit,
+    spans,
     split,
     split_clamp,
     step_reference,
+    table_name,
 )
 
 
@@ -206,6 +209,15 @@ def test_states_counts_what_carries_anything() -> None:
     assert table.states == 1
     split(table.rows)[1][0, 2] = 1
     assert table.states == 3
+
+
+def test_tables_are_told_by_ranges() -> None:
+    names = [table_name("euler", steps) for steps in (1, 2, 3, 20, 5)]
+    names += [table_name("flow-euler", 4, tokens=64), table_name("flow-euler", 5, tokens=64)]
+    names += [table_name("euler", 8, skip=3), table_name("euler", 9, skip=4)]
+    wanted = ["euler/1-3,5,20", "flow-euler/4-5/64-tokens", "euler/8-9/image to image"]
+    assert describe_tables(names) == wanted
+    assert spans([]) == ""
 
 
 def test_evaluations_and_stochastic() -> None:

@@ -51,7 +51,7 @@ def compare(bundle: Bundle, source: ModelSource, *, progress: Callable[[str], No
     pipeline = Pipeline(bundle, warm_up=False, open_buckets=1)
     try:
         progress("sampler tables")
-        entries = compare_tables(pipeline, family.settings(source).scheduler)
+        entries = compare_tables(bundle, family.settings(source).scheduler)
         tables = {b: pipeline.table(sampling.scheduler, sampling.steps, (b.height, b.width)) for b in bundle.buckets}
         entries += compare_components(bundle, source, family, tables, progress)
         drawn = draw(pipeline, progress)

@@ -9,36 +9,47 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from toolchain.bundle import ANY
+from toolchain.bundle import ANY, Bundle
 from toolchain.check.report import Entry, Metrics
 from toolchain.errors import SamplerError
-from toolchain.runtime.pipeline import Pipeline
+from toolchain.runtime.tables import load_table
 from toolchain.sampler.compile import prepare
 from toolchain.sampler.schedulers import parse
-from toolchain.sampler.table import parse_table_name
+from toolchain.sampler.table import SamplerTable, describe_tables, parse_table_name
 from toolchain.sampler.trajectory import Schedule
 from toolchain.sampler.verify import TOLERANCE, table_errors
 
 
-def compare_tables(pipeline: Pipeline, config: Mapping[str, Any]) -> list[Entry]:
-    """One entry per table: table and scheduler drive the same nonlinear test model with the same noises.
+def compare_tables(bundle: Bundle, config: Mapping[str, Any]) -> list[Entry]:
+    """Entries for the tables of each scheduler: one for all that are right, with the largest error, and one for each
+    that is not. Table and scheduler drive the same nonlinear test model with the same noises.
 
     The scheduler is made from `config`, the model's own. SamplerError when diffusers cannot make it.
     """
     entries = []
-    for label in sorted(pipeline.bundle.samplers):
-        error = _error(pipeline, label, config)
-        failed = () if error <= TOLERANCE else ("max_error",)  # written so that NaN fails
-        metrics, limits = Metrics(max_error=error), Metrics(max_error=TOLERANCE)
-        entries.append(Entry("sampler", ANY, label, "trajectory", metrics, limits, failed))
+    limits = Metrics(max_error=TOLERANCE)
+    schedulers: dict[str, dict[str, float]] = {}
+    for label in bundle.samplers:
+        try:
+            table = load_table(bundle, label)
+        except SamplerError:
+            continue  # left out of a range of steps
+        schedulers.setdefault(parse_table_name(label)[0], {})[label] = _error(bundle, label, table, config)
+    for _, errors in sorted(schedulers.items()):
+        right = {label: error for label, error in errors.items() if error <= TOLERANCE}
+        if right:
+            label, most = ", ".join(describe_tables(right)), max(right.values())
+            entries.append(Entry("sampler", ANY, label, "trajectory", Metrics(max_error=most), limits, ()))
+        for label in sorted(errors.keys() - right.keys()):  # written so that NaN fails
+            wrong = Metrics(max_error=errors[label])
+            entries.append(Entry("sampler", ANY, label, "trajectory", wrong, limits, ("max_error",)))
     return entries
 
 
-def _error(pipeline: Pipeline, label: str, config: Mapping[str, Any]) -> float:
+def _error(bundle: Bundle, label: str, table: SamplerTable, config: Mapping[str, Any]) -> float:
     """Largest difference at the end relative to the largest value; infinite where they take other steps or draws."""
-    table = pipeline.load_table(label)
     name, steps, tokens, skip = parse_table_name(label)
-    linear = pipeline.bundle.settings.linear_sigmas
+    linear = bundle.settings.linear_sigmas
     spec = parse(name)
 
     def make() -> Schedule:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import OrderedDict
@@ -19,7 +18,7 @@ from PIL import Image
 from toolchain.bundle import Bundle
 from toolchain.engines import Engine
 from toolchain.engines.memory import Memory
-from toolchain.errors import BundleError, RequestError
+from toolchain.errors import RequestError
 from toolchain.recipe import Bucket
 from toolchain.runtime.engines import F32, BucketEngines, open_engine, open_memory, usable_backend
 from toolchain.runtime.lock import FairLock
@@ -30,14 +29,12 @@ from toolchain.runtime.request import Options, Picture, Request, Size, check_ima
 from toolchain.runtime.resolve import resolve
 from toolchain.runtime.result import Result, Timings
 from toolchain.runtime.start import draw, normal, place_next, upload
+from toolchain.runtime.tables import Tables
 from toolchain.runtime.text import Conditions, TextEncoders, place
-from toolchain.sampler.schedulers import parse, steps_of
-from toolchain.sampler.table import MAX_EVALUATIONS, SamplerTable, table_name
+from toolchain.sampler.table import MAX_EVALUATIONS, SamplerTable
 from toolchain.signing import open_bundle
 
 log = logging.getLogger("toolchain")
-
-CACHED_TABLES = 64
 
 
 class Pipeline:
@@ -61,7 +58,7 @@ class Pipeline:
         self.bundle = bundle
         self._backend = usable_backend(bundle)
         self._buckets: OrderedDict[Bucket, BucketEngines] = OrderedDict()  # the one used longest ago first
-        self._tables: OrderedDict[str, SamplerTable] = OrderedDict()
+        self._tables = Tables(bundle)
         with ExitStack() as opened:
             self._memory = open_memory(bundle, self._backend, open_buckets)
             opened.callback(self._memory.close)
@@ -178,7 +175,9 @@ class Pipeline:
 
     def _draw(self, request: Request, decode: bool, callback: Callback | None, started: float) -> Result:
         timings = Timings()
-        table = self._table(request.scheduler, request.steps, request.run_size, request.skip)
+        tell = getattr(callback, "stage", log.info)
+        asked = request.scheduler, request.steps, request.run_size, request.skip
+        table, timings.table_ms = self._tables(*asked, tell)
         images: list[Image.Image] = []
         parts: list[F32] = []
         for engines, chosen, count in self._batches(len(request.prompts), request.run_size):
@@ -206,45 +205,7 @@ class Pipeline:
         skip  steps that image to image leaves out
         """
         with self._turn():
-            return self._table(scheduler, steps, size, skip)
-
-    def _table(self, scheduler: str, steps: int, size: Size, skip: int) -> SamplerTable:
-        settings = self.bundle.settings
-        spec, tokens = parse(scheduler).canonical, settings.tokens(*size)
-        steps = steps_of(parse(spec), settings.scheduler, steps)
-        name = table_name(spec, steps, tokens=tokens, skip=skip)
-        if name not in self._tables:
-            bundled = name in self.bundle.samplers
-            self._tables[name] = (
-                self.load_table(name) if bundled else self._compile_table(name, spec, steps, tokens, skip)
-            )
-            if len(self._tables) > CACHED_TABLES:
-                self._tables.popitem(last=False)
-        return self._tables[name]
-
-    def load_table(self, name: str) -> SamplerTable:
-        """A table of the bundle by its name there. Raises BundleError."""
-        path = self.bundle.path / self.bundle.samplers[name]
-        try:
-            return SamplerTable.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise BundleError("a sampler table cannot be read", where=path, got=error) from error
-
-    def _compile_table(self, name: str, spec: str, steps: int, tokens: int, skip: int) -> SamplerTable:
-        settings = self.bundle.settings
-        linear = settings.linear_sigmas
-        try:
-            from toolchain.sampler.compile import compile_table
-
-            return compile_table(spec, steps, settings.scheduler, skip=skip, tokens=tokens, linear_sigmas=linear)
-        except ImportError:
-            raise RequestError(
-                "the bundle has no table for this scheduler and number of steps",
-                expected=", ".join(sorted(self.bundle.samplers)),
-                got=name,
-                hint="add it to the recipe (sampling.schedulers, step_counts, strengths) and build again, or install "
-                "diffbuild[build] to compile it here",
-            ) from None
+            return self._tables(scheduler, steps, size, skip, log.info)[0]
 
     def _engines(self, bucket: Bucket) -> BucketEngines:
         if bucket not in self._buckets:

@@ -19,6 +19,7 @@ from toolchain.sampler.table import SamplerTable
 class Timings:
     """Milliseconds per stage of one call, summed over its runs. On a GPU they are the stream's, not the host's.
 
+    table_ms     compiling the sampler's table, 0 where the bundle has it or it was compiled before
     text_ms      prompts to conditions, of which tokenize_ms are the tokenizers'; next to nothing for known prompts
     encode_ms    drawing the noise and, for image to image, encoding the picture; uploading what the steps read
     denoise_ms   the loop; steps_ms are its evaluations
@@ -27,6 +28,7 @@ class Timings:
     launches     how often an engine was launched
     """
 
+    table_ms: float = 0.0
     text_ms: float = 0.0
     tokenize_ms: float = 0.0
     encode_ms: float = 0.0

@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -74,6 +74,27 @@ def parse_table_name(name: str) -> tuple[str, int, int, int]:
         first, _, second = part.partition("-")
         numbers["from" if first == "from" else "tokens"] = int(second if first == "from" else first)
     return scheduler, int(steps), numbers["tokens"], numbers["from"]
+
+
+def describe_tables(names: Iterable[str]) -> list[str]:
+    """Names of tables for people: one for the numbers of steps of a scheduler, such as euler/1-50."""
+    found: dict[tuple[str, ...], list[int]] = {}
+    for name in names:
+        scheduler, steps, tokens, skip = parse_table_name(name)
+        rest = [f"{tokens}-tokens"] * (tokens > 0) + ["image to image"] * (skip > 0)
+        found.setdefault((scheduler, *rest), []).append(steps)
+    return ["/".join([scheduler, spans(steps), *rest]) for (scheduler, *rest), steps in found.items()]
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Whole numbers as ranges, such as 1-50,100."""
+    found: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if found and number == found[-1][-1] + 1:
+            found[-1][1:] = [number]
+        else:
+            found.append([number])
+    return ",".join("-".join(map(str, ends)) for ends in found)
 
 
 @dataclass(frozen=True, eq=False)
