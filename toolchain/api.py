@@ -40,7 +40,8 @@ def check_recipe_file(
     """The recipe, after all that can be held against it without its engines' library: with `model` also whether it fits
     that, of which the config files are enough. Raises RecipeError with every problem, ModelError and UsageError."""
     found = _recipe(recipe)
-    source = None if model is None else open_model(model, revision, config=config, weights=False)
+    wanted = found.safety.checker
+    source = None if model is None else open_model(model, revision, config=config, weights=False, safety=wanted)
     family = named_family(found.family) if source is None else family_of(source, found)
     check_recipe(found, family, backend_of(found.backend), source)
     return found
@@ -59,11 +60,13 @@ def plan_build(
 
     `recipe` is a Recipe, a file, or the name of one that comes with diffbuild. Needs no library of the engines'.
     """
+    found = _recipe(recipe)
     log.debug("model %s", model)
     # Of one file even the graphs tell where each weight lies, and for that it is converted.
-    source = open_model(model, revision, config=config, store=store, weights=not graphs_only or Path(model).is_file())
+    weights, wanted = not graphs_only or Path(model).is_file(), found.safety.checker
+    source = open_model(model, revision, config=config, store=store, weights=weights, safety=wanted)
     log.debug("planning, with the digests of %s", source.path)
-    return make_plan(_recipe(recipe), source, Store(Path(store or default_store())), graphs_only=graphs_only)
+    return make_plan(found, source, Store(Path(store or default_store())), graphs_only=graphs_only)
 
 
 def build(
@@ -147,4 +150,5 @@ def check_bundle(
 
     found = read_bundle(bundle)
     require_trusted(found)
-    return compare(found, open_model(model, revision, config=config), progress=progress)
+    source = open_model(model, revision, config=config, safety=found.recipe.safety.checker)
+    return compare(found, source, progress=progress)

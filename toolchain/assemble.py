@@ -29,6 +29,7 @@ from toolchain.bundle import (
 )
 from toolchain.errors import BundleError, StoreError, UsageError
 from toolchain.files import foreign_files, some
+from toolchain.models import safety
 from toolchain.plan import Plan, execute
 from toolchain.planner import TABLES
 from toolchain.provenance import note_built
@@ -184,12 +185,15 @@ class _Writer:
             tokenizer = self.built[f"tokenizer {recipe.name} {Path(place).name}"]
             self._copy_all(tokenizer, folder, place)
         checkpoint = {c.name: self._step("weights", c.name).inputs["checkpoint"] for c in components}
+        settings = plan.family.settings(plan.source)
+        if recipe.safety.checker:
+            settings = replace(settings, safety=safety.extracted(plan.source))
         return Bundle(
             path=folder,
             model={"name": plan.source.name, "revision": plan.source.revision, "checkpoint": checkpoint}
-            | {"pipeline": plan.source.index["_class_name"]},
+            | {"pipeline": plan.source.index["_class_name"], "safety_checker": safety.state(plan.source, recipe)},
             family=plan.family.name,
-            settings=plan.family.settings(plan.source),
+            settings=settings,
             recipe=recipe,
             backend=plan.backend.name,
             device=plan.backend.device(),

@@ -45,11 +45,12 @@ def draw(pipe: Pipeline, request: Mapping[str, Any], shown: Callback) -> Drawn:
 
 def save(drawn: Drawn, output: Path | None) -> list[dict[str, Any]]:
     """Writes the pictures; for each its path, its size and its settings. StoreError when the disk refuses."""
-    saved = []
+    saved: list[dict[str, Any]] = []
     paths = output_paths(output, drawn.result.seeds)
     for path, image, settings in zip(paths, drawn.result.images, drawn.settings, strict=True):
         write_png(image, path, settings)
-        saved.append({"path": str(path), "height": image.height, "width": image.width, **settings})
+        flagged = {"flagged": drawn.result.flagged[len(saved)]} if drawn.result.flagged else {}
+        saved.append({"path": str(path), "height": image.height, "width": image.width, **settings, **flagged})
     return saved
 
 

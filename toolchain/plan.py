@@ -14,7 +14,7 @@ from typing import Any
 from toolchain.artifacts import Artifact, Store
 from toolchain.engines import Backend, backend_of
 from toolchain.errors import EngineError, RecipeError, RequestError, SamplerError
-from toolchain.models import Family, ModelSource, family_of
+from toolchain.models import Family, ModelSource, family_of, safety
 from toolchain.planner import Planner
 from toolchain.recipe import Recipe
 from toolchain.sampler.schedulers import entry_for, parse
@@ -37,6 +37,11 @@ class Plan:
     _: KW_ONLY
     device: dict[str, Any] | None = None
     refused: EngineError | None = None
+
+    @property
+    def safety_checker(self) -> str | None:
+        """What becomes of the model's safety checker: see `models.safety.state`."""
+        return safety.state(self.source, self.recipe)
 
     @property
     def misses(self) -> int:
@@ -117,6 +122,8 @@ def check_recipe(
             problems.append(f"components.{name}.dtype: {backend.name} cannot run {component.dtype} (expected {can})")
     if not graphs_only:
         problems += [f"{backend.name}.{problem}" for problem in backend.problems(recipe.to_json()[backend.name])]
+    if recipe.safety.checker and not any(c.opt_in for c in family.components):
+        problems.append(f"safety.checker: diffusers has no safety checker for family {family.name}")
     optional = [c.name for c in family.components if c.optional]
     for name in recipe.without:
         if name not in optional:

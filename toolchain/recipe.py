@@ -143,6 +143,13 @@ class Check:
         return self.components.get(name, Tolerance())
 
 
+@dataclass(frozen=True)
+class Safety:
+    """checker: whether the model's safety checker is compiled and looks at every picture: what it flags is black."""
+
+    checker: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What to build. `name` is the file's stem; family, backend and component names are checked by their owners.
@@ -158,6 +165,7 @@ class Recipe:
     without: tuple[Text, ...] = ()
     components: Mapping[str, ComponentRecipe] = field(default_factory=dict, hash=False)
     sampling: Sampling = Sampling()
+    safety: Safety = Safety()
     onnxruntime: OnnxRuntimeOptions = field(default_factory=OnnxRuntimeOptions)
     onnxruntime_cuda: OnnxRuntimeCudaOptions = field(default_factory=OnnxRuntimeCudaOptions)
     tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)

@@ -75,6 +75,14 @@ def subject(step: Step, recipe: str) -> str:
 # --- plan and build ---------------------------------------------------------------------------------------------------
 
 
+CHECKER_STATES = {
+    "compiled": "safety checker: compiled; pictures that it flags are black",
+    "left out": "safety checker: the model comes with one or requires one, and it is left out; "
+    "[safety] checker = true in the recipe compiles it",
+}
+"""By what `models.safety.state` says; nothing of models that have none."""
+
+
 def plan_json(plan: Plan) -> dict[str, Any]:
     from toolchain.memory import planned
 
@@ -87,6 +95,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     totals = {"hits": len(plan.steps) - plan.misses, "misses": plan.misses}
     memory = [engine.to_json() for engine in planned(plan)]
     where: dict[str, Any] = {"recipe": plan.recipe.name, "model": source, "store": str(plan.store.root)}
+    where["safety_checker"] = plan.safety_checker
     where |= {"backend": plan.backend.name, "device": plan.device, "refused": plan.refused and _parts(plan.refused)}
     return {**where, "steps": steps, "memory": memory, **totals}
 
@@ -100,6 +109,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         yield f"engines by {plan.backend.name} cannot be built here: {plan.refused}"
     if plan.device:
         yield f"engines by {plan.backend.name} for {device_line(plan.device)}"
+    if plan.safety_checker:
+        yield CHECKER_STATES[plan.safety_checker]
     renamed = next((c for step in plan.steps for c in step.changed if c.startswith(RENAMED)), None)
     if renamed:
         yield f"compared with a recipe of another name, as this one was never built: {renamed.partition(': ')[2]}"
@@ -143,13 +154,15 @@ def build_json(bundle: Bundle, finished: Sequence[Finished], seconds: float) -> 
     built = sum(f.what == "built" for f in finished)
     totals = {"hits": len(steps) - built, "built": built, "seconds": seconds}
     size = sum(entry.size for entry in bundle.files.values())
-    return {"bundle": str(bundle.path), "bytes": size, "buckets": _buckets(bundle), "steps": steps, **totals}
+    told = {"buckets": _buckets(bundle), "safety_checker": bundle.model.get("safety_checker")}
+    return {"bundle": str(bundle.path), "bytes": size, **told, "steps": steps, **totals}
 
 
 def build_lines(bundle: Bundle, finished: Sequence[Finished], seconds: float) -> Iterator[str]:
     built = sum(f.what == "built" for f in finished)
     size = megabytes(sum(entry.size for entry in bundle.files.values()))
     yield f"{bundle.path}: {size}, {len(finished)} steps: {built} built, {len(finished) - built} hits, {seconds:.1f} s"
+    yield from _checker(bundle)
     yield f'next: diffbuild generate {bundle.path} "a prompt" --seed 0'
 
 
@@ -164,6 +177,12 @@ def _prompts(bundle: Bundle) -> dict[str, int]:
     """How many tokens each text encoder takes, by its name."""
     specs = {name: bundle.engine(name, bundle.buckets[0]).spec for name in bundle.tokenizers}
     return {name: spec.input("ids").shape[1] for name, spec in specs.items()}
+
+
+def _checker(bundle: Bundle) -> list[str]:
+    """What became of the model's safety checker, as a line; older bundles do not know."""
+    state = bundle.model.get("safety_checker")
+    return [CHECKER_STATES[state]] if state in CHECKER_STATES else []
 
 
 def _component_bytes(bundle: Bundle, component: str) -> dict[str, int]:
@@ -247,6 +266,7 @@ def bundle_lines(bundle: Bundle, refused: str | None, verified: bool) -> Iterato
         ["buckets", ", ".join(_buckets(bundle)) + " (batch x height x width)"],
         ["prompts", ", ".join(f"{name} {tokens} tokens" for name, tokens in _prompts(bundle).items())],
         ["samplers", ", ".join(describe_tables(bundle.samplers)) + " (scheduler/steps)"],
+        *(text.split(": ", 1) for text in _checker(bundle)),
         ["built with", ", ".join(f"{name} {version}" for name, version in bundle.tools.items())],
     ]
     for component in bundle.engines:

@@ -8,6 +8,17 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class SafetyInput:
+    """How a picture becomes what the safety checker looks at: its shortest edge resized to `resize` pixels, a square of
+    `crop` pixels cut out of its middle, and of each channel, from 0 to 1, `mean` taken off and `std` divided by."""
+
+    resize: int
+    crop: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """A family's `settings` makes this from a model's configs; it lies in the bundle.
 
@@ -22,6 +33,7 @@ class ModelSettings:
                        its first prompt, and the others' generators draw nothing for it (FLUX)
     early_start        image to image rounds the first step down, not up, where strength falls between two steps
     max_clip_skip      most layers that clip skip can leave out; 0 where the model has no such option
+    safety             of a bundle with a safety checker
     """
 
     scheduler: Mapping[str, Any]
@@ -34,6 +46,7 @@ class ModelSettings:
     encode_once: bool = False
     early_start: bool = False
     max_clip_skip: int = 0
+    safety: SafetyInput | None = None
 
     def tokens(self, height: int, width: int) -> int:
         """Tokens of a picture, where the scheduler shifts by their number; 0 where it does not."""
@@ -52,4 +65,8 @@ class ModelSettings:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSettings:
         """TypeError for other fields than these."""
-        return cls(**data)
+        given = data.get("safety")
+        if given is None:
+            return cls(**data)
+        safety = SafetyInput(given["resize"], given["crop"], tuple(given["mean"]), tuple(given["std"]))
+        return cls(**{**data, "safety": safety})

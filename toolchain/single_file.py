@@ -25,6 +25,7 @@ def open_model(
     config: str | Path | None = None,
     store: str | Path | None = None,
     weights: bool = True,
+    safety: bool = False,
 ) -> ModelSource:
     """`resolve_model`, and a checkpoint in one file: that becomes a diffusers folder, an artifact of the
     store.
@@ -41,7 +42,7 @@ def open_model(
         if config is not None:
             got = f"--model {model}"
             raise UsageError("a config is for a model in a single file", expected="a .safetensors file", got=got)
-        return resolve_model(str(model), revision, weights=weights)
+        return resolve_model(str(model), revision, weights=weights, safety=safety)
     if revision is not None:
         raise UsageError("a revision belongs to a hub id, and the model is a local path", where=path, got=revision)
     _require_safetensors(path)

@@ -22,6 +22,7 @@ from toolchain.engines import backend_of
 from toolchain.engines.memory import HostMemory
 from toolchain.models import Component, Family, ModelSource
 from toolchain.recipe import Bucket
+from toolchain.runtime import safety
 from toolchain.runtime.engines import open_engine, open_memory
 from toolchain.runtime.noise import Generator
 from toolchain.runtime.prompt import PromptTokenizer
@@ -57,6 +58,8 @@ def compare_components(
     pixels = comparison.decoder(latents)
     if "vae_encoder" in bundle.engines:
         comparison.encoder(pixels)
+    if safety.COMPONENT in bundle.engines:
+        comparison.checker(pixels)
     return comparison.entries
 
 
@@ -130,6 +133,20 @@ class _Comparison:
         with self._reference(component) as module:
             for bucket in self.bundle.buckets:
                 self._compare(component, bucket, module, feeds[bucket])
+
+    def checker(self, feeds: dict[Bucket, list[Feed]]) -> None:
+        """The safety checker on the same pictures as the encoder."""
+        settings = self.bundle.settings.safety
+        assert settings is not None
+        prepared = [
+            Feed(feed.label, {"image": safety.prepare(picture, settings)})
+            for by_bucket in feeds.values()
+            for feed in by_bucket
+            for picture in feed.inputs["pixels"]
+        ]
+        component = self.family.component(safety.COMPONENT)
+        with self._reference(component) as module:
+            self._compare(component, None, module, prepared)
 
     @contextmanager
     def _reference(self, component: Component) -> Iterator[nn.Module]:

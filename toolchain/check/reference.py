@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain.errors import ModelError
 from toolchain.models import Component, Family, ModelSource
 from toolchain.models.single_file import quiet_libraries
-from toolchain.models.source import UNUSED_FOLDERS
+from toolchain.models.source import SAFETY_FOLDERS, UNUSED_FOLDERS
 from toolchain.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -38,9 +38,12 @@ def reference_pipeline(source: ModelSource, family: Family, recipe: Recipe) -> t
     import diffusers
     import torch
 
-    # Folders that are never downloaded, because nothing here compiles them; and a mark on finished pictures.
-    without = {**dict.fromkeys(UNUSED_FOLDERS), "requires_safety_checker": False, "add_watermarker": False}
-    left_out = [name for name in UNUSED_FOLDERS if source.index.get(name) not in (None, [None, None])]
+    # Folders that are not downloaded, because nothing here compiles them; and a mark on finished pictures.
+    unused = [name for name in UNUSED_FOLDERS if not (recipe.safety.checker and name in SAFETY_FOLDERS)]
+    without = {**dict.fromkeys(unused), "add_watermarker": False}
+    if not recipe.safety.checker:
+        without["requires_safety_checker"] = False
+    left_out = [name for name in unused if source.index.get(name) not in (None, [None, None])]
     with _loading(source):
         cls = getattr(diffusers, family.pipeline)
         accepted = inspect.signature(cls.__init__).parameters

@@ -47,6 +47,8 @@ RENAMED = (
     (".to_out.0.", ".proj_attn."),
 )
 TEXT_PREFIX = "text_model."
+# Of the safety checker, whose vision model held another of that name before transformers 5.
+VISION_PREFIX = "vision_model."
 # T5 holds one embedding under two names; a checkpoint has either or both.
 TIED = {"encoder.embed_tokens.weight": "shared.weight", "shared.weight": "encoder.embed_tokens.weight"}
 
@@ -113,7 +115,8 @@ def _spellings(key: str) -> list[str]:
     for new, old in RENAMED:
         older = older.replace(new, old)
     bare = key.removeprefix(TEXT_PREFIX)
-    return [key, older, TIED.get(key, key), TEXT_PREFIX + key, bare]
+    doubled = VISION_PREFIX + key if key.startswith(VISION_PREFIX) else key
+    return [key, older, TIED.get(key, key), TEXT_PREFIX + key, bare, doubled]
 
 
 def write_weights(uses: list[WeightUse], tensors: Mapping[str, TensorRef], path: Path) -> None:

@@ -30,6 +30,7 @@ class Component:
     tokenizer   of a text encoder: the folder of its tokenizer. Its outputs [1, ...] are named as the inputs [B, ...] of
                 the denoiser that they become, the negative prompts' first
     optional    whether a recipe may leave the component out (`without`)
+    opt_in      whether it is compiled only where the recipe asks for it (`safety.checker`)
 
     Of the recipe, spec, module and reference read `components`, `classifier_free_guidance` and `without` alone: a
     graph's key holds its signature, its own component's table and whether it is guided.
@@ -45,6 +46,7 @@ class Component:
     reference: Callable[[ModelSource, Recipe], nn.Module]
     tokenizer: str | None = None
     optional: bool = False
+    opt_in: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,5 +73,7 @@ class Family:
         return next(c for c in self.components if c.name == name)
 
     def parts(self, recipe: Recipe) -> tuple[Component, ...]:
-        """The components that the recipe does not leave out."""
-        return tuple(c for c in self.components if c.name not in recipe.without)
+        """The components that are compiled for the recipe."""
+        return tuple(
+            c for c in self.components if c.name not in recipe.without and (recipe.safety.checker or not c.opt_in)
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ModelError
-from toolchain.models import parts
+from toolchain.models import parts, safety
 from toolchain.models.component import Component, Family
 from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, Recipe
@@ -64,6 +64,7 @@ def check(source: ModelSource, recipe: Recipe) -> None:
     parts.check_channels(source, "unet", latent_channels)
     width = source.setting("text_encoder", "hidden_size")
     parts.check_equal(source, "unet", "cross_attention_dim", width, "the text encoder's hidden_size")
+    safety.check(source, recipe)
 
 
 def refuse_settings(source: ModelSource, foreign: dict[str, str], family: str) -> None:
@@ -121,6 +122,7 @@ SD = Family(
         Component("denoiser", "unet", "unet.", True, True, step_spec, step_module, step_reference),
         parts.vae_decoder(shifted=False),
         parts.vae_encoder(shifted=False),
+        safety.safety_checker(),
     ),
     check=check,
     settings=settings,

@@ -12,8 +12,9 @@ from typing import Any
 
 from toolchain.errors import ModelError, UsageError
 
-# Parts of a repository that nothing here compiles: a safety checker alone is 1.2 GB.
-UNUSED_FOLDERS = ("safety_checker", "feature_extractor", "image_encoder", "controlnet", "adapter")
+# Parts of a repository that nothing here compiles unless it is asked to: a safety checker alone is 1.2 GB.
+SAFETY_FOLDERS = ("safety_checker", "feature_extractor")
+UNUSED_FOLDERS = (*SAFETY_FOLDERS, "image_encoder", "controlnet", "adapter")
 VARIANT = re.compile(r"(?P<stem>.+)\.(fp16|bf16|non_ema|ema_only)(?P<rest>(-\d+-of-\d+)?\.safetensors(\.index\.json)?)")
 # The shards' numbers stand before or after the variant, as the writer's version had it.
 WEIGHTS = re.compile(
@@ -51,6 +52,7 @@ class ModelSource:
         The scheduler's class is the one in model_index.json, as in diffusers, whatever its own file says.
         """
         names = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+        names["feature"] = "preprocessor_config.json"
         kind = folder.partition("_")[0]  # tokenizer_2 is a tokenizer too
         config = self._json(self.path / folder / names.get(kind, "config.json"))
         return config | {"_class_name": self.class_of(folder)} if folder == "scheduler" else config
@@ -109,10 +111,13 @@ class ModelSource:
         return data
 
 
-def resolve_model(model: str, revision: str | None = None, *, weights: bool = True) -> ModelSource:
+def resolve_model(
+    model: str, revision: str | None = None, *, weights: bool = True, safety: bool = False
+) -> ModelSource:
     """A local folder as it is; anything shaped like `owner/name` from the hub, pinned to a commit.
 
     weights: False where the configs are enough: the weights are not downloaded then.
+    safety: whether the safety checker is wanted, which is not downloaded otherwise.
 
     Raises ModelError for a missing folder, remote code, or an unreachable hub.
     """
@@ -122,7 +127,7 @@ def resolve_model(model: str, revision: str | None = None, *, weights: bool = Tr
     if model and path.is_dir():
         source = ModelSource(path.resolve(), model, None)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith((".", "/")):
-        source = _from_hub(model, revision, weights)
+        source = _from_hub(model, revision, weights, safety)
     else:
         raise ModelError(
             "no such model",
@@ -144,7 +149,7 @@ def _refuse_remote_code(source: ModelSource) -> None:
         )
 
 
-def _from_hub(repository: str, revision: str | None, weights: bool) -> ModelSource:
+def _from_hub(repository: str, revision: str | None, weights: bool, safety: bool) -> ModelSource:
     # The commit is looked up first and everything is downloaded at that commit: resolving a branch twice lets the
     # files change in between (CVE-2026-45804).
     from huggingface_hub import HfApi, constants, snapshot_download
@@ -172,7 +177,7 @@ def _from_hub(repository: str, revision: str | None, weights: bool) -> ModelSour
         log.warning(message, first_line(error), repository, source.revision)
         return source
     commit = found.sha
-    files = select_files([f.rfilename for f in found.siblings or []], weights)
+    files = select_files([f.rfilename for f in found.siblings or []], weights, safety)
     try:
         folder = Path(snapshot_download(repository, revision=commit, allow_patterns=files))
     except RepositoryNotFoundError:  # gated: everyone may look it up
@@ -248,15 +253,16 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def select_files(names: list[str], weights: bool = True) -> list[str]:
+def select_files(names: list[str], weights: bool = True, safety: bool = False) -> list[str]:
     """What of a repository is downloaded: json, tokenizer text and one set of safetensors per component, if wanted.
 
     Single-file checkpoints at the top, pickles, code, and variants of weights that are there in full are left alone.
     """
     chosen = []
+    unused = [folder for folder in UNUSED_FOLDERS if not (safety and folder in SAFETY_FOLDERS)]
     for name in names:
         folder, _, file = name.rpartition("/")
-        if (not folder and file != "model_index.json") or "/" in folder or folder in UNUSED_FOLDERS:
+        if (not folder and file != "model_index.json") or "/" in folder or folder in unused:
             continue
         variant = VARIANT.fullmatch(name)
         if variant and any(_is_plain(other, variant["stem"]) for other in names):

@@ -20,6 +20,7 @@ from toolchain.engines import Engine
 from toolchain.engines.memory import Memory
 from toolchain.errors import RequestError
 from toolchain.recipe import Bucket
+from toolchain.runtime import safety
 from toolchain.runtime.engines import F32, BucketEngines, open_engine, open_memory, usable_backend
 from toolchain.runtime.lock import FairLock
 from toolchain.runtime.loop import denoise
@@ -64,6 +65,10 @@ class Pipeline:
             opened.callback(self._memory.close)
             self._texts = TextEncoders(bundle, self._backend, self._memory)
             opened.callback(self._texts.close)
+            self._safety = None
+            if safety.COMPONENT in bundle.engines:
+                self._safety = safety.SafetyChecker(bundle, self._backend, self._memory)
+                opened.callback(self._safety.close)
             opened.callback(self._close_buckets)
             if warm_up:
                 self.warm_up()
@@ -180,12 +185,20 @@ class Pipeline:
         table, timings.table_ms = self._tables(*asked, tell)
         images: list[Image.Image] = []
         parts: list[F32] = []
+        flagged: list[bool] = []
         for engines, chosen, count in self._batches(len(request.prompts), request.run_size):
             pixels, result = self._run(engines, request, table, chosen, decode, callback, timings)
             parts.append(result[:count])
+            if self._safety is not None and decode:
+                found = self._safety(pixels[:count])
+                pixels[:count][found] = 0
+                flagged += found
+                timings.launches += count
             images += [_crop(Image.fromarray(p), request.size) for p in pixels[:count]]
         timings.total_ms = (time.perf_counter() - started) * 1e3
-        return Result(images, np.concatenate(parts), request, table, timings)
+        safety.tell(flagged)
+        told = flagged if self._safety is not None and decode else None
+        return Result(images, np.concatenate(parts), request, table, timings, told)
 
     def _batches(self, count: int, size: Size) -> Iterator[tuple[BucketEngines, list[int], int]]:
         """Buckets that together hold `count` pictures: which picture lies in each place, and how many are different.

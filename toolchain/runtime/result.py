@@ -57,6 +57,7 @@ class Result:
     latents  float32 [N, C, h, w] after the last step
     request  what ran, with every default filled in
     table    the sampler that it ran with
+    flagged  per picture, whether the safety checker flagged it, which makes it black; None without checker or decoding
     """
 
     images: list[Image.Image]
@@ -64,6 +65,7 @@ class Result:
     request: Request
     table: SamplerTable
     timings: Timings
+    flagged: list[bool] | None = None
 
     def __repr__(self) -> str:
         ran, (height, width) = self.request, self.request.size

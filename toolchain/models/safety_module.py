@@ -1,0 +1,37 @@
+"""Torch wrapper of the safety checker. Only imported when something is exported or compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SPECIAL_ADJUSTMENT = 0.01
+
+
+class SafetyChecker(nn.Module):
+    """diffusers' StableDiffusionSafetyChecker without its loops: image [1, 3, S, S] -> scores [1, 17], flagged [1]."""
+
+    def __init__(self, checker: nn.Module, dtype: str) -> None:
+        super().__init__()
+        self.checker = checker
+        self.dtype: torch.dtype = getattr(torch, dtype)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        checker: Any = self.checker
+        pooled = checker.vision_model(image.to(self.dtype))[1]
+        embedded = nn.functional.normalize(checker.visual_projection(pooled))
+        special = _cosine(embedded, checker.special_care_embeds) - checker.special_care_embeds_weights.float()
+        care = _above_zero(special).float()[:, None] * SPECIAL_ADJUSTMENT
+        scores = _cosine(embedded, checker.concept_embeds) - checker.concept_embeds_weights.float() + care
+        return scores, _above_zero(scores).long()
+
+
+def _cosine(normalized: Tensor, concepts: Tensor) -> Tensor:
+    return torch.mm(normalized, nn.functional.normalize(concepts).t()).float()
+
+
+def _above_zero(scores: Tensor) -> Tensor:
+    """[B, N] -> [B]: whether any is above 0 when rounded to three places."""
+    return ((scores * 1000).round() > 0).any(dim=1)
