@@ -33,6 +33,7 @@ def open_model(
     config   of a single file: a diffusers folder or a hub id, for what the file does not say. None takes the
              repository that diffusers takes for such a file
     weights  False where the configs are enough
+    safety   whether a hub's safety checker is wanted
 
     Raises what `resolve_model` raises, UsageError for a `config` beside a folder, ModelError for a file that is no
     plain safetensors file or that diffusers cannot convert.

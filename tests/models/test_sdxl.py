@@ -357,10 +357,9 @@ BAD_CONFIGS: dict[str, tuple[Edit, list[str]]] = {
     "distilled unet": (change("unet/config.json", time_cond_proj_dim=256), ["family sdxl", "guidance-distilled"]),
     "inpainting": (change("unet/config.json", in_channels=9), ["inpainting", "in_channels = 4", "9"]),
     "normalised latents": (
-        change("vae/config.json", latents_mean=[0.1, 0.2, 0.3, 0.4]),
-        ["normalised channel by channel", "latents_mean = [0.1, 0.2, 0.3, 0.4]"],
+        change("vae/config.json", latents_mean=[0.1, 0.2, 0.3], latents_std=[1, 1, 1]),
+        ["normalised in other channels", "of 4 numbers", "3 numbers"],
     ),
-    "normalised latents by std": (change("vae/config.json", latents_std=[1, 1, 1, 1]), ["latents_std = [1, 1, 1, 1]"]),
     "code of its own": (change("text_encoder_2/config.json", auto_map={"A": "b.C"}), ["code of its own"]),
 }
 

@@ -66,6 +66,9 @@ BAD_MODELS = [
     ("text_encoder/config.json", {"quantization_config": {"quant_method": "quanto"}}, "text_encoder is quantised"),
     ("text_encoder/config.json", {"hidden_size": "wide"}, "hidden_size is no size"),
     ("vae/config.json", {"block_out_channels": 4}, "block_out_channels is no list"),
+    ("vae/config.json", {"out_channels": 1}, "out_channels = 3"),
+    ("vae/config.json", {"scaling_factor": "large"}, "does not say how latents are scaled"),
+    ("unet/config.json", {"out_channels": 8}, "the UNet gives other channels than it takes"),
     ("tokenizer/tokenizer_config.json", {"model_max_length": 77}, "max_position_embeddings of text_encoder"),
 ]
 

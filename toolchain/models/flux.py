@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolchain.errors import ModelError
-from toolchain.models import parts
+from toolchain.models import parts, vae
 from toolchain.models.component import Component, Family
 from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, Recipe
@@ -73,8 +73,7 @@ def check(source: ModelSource, recipe: Recipe) -> None:
     """Refuses what the step graph does not cover, from the configs alone."""
     parts.check_classes(source, CLASSES)
     latent_channels = source.setting("vae", "latent_channels")
-    parts.check_sizes(source, {("vae", "latent_channels"): latent_channels})
-    parts.check_shift(source)
+    vae.check(source, vae.shifted)
     parts.check_clip(source, "text_encoder", "transformer")
     parts.check_t5(source, "text_encoder_2", "transformer", recipe, T5_TOKENS)
     parts.check_channels(source, "transformer", latent_channels * PATCH * PATCH)
@@ -141,8 +140,8 @@ FLUX = Family(
         parts.clip_text_encoder("text_encoder", cls="CLIPTextModel", layer=None, pooled="pooled"),
         parts.t5_text_encoder("text_encoder_2", context="context", tokens=T5_TOKENS, optional=False),
         Component("denoiser", "transformer", "transformer.", True, True, step_spec, step_module, step_reference),
-        parts.vae_decoder(shifted=True),
-        parts.vae_encoder(shifted=True),
+        vae.vae_decoder(vae.shifted),
+        vae.vae_encoder(vae.shifted),
     ),
     check=check,
     settings=settings,

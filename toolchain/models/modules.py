@@ -9,11 +9,13 @@ import fnmatch
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from toolchain.errors import RecipeError
+from toolchain.models.vae import Factor
 from toolchain.sampler.table import LAYOUTS
 
 
@@ -186,6 +188,13 @@ class T5TextEncoder(nn.Module):
         return hidden.float()
 
 
+def per_channel(factor: Factor) -> float | Tensor:
+    """A factor of latents [B, C, h, w]. Made by numpy, for what torch makes under fake tensors has no values."""
+    if isinstance(factor, float):
+        return factor
+    return torch.from_numpy(np.array(factor, np.float32).reshape(1, -1, 1, 1))
+
+
 class VaeEncoder(nn.Module):
     """Pixels [B, H, W, 3] uint8 -> what image to image starts from: noised latents [B, C, h, w] float32.
 
@@ -196,7 +205,7 @@ class VaeEncoder(nn.Module):
     sigma        [1] float32: what the start noise is
     """
 
-    def __init__(self, vae: nn.Module, scaling_factor: float, shift_factor: float, dtype: str) -> None:
+    def __init__(self, vae: nn.Module, scaling_factor: Factor, shift_factor: Factor, dtype: str) -> None:
         super().__init__()
         self.vae = vae
         self.scaling_factor = scaling_factor
@@ -207,14 +216,14 @@ class VaeEncoder(nn.Module):
         image = (2 * (pixels.float() / 255) - 1).permute(0, 3, 1, 2)
         posterior = self.vae.encode(image.to(self.dtype), return_dict=False)[0]  # type: ignore[operator]
         sample: Tensor = posterior.mean.float() + posterior.std.float() * noise
-        latents = (sample - self.shift_factor) * self.scaling_factor
+        latents = (sample - per_channel(self.shift_factor)) * per_channel(self.scaling_factor)
         return signal * latents + sigma * start_noise
 
 
 class VaeDecoder(nn.Module):
     """Latents [B, C, h, w] float32 -> pixels [B, H, W, 3] uint8, and the same before rounding as float32 in [0, 1]."""
 
-    def __init__(self, vae: nn.Module, scaling_factor: float, shift_factor: float, dtype: str) -> None:
+    def __init__(self, vae: nn.Module, scaling_factor: Factor, shift_factor: Factor, dtype: str) -> None:
         super().__init__()
         self.vae = vae
         self.scaling_factor = scaling_factor
@@ -222,7 +231,7 @@ class VaeDecoder(nn.Module):
         self.dtype: torch.dtype = getattr(torch, dtype)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        latents = latents / self.scaling_factor + self.shift_factor
+        latents = latents / per_channel(self.scaling_factor) + per_channel(self.shift_factor)
         decoded: Tensor = self.vae.decode(latents.to(self.dtype), return_dict=False)[0]  # type: ignore[operator]
         image = (decoded.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return (image * 255).round().to(torch.uint8), image

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ModelError, RecipeError
@@ -25,7 +25,6 @@ T5_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", GENERIC)
 # these names choose what a call gives beside the tensors that are used.
 OWN_OPTIONS = {"attn_implementation": "sdpa", "output_attentions": False, "return_dict": True}
 CLIP_LENGTH = 77
-VAE_SCALE = 0.18215
 # Where T5 exceeds float16 first: https://github.com/huggingface/transformers/issues/5651
 T5_WIDE = "encoder.block.*.layer.1.DenseReluDense.wo"
 
@@ -198,58 +197,6 @@ def make_network(source: ModelSource, folder: str, cls: str, recipe: Recipe, com
     return construct(lambda: getattr(diffusers, cls).from_config(config), own.dtype, own.keep_float32, component)
 
 
-def _vae(name: str, shifted: bool, spec: Callable[..., GraphSpec], wrapper: str, optional: bool) -> Component:
-    def wrap(vae: nn.Module, source: ModelSource, dtype: str) -> nn.Module:
-        from toolchain.models import modules
-
-        config = source.config("vae")
-        scale, shift = config.get("scaling_factor", VAE_SCALE), config["shift_factor"] if shifted else 0.0
-        made: nn.Module = getattr(modules, wrapper)(vae, float(scale), float(shift), dtype)
-        return made
-
-    def module(source: ModelSource, recipe: Recipe) -> nn.Module:
-        vae = make_network(source, "vae", "AutoencoderKL", recipe, name)
-        return wrap(vae, source, recipe.component(name).dtype)
-
-    def reference(source: ModelSource, recipe: Recipe) -> nn.Module:
-        return wrap(load_network(source, "vae", "AutoencoderKL"), source, "float32")
-
-    return Component(name, "vae", "vae.", True, True, spec, module, reference, optional=optional)
-
-
-def vae_decoder(*, shifted: bool) -> Component:
-    """Latents [B, C, h, w] -> pixels [B, H, W, 3] uint8, and the same as float32 before rounding.
-
-    shifted: whether the family's pipeline reads the VAE's shift_factor. What the VAE's config has of it is no sign: the
-    pipelines of SD and SDXL ignore it.
-    """
-
-    def spec(source: ModelSource, bucket: Bucket, recipe: Recipe) -> GraphSpec:
-        pixels = (bucket.batch, bucket.height, bucket.width, 3)
-        return GraphSpec(
-            (TensorSpec("latents", "float32", latent_shape(source, bucket)),),
-            (TensorSpec("pixels", "uint8", pixels), TensorSpec("image", "float32", pixels)),
-        )
-
-    return _vae("vae_decoder", shifted, spec, "VaeDecoder", False)
-
-
-def vae_encoder(*, shifted: bool) -> Component:
-    """Pixels [B, H, W, 3] uint8 and two draws of noise -> latents [B, C, h, w]: what image to image starts from.
-
-    shifted: as of `vae_decoder`
-    """
-
-    def spec(source: ModelSource, bucket: Bucket, recipe: Recipe) -> GraphSpec:
-        latents = latent_shape(source, bucket)
-        draws = (TensorSpec(name, "float32", latents) for name in ("noise", "start_noise"))
-        pixels = TensorSpec("pixels", "uint8", (bucket.batch, bucket.height, bucket.width, 3))
-        scales = (TensorSpec(name, "float32", (1,)) for name in ("signal", "sigma"))
-        return GraphSpec((pixels, *draws, *scales), (TensorSpec("latents", "float32", latents),))
-
-    return _vae("vae_encoder", shifted, spec, "VaeEncoder", True)
-
-
 def check_classes(source: ModelSource, classes: Mapping[str, tuple[str, ...]]) -> None:
     """ModelError where model_index.json gives a component another class than the family's, or none."""
     for folder, allowed in classes.items():
@@ -277,14 +224,6 @@ def check_sizes(source: ModelSource, sizes: Mapping[tuple[str, str], Any]) -> No
     if not isinstance(blocks, list) or not blocks:
         where = source.path / "vae" / "config.json"
         raise ModelError("block_out_channels is no list of sizes", where=where, got=repr(blocks))
-
-
-def check_shift(source: ModelSource) -> None:
-    """ModelError for a VAE without the number that the family's pipeline adds to latents."""
-    shift = source.setting("vae", "shift_factor")
-    if isinstance(shift, bool) or not isinstance(shift, int | float):
-        where = source.path / "vae" / "config.json"
-        raise ModelError("shift_factor is no number", where=where, expected="a number", got=repr(shift))
 
 
 def check_clip(source: ModelSource, folder: str, network: str) -> None:
@@ -369,7 +308,7 @@ def check_equal(source: ModelSource, network: str, key: str, expected: int, of: 
 
 
 def check_channels(source: ModelSource, network: str, expected: int) -> None:
-    """ModelError unless the denoising network takes the VAE's latents and nothing beside them."""
+    """ModelError unless the denoising network takes the VAE's latents and nothing beside them, and gives the same."""
     got = source.setting(network, "in_channels")
     if got != expected:
         raise ModelError(

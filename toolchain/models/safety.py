@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ModelError
-from toolchain.models import parts
 from toolchain.models.component import Component
+from toolchain.models.refusals import refuse_code
 from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, Recipe
 from toolchain.settings import SafetyInput
@@ -56,7 +56,7 @@ def check(source: ModelSource, recipe: Recipe) -> None:
                 got=repr(entry),
                 hint="remove safety.checker from the recipe, or take a model that comes with one",
             )
-    parts.refuse_code(source, CHECKER)
+    refuse_code(source, CHECKER)
     extracted(source)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ModelError
-from toolchain.models import parts, safety
+from toolchain.models import parts, safety, vae
 from toolchain.models.component import Component, Family
 from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, Recipe
@@ -58,13 +58,23 @@ def check(source: ModelSource, recipe: Recipe) -> None:
     """Refuses what the step graph does not cover, from the configs alone."""
     parts.check_classes(source, CLASSES)
     latent_channels = source.setting("vae", "latent_channels")
-    parts.check_sizes(source, {("vae", "latent_channels"): latent_channels})
+    vae.check(source, vae.scaled)
     parts.check_clip(source, "text_encoder", "unet")
     refuse_settings(source, FOREIGN_UNET_SETTINGS, "sd")
     parts.check_channels(source, "unet", latent_channels)
+    check_output(source, latent_channels)
     width = source.setting("text_encoder", "hidden_size")
     parts.check_equal(source, "unet", "cross_attention_dim", width, "the text encoder's hidden_size")
     safety.check(source, recipe)
+
+
+def check_output(source: ModelSource, latent_channels: int) -> None:
+    """ModelError for a UNet that gives other channels than it takes, such as a variance beside the noise."""
+    got = source.config("unet").get("out_channels", 4)
+    if got != latent_channels:
+        where = source.path / "unet" / "config.json"
+        expected = f"out_channels = {latent_channels}"
+        raise ModelError("the UNet gives other channels than it takes", where=where, expected=expected, got=got)
 
 
 def refuse_settings(source: ModelSource, foreign: dict[str, str], family: str) -> None:
@@ -120,8 +130,8 @@ SD = Family(
             "text_encoder", cls="CLIPTextModel", layer=1, normed=True, context="context", masks=True
         ),
         Component("denoiser", "unet", "unet.", True, True, step_spec, step_module, step_reference),
-        parts.vae_decoder(shifted=False),
-        parts.vae_encoder(shifted=False),
+        vae.vae_decoder(vae.scaled),
+        vae.vae_encoder(vae.scaled),
         safety.safety_checker(),
     ),
     check=check,

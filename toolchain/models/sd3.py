@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from toolchain.errors import ModelError, RecipeError
-from toolchain.models import parts
+from toolchain.models import parts, vae
 from toolchain.models.component import Component, Family
 from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, Recipe
@@ -80,8 +80,7 @@ def check(source: ModelSource, recipe: Recipe) -> None:
     _check_t5_is_there(source, recipe)
     parts.check_classes(source, CLASSES if T5 in recipe.without else CLASSES | T5_CLASSES)
     latent_channels = source.setting("vae", "latent_channels")
-    parts.check_sizes(source, {("vae", "latent_channels"): latent_channels})
-    parts.check_shift(source)
+    vae.check(source, vae.shifted)
     for folder in CLIPS:
         parts.check_clip(source, folder, "transformer")
         projection = source.setting(folder, "projection_dim")
@@ -196,8 +195,8 @@ SD3 = Family(
         _clip("text_encoder_2", "context_2", "pooled_2"),
         parts.t5_text_encoder(T5, context="context_3", tokens=T5_TOKENS, optional=True),
         Component("denoiser", "transformer", "transformer.", True, True, step_spec, step_module, step_reference),
-        parts.vae_decoder(shifted=True),
-        parts.vae_encoder(shifted=True),
+        vae.vae_decoder(vae.shifted),
+        vae.vae_encoder(vae.shifted),
     ),
     check=check,
     settings=settings,

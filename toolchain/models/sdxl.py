@@ -6,9 +6,9 @@ import json
 from typing import TYPE_CHECKING
 
 from toolchain.errors import ModelError, RecipeError
-from toolchain.models import parts
+from toolchain.models import parts, vae
 from toolchain.models.component import Component, Family
-from toolchain.models.sd import FOREIGN_UNET_SETTINGS, refuse_settings
+from toolchain.models.sd import FOREIGN_UNET_SETTINGS, check_output, refuse_settings
 from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, Recipe
 from toolchain.settings import ModelSettings
@@ -66,7 +66,7 @@ def check(source: ModelSource, recipe: Recipe) -> None:
     _refuse_refiner(source)
     parts.check_classes(source, CLASSES)
     latent_channels = source.setting("vae", "latent_channels")
-    parts.check_sizes(source, {("vae", "latent_channels"): latent_channels})
+    vae.check(source, vae.normalised)
     for folder in ENCODERS:
         parts.check_clip(source, folder, "unet")
         parts.check_sizes(source, {(folder, "num_hidden_layers"): parts.clip_layers(source, folder)})
@@ -97,6 +97,7 @@ def _check_unet(source: ModelSource, latent_channels: int) -> None:
         )
     refuse_settings(source, FOREIGN_SETTINGS, "sdxl")
     parts.check_channels(source, "unet", latent_channels)
+    check_output(source, latent_channels)
     pooled = source.setting("text_encoder_2", "projection_dim")
     embedded = source.setting("unet", "addition_time_embed_dim")
     parts.check_sizes(
@@ -115,14 +116,6 @@ def _check_unet(source: ModelSource, latent_channels: int) -> None:
 
 def _check_vae(source: ModelSource, recipe: Recipe) -> None:
     config, where = source.config("vae"), source.path / "vae" / "config.json"
-    for key in ("latents_mean", "latents_std"):
-        if config.get(key) is not None:
-            raise ModelError(
-                "the VAE's latents are normalised channel by channel, which is not supported",
-                where=where,
-                expected="scaling_factor alone",
-                got=f"{key} = {config[key]!r}",
-            )
     if not config.get("force_upcast", True):
         return
     for part in ("vae_decoder", "vae_encoder"):
@@ -179,8 +172,8 @@ SDXL = Family(
             pooled="pooled",
         ),
         Component("denoiser", "unet", "unet.", True, True, step_spec, step_module, step_reference),
-        parts.vae_decoder(shifted=False),
-        parts.vae_encoder(shifted=False),
+        vae.vae_decoder(vae.normalised),
+        vae.vae_encoder(vae.normalised),
     ),
     check=check,
     settings=settings,
