@@ -122,7 +122,8 @@ def _timing(scheduler: Any, steps: int | dict[str, Any], tokens: int, linear_sig
         arguments = {"sigmas": np.linspace(1.0, 1 / steps, steps)}
     if config.get("use_dynamic_shifting"):
         few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        # Where the class has no such setting: FLUX's pipeline and SD3's have defaults of their own.
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15 if linear_sigmas else 1.16)
         slope = (high - low) / (many - few)
         arguments = arguments | {"mu": tokens * slope + (low - slope * few)}
     return arguments

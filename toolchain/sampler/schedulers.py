@@ -346,6 +346,13 @@ def _refuse_nonlinear(scheduler: Any, cls: Any) -> None:
             hint='models that denoise latents do not want it: set "thresholding": false in the model\'s '
             "scheduler_config.json, or name another scheduler, such as euler",
         )
+    if "scale_factors" in settings and scheduler.config.get("scale_factors"):
+        raise SamplerError(
+            f"{cls.__name__} resizes its estimate of the image between steps, and an engine has one size",
+            where="scheduler/scheduler_config.json",
+            expected='"scale_factors": null',
+            got=scheduler.config["scale_factors"],
+        )
     variance = scheduler.config.get("variance_type") if "variance_type" in settings else None
     if variance in ("learned", "learned_range"):
         raise SamplerError(
