@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from PIL import Image
 import toolchain
 import toolchain.api
 from tests.manifests import edit_manifest
-from toolchain import progress
+from toolchain import progress, report
 from toolchain.artifacts import Store
 from toolchain.cli import cli
 from toolchain.errors import EngineError
@@ -407,6 +408,15 @@ def test_inspect_of_a_foreign_bundle_says_that_it_cannot_run_here(bundle_copy: P
     edit_manifest(bundle_copy, lambda data: data["device"].update(cpu="riscv64"))
     assert "no: built on riscv64" in run("inspect", bundle_copy).stdout
     assert run_json("inspect", bundle_copy)["runs_here"] is False
+
+
+def test_a_build_for_elsewhere_is_not_told_to_draw_here(tiny_bundle: Path) -> None:
+    bundle = toolchain.read_bundle(tiny_bundle)
+    assert list(report.build_lines(bundle, [], 1.0))[-1].startswith("next: diffbuild generate")
+    foreign = dataclasses.replace(bundle, backend="tensorrt_rtx")
+    *_, reason, following = report.build_lines(foreign, [], 1.0)
+    assert reason.startswith("it does not run here: ")
+    assert following.startswith(f"next: diffbuild inspect {tiny_bundle}")
 
 
 def test_doctor(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from toolchain.engines import backend_of
 from toolchain.errors import DiffbuildError
 from toolchain.terminal import lines, table
 
@@ -163,7 +164,12 @@ def build_lines(bundle: Bundle, finished: Sequence[Finished], seconds: float) ->
     size = megabytes(sum(entry.size for entry in bundle.files.values()))
     yield f"{bundle.path}: {size}, {len(finished)} steps: {built} built, {len(finished) - built} hits, {seconds:.1f} s"
     yield from _checker(bundle)
-    yield f'next: diffbuild generate {bundle.path} "a prompt" --seed 0'
+    elsewhere = backend_of(bundle.backend).available()
+    if elsewhere is None:
+        yield f'next: diffbuild generate {bundle.path} "a prompt" --seed 0'
+    else:
+        yield f"it does not run here: {elsewhere}"
+        yield f"next: diffbuild inspect {bundle.path}, which says where it does"
 
 
 # --- bundles ----------------------------------------------------------------------------------------------------------

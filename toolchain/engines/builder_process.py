@@ -159,7 +159,9 @@ def _explained(
     if hint is None:
         known, hint = _named_cause(job, said)
         cause = cause or known
-    lines = [line for line in said.splitlines() if line.strip()][-LOG_LINES:]
+    # A full disk, say: what the builder did right is no news then.
+    told = error is not None and error.get("hint") is not None
+    lines = [] if told else [line for line in said.splitlines() if line.strip()][-LOG_LINES:]
     got = "\n    ".join([cause or "TensorRT does not say why", *lines])
     where, expected = ((error or {}).get(name) for name in ("where", "expected"))
     return EngineError(what, where=where or job["graph"], expected=expected, got=got, hint=hint)

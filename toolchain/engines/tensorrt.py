@@ -27,6 +27,7 @@ log = logging.getLogger("toolchain")
 SAFE = (11,)
 ROUTES = (11, 1)
 AMPERE = (8, 0)
+DOCTOR = "diffbuild doctor"
 
 
 class TensorRtBackend:
@@ -39,8 +40,10 @@ class TensorRtBackend:
         try:
             self.gpu()
         except EngineError as error:
-            text = f"{error.what}: {error.got}" if error.got else error.what
-            return f"{text} ({error.hint})" if error.hint == self.library.install else text
+            sides = {"expected": error.expected, "got": error.got}
+            found = ", ".join(f"{name} {text}" for name, text in sides.items() if text is not None)
+            text = f"{error.what}: {found}" if found else error.what
+            return text if error.hint in (None, DOCTOR) else f"{text} ({error.hint})"
         return None
 
     def device(self) -> dict[str, Any]:
@@ -55,7 +58,7 @@ class TensorRtBackend:
         reason = available()
         if reason:
             lacks_package = reason.startswith("cuda-python")
-            raise EngineError(reason, hint=self.library.install if lacks_package else "diffbuild doctor")
+            raise EngineError(reason, hint=self.library.install if lacks_package else DOCTOR)
         return {"kind": "cuda", **device_facts(), self.name: version}
 
     def refuse(self, built_on: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
