@@ -331,11 +331,16 @@ def edit(folder: str, **changes: Any) -> Callable[[Path], None]:
     return apply
 
 
+def pad_on_the_left(folder: Path) -> None:
+    (folder / "tokenizer_2" / "tokenizer_config.json").write_text('{"padding_side": "left"}')
+
+
 BAD_MODELS: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
     (edit("", text_encoder_2=[None, None]), ("the model has no text_encoder_2", "[null, null]")),
     (edit("", text_encoder_2=["transformers", "CLIPTextModel"]), ("text_encoder_2 is of an unsupported class", "T5")),
     (edit("", text_encoder=["transformers", "CLIPTextModelWithProjection"]), ("the text_encoder is of an unsupp",)),
     (edit("", tokenizer_2=["transformers", "CLIPTokenizer"]), ("tokenizer_2 is of an unsupported class", "T5Tok")),
+    (pad_on_the_left, ("unsupported padding_side", "tokenizer_2")),
     (edit("", transformer=["diffusers", "SD3Transformer2DModel"]), ("transformer is of an unsupported class",)),
     (edit("", _class_name="FluxFillPipeline"), ("FluxFillPipeline is not supported", "FluxPipeline")),
     (edit("", _class_name="FluxControlPipeline"), ("FluxControlPipeline is not supported",)),

@@ -69,6 +69,8 @@ BAD_MODELS = [
     ("vae/config.json", {"out_channels": 1}, "out_channels = 3"),
     ("vae/config.json", {"scaling_factor": "large"}, "does not say how latents are scaled"),
     ("unet/config.json", {"out_channels": 8}, "the UNet gives other channels than it takes"),
+    ("tokenizer/tokenizer_config.json", {"padding_side": "left"}, "unsupported padding_side"),
+    ("tokenizer/tokenizer_config.json", {"truncation_side": "left"}, "unsupported truncation_side"),
     ("tokenizer/tokenizer_config.json", {"model_max_length": 77}, "max_position_embeddings of text_encoder"),
 ]
 

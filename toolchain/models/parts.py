@@ -10,7 +10,7 @@ from toolchain.errors import ModelError, RecipeError
 from toolchain.models.component import Component
 from toolchain.models.refusals import refuse_code, refuse_quantized
 from toolchain.models.source import ModelSource
-from toolchain.models.tokenizers import GENERIC, require_vocabulary
+from toolchain.models.tokenizers import GENERIC, require_right, require_vocabulary
 from toolchain.recipe import Bucket, Recipe
 from toolchain.sampler.schedulers import layout_for
 from toolchain.sampler.table import MAX_EVALUATIONS
@@ -240,7 +240,9 @@ def check_clip(source: ModelSource, folder: str, network: str) -> None:
     if source.has_weights(network):
         require_vocabulary(source.path / tokenizer, t5=False, generic=source.class_of(tokenizer) == GENERIC)
     config = source.path / tokenizer / "tokenizer_config.json"
-    longest = source.config(tokenizer).get("model_max_length") if config.is_file() else None
+    settings = source.config(tokenizer) if config.is_file() else {}
+    require_right(source.path / tokenizer, settings)
+    longest = settings.get("model_max_length")
     if longest is not None and longest != length:
         raise ModelError(
             "the tokenizer and the text encoder take prompts of different lengths",
@@ -274,6 +276,8 @@ def check_t5(source: ModelSource, folder: str, network: str, recipe: Recipe, mos
     if source.has_weights(network):
         tokenizer = folder.replace("text_encoder", "tokenizer")
         require_vocabulary(source.path / tokenizer, t5=True, generic=source.class_of(tokenizer) == GENERIC)
+        if (source.path / tokenizer / "tokenizer_config.json").is_file():
+            require_right(source.path / tokenizer, source.config(tokenizer))
     own = recipe.component(folder)
     if own.tokens > most_tokens:
         raise RecipeError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from toolchain.errors import ModelError
 
 # Of transformers 5: whatever tokenizer.json says. It stands where a tokenizer was loaded without a class of its own.
 GENERIC = "TokenizersBackend"
+SIDES = ("padding_side", "truncation_side")
 PROBES = ("", "a lighthouse, at dusk!")
 
 
@@ -30,11 +31,7 @@ def write_tokenizer(folder: Path, cls: str, length: int, out: Path, *, t5: bool,
     """
     require_vocabulary(folder, t5=t5, generic=cls == GENERIC)
     tokenizer = _load(folder, GENERIC if cls == GENERIC else "T5Tokenizer" if t5 else "CLIPTokenizer")
-    for key in ("padding_side", "truncation_side"):
-        if getattr(tokenizer, key) != "right":
-            raise ModelError(
-                f"the tokenizer has an unsupported {key}", where=folder, expected="right", got=getattr(tokenizer, key)
-            )
+    require_right(folder, {side: getattr(tokenizer, side) for side in SIDES})
     settings = {
         "max_length": length,
         "bos": None if t5 else tokenizer.bos_token_id,
@@ -50,6 +47,14 @@ def write_tokenizer(folder: Path, cls: str, length: int, out: Path, *, t5: bool,
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.json").write_text(_plain(tokenizer), encoding="utf-8")
     (out / "settings.json").write_text(json.dumps(settings | {"vectors": vectors}) + "\n", encoding="utf-8")
+
+
+def require_right(folder: Path, settings: Mapping[str, Any]) -> None:
+    """ModelError for a tokenizer that pads or cuts on the left; what `settings` are silent about is on the right."""
+    for side in SIDES:
+        got = settings.get(side, "right")
+        if got != "right":
+            raise ModelError(f"the tokenizer has an unsupported {side}", where=folder, expected="right", got=got)
 
 
 def _vectors(added: Collection[str]) -> dict[str, str]:
