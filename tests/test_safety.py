@@ -19,9 +19,11 @@ from toolchain.check.components import _Comparison
 from toolchain.check.measure import Feed
 from toolchain.check.reference import reference_pipeline
 from toolchain.cli import cli
-from toolchain.errors import ModelError
+from toolchain.engines import backend_of
+from toolchain.errors import ModelError, RecipeError
 from toolchain.models import MODELS, family_of, resolve_model, safety
 from toolchain.models.source import select_files
+from toolchain.plan import check_recipe
 from toolchain.recipe import parse_recipe
 from toolchain.runtime.safety import prepare
 from toolchain.settings import SafetyInput
@@ -174,6 +176,12 @@ def test_a_checker_that_is_not_there(tiny_model: Path) -> None:
     asked = parse_recipe(ASKED, "asked", "asked.toml")
     with pytest.raises(ModelError, match="no safety checker that could be compiled"):
         family_of(resolve_model(str(tiny_model)), asked)
+
+
+def test_a_family_without_one_says_so() -> None:
+    recipe = parse_recipe(ASKED.replace('"sd"', '"sdxl"'), "asked", "asked.toml")
+    with pytest.raises(RecipeError, match="no safety checker for family sdxl"):
+        check_recipe(recipe, MODELS["sdxl"], backend_of("onnxruntime"), None)
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def check_recipe(
             problems.append(f"components.{name}.dtype: {backend.name} cannot run {component.dtype} (expected {can})")
     if not graphs_only:
         problems += [f"{backend.name}.{problem}" for problem in backend.problems(recipe.to_json()[backend.name])]
-    if recipe.safety.checker and not any(c.opt_in for c in family.components):
+    if recipe.safety.checker and family.checker is None:
         problems.append(f"safety.checker: diffusers has no safety checker for family {family.name}")
     optional = [c.name for c in family.components if c.optional]
     for name in recipe.without:

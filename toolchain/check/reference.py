@@ -49,11 +49,12 @@ def reference_pipeline(source: ModelSource, family: Family, recipe: Recipe) -> t
         accepted = inspect.signature(cls.__init__).parameters
         kwargs: dict[str, Any] = {key: value for key, value in without.items() if key in accepted}
         # Each by its own loader: a pipeline's takes one variant of the weights for all, and attention from the config.
-        for component in family.components:
-            if component in family.parts(recipe) and component.folder not in kwargs:
+        for component in family.parts(recipe):
+            if component.folder not in kwargs:
                 module = component.reference(source, recipe)
                 kwargs[component.folder] = module.get_submodule(component.prefix.rstrip("."))
-            elif component.tokenizer and component not in family.parts(recipe):
+        for component in family.components:
+            if component.tokenizer and component not in family.parts(recipe):
                 kwargs |= {component.folder: None, component.tokenizer: None}
                 left_out.append(component.folder)
         pipeline = cls.from_pretrained(source.path, dtype=torch.float32, use_safetensors=True, **kwargs)

@@ -30,7 +30,6 @@ class Component:
     tokenizer   of a text encoder: the folder of its tokenizer. Its outputs [1, ...] are named as the inputs [B, ...] of
                 the denoiser that they become, the negative prompts' first
     optional    whether a recipe may leave the component out (`without`)
-    opt_in      whether it is compiled only where the recipe asks for it (`safety.checker`)
 
     Of the recipe, spec, module and reference read `components`, `classifier_free_guidance` and `without` alone: a
     graph's key holds its signature, its own component's table and whether it is guided.
@@ -46,7 +45,6 @@ class Component:
     reference: Callable[[ModelSource, Recipe], nn.Module]
     tokenizer: str | None = None
     optional: bool = False
-    opt_in: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,7 @@ class Family:
     check      (source, recipe) -> raises ModelError for what this family does not cover and RecipeError for what the
                recipe cannot ask of this model, before any long work
     settings   (source) -> what the runtime must know of the model
+    checker    what looks at finished pictures, compiled only where the recipe asks for it
     inversion  whether its pipeline writes the other vectors of a textual inversion behind its first token
     """
 
@@ -67,13 +66,17 @@ class Family:
     components: tuple[Component, ...]
     check: Callable[[ModelSource, Recipe], None]
     settings: Callable[[ModelSource], ModelSettings]
+    checker: Component | None = None
     inversion: bool = True
 
+    @property
+    def _all(self) -> tuple[Component, ...]:
+        return self.components if self.checker is None else (*self.components, self.checker)
+
     def component(self, name: str) -> Component:
-        return next(c for c in self.components if c.name == name)
+        return next(c for c in self._all if c.name == name)
 
     def parts(self, recipe: Recipe) -> tuple[Component, ...]:
         """The components that are compiled for the recipe."""
-        return tuple(
-            c for c in self.components if c.name not in recipe.without and (recipe.safety.checker or not c.opt_in)
-        )
+        wanted = self._all if recipe.safety.checker else self.components
+        return tuple(c for c in wanted if c.name not in recipe.without)

@@ -128,4 +128,4 @@ def safety_checker() -> Component:
     """What a CLIP image processor made of a picture [1, 3, S, S] -> scores [1, 17], above 0 for what is unsafe, and
     `flagged` [1] int64: 1 where any is, rounded as diffusers does."""
     # Not weightless: the vision model's position ids are a buffer that is in no checkpoint, and it is small.
-    return Component(CHECKER, CHECKER, "checker.", False, False, _spec, _module, _reference, opt_in=True)
+    return Component(CHECKER, CHECKER, "checker.", False, False, _spec, _module, _reference)

@@ -132,8 +132,8 @@ SD = Family(
         Component("denoiser", "unet", "unet.", True, True, step_spec, step_module, step_reference),
         vae.vae_decoder(vae.scaled),
         vae.vae_encoder(vae.scaled),
-        safety.safety_checker(),
     ),
     check=check,
     settings=settings,
+    checker=safety.safety_checker(),
 )
