@@ -26,6 +26,7 @@ from tests.manifests import edit_manifest
 from toolchain import progress, report
 from toolchain.artifacts import Store
 from toolchain.cli import cli
+from toolchain.console import numbers
 from toolchain.errors import EngineError
 
 PROMPT = "a red circle on a white background"
@@ -296,6 +297,14 @@ def test_generate_with_the_same_seed_gives_the_same_bytes(tiny_bundle: Path, tmp
         run("generate", tiny_bundle, PROMPT, "--seed", seed, "-o", tmp_path / f"{name}.png")
     a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
     assert a == b != c
+
+
+def test_generate_takes_a_list_in_place_of_steps(tiny_bundle: Path, tmp_path: Path) -> None:
+    (image,) = run_json("generate", tiny_bundle, PROMPT, "--sigmas", "9.5,2,0", "-o", tmp_path / "a.png")["images"]
+    assert (image["scheduler"], image["steps"]) == ("euler:sigmas=9.5 2 0", 2)
+    assert numbers("999,500.5") == [999, 500.5]
+    with pytest.raises(click.BadParameter, match="with commas between them"):
+        numbers("999 500")
 
 
 def test_generate_numbers_several_pictures(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from tests.tiny_sd3 import make_sd3
 from tests.tiny_sdxl import make_sdxl
 from toolchain.bundle import read_bundle
 from toolchain.cli import cli
+from toolchain.runtime import pipeline, start
 from toolchain.runtime.pipeline import Pipeline
 from toolchain.trace.record import trace
 
@@ -189,6 +190,20 @@ def test_a_picture_waits_for_the_gpu_once(both: tuple[str, Path, dict[str, np.nd
         pipe(PROMPT, seed=4, **requests(family)["a picture as the start"])
         assert counters.synchronisations - before.synchronisations == 1
         pipe.close()
+
+
+@pytest.mark.parametrize("cuda_graph", ["step", "loop"])
+def test_a_table_longer_than_the_step_has_rows(
+    both: tuple[str, Path, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch, cuda_graph: str
+) -> None:
+    """Written part by part between launches, also where one launch runs all steps of a part."""
+    _, bundle, _ = both
+    pipe = opened(bundle, cuda_graph)
+    whole = pipe(PROMPT, seed=3, steps=4, decode=False).latents
+    for module in (start, pipeline):
+        monkeypatch.setattr(module, "MAX_EVALUATIONS", 2)
+    assert np.array_equal(pipe(PROMPT, seed=3, steps=4, decode=False).latents, whole)
+    pipe.close()
 
 
 def test_a_callback_sees_each_step(both: tuple[str, Path, dict[str, np.ndarray]]) -> None:
