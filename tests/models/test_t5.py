@@ -55,6 +55,8 @@ def make_t5(folder: Path, *, gated: bool = True) -> Path:
     text = T5EncoderModel(config)
     torch.nn.init.normal_(text.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
     text.save_pretrained(folder / FOLDER)
+    index = {FOLDER: ["transformers", "T5EncoderModel"], "tokenizer_2": ["transformers", "T5TokenizerFast"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
     (folder / "vae").mkdir()
     (folder / "vae" / "config.json").write_text('{"block_out_channels": [1]}')  # every model's sizes are read of it
     return folder
@@ -257,7 +259,7 @@ def test_a_tokenizer_is_asked_for_where_there_are_weights(source: ModelSource, t
 
 
 def copy_of(source: ModelSource, folder: Path, *files: str) -> ModelSource:
-    for place in ("vae/config.json", *(f"{FOLDER}/{file}" for file in files)):
+    for place in ("model_index.json", "vae/config.json", *(f"{FOLDER}/{file}" for file in files)):
         (folder / place).parent.mkdir(exist_ok=True)
         (folder / place).write_bytes((source.path / place).read_bytes())
     return replace(source, path=folder)
