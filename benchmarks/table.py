@@ -69,8 +69,7 @@ def cpu(found: dict[str, Any]) -> Iterator[Row]:
     )
     yield (
         f"picture against diffusers, float32, {len(decibels)} schedulers, 20 steps",
-        f"PSNR >= {decibels[worst]:.0f} dB (worst: `{worst}`)"
-        + (refused and f"; {refused} is refused, for its Runge-Kutta steps"),
+        f"PSNR >= {decibels[worst]:.0f} dB (worst: `{worst}`)" + (refused and f"; refused: {refused}"),
     )
     yield "`build` of `shapes` with nothing to do", f"{found['build']['no_op']['median_s']:.2f} s"
     yield "first `build` of `shapes`, two buckets", f"{found['build']['first_s']:.0f} s"

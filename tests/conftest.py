@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The workers of pytest-xdist have the width of a terminal in it, which the commands would take for their own.
+os.environ.pop("COLUMNS", None)
 # A shell starts its background jobs with SIGINT ignored, and every process that a test interrupts would ignore it too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from toolchain.engines import backend_of
 from toolchain.errors import DiffbuildError
 from toolchain.terminal import lines, table
 
@@ -160,6 +159,8 @@ def build_json(bundle: Bundle, finished: Sequence[Finished], seconds: float) -> 
 
 
 def build_lines(bundle: Bundle, finished: Sequence[Finished], seconds: float) -> Iterator[str]:
+    from toolchain.engines import backend_of  # numpy comes with it, which --help need not wait for
+
     built = sum(f.what == "built" for f in finished)
     size = megabytes(sum(entry.size for entry in bundle.files.values()))
     yield f"{bundle.path}: {size}, {len(finished)} steps: {built} built, {len(finished) - built} hits, {seconds:.1f} s"

@@ -40,9 +40,8 @@ class TensorRtBackend:
         try:
             self.gpu()
         except EngineError as error:
-            sides = {"expected": error.expected, "got": error.got}
-            found = ", ".join(f"{name} {text}" for name, text in sides.items() if text is not None)
-            text = f"{error.what}: {found}" if found else error.what
+            text = f"{error.what}: {error.got}" if error.got else error.what
+            text += f", expected {error.expected}" if error.expected else ""
             return text if error.hint in (None, DOCTOR) else f"{text} ({error.hint})"
         return None
 
