@@ -147,9 +147,7 @@ class Bundle:
 
     def _problem(self, name: str, entry: FileEntry) -> BundleError | None:
         path = self.path / name
-        repository = _hub_repository(self.path.resolve())
-        linked = path.is_symlink() and not (repository and path.resolve().is_relative_to(repository))
-        if linked or not path.is_file():
+        if self._leads_away(path) or not path.is_file():
             return BundleError("a file of the bundle is missing", where=path, expected="a regular file", hint=AGAIN)
         size = path.stat().st_size
         if size != entry.size:
@@ -171,6 +169,13 @@ class Bundle:
                 hint=AGAIN,
             )
         return None
+
+    def _leads_away(self, path: Path) -> bool:
+        """Whether a file is a link, other than one of a hub's snapshot into the same repository."""
+        if not path.is_symlink():
+            return False
+        repository = _hub_repository(self.path.resolve())
+        return repository is None or not path.resolve().is_relative_to(repository)
 
 
 def encode(manifest: Mapping[str, Any]) -> bytes:
@@ -269,10 +274,11 @@ def _check_paths(bundle: Bundle) -> None:
     folders = [*(e.folder for e in engines), *bundle.tokenizers.values()]
     single = [*(w for e in engines for w in e.weights.values()), *bundle.samplers.values()]
     root = bundle.path.resolve()
+    allowed = _hub_repository(root) or root
     for name in [*bundle.files, *folders, *single]:
         pure = PurePosixPath(name)
         inside = not pure.is_absolute() and ".." not in pure.parts and "\\" not in name and ":" not in name
-        if not inside or not (root / name).resolve().is_relative_to(_hub_repository(root) or root):
+        if not inside or not (root / name).resolve().is_relative_to(allowed):
             raise BundleError("a path in the manifest leaves the bundle", where=bundle.path / MANIFEST, got=name)
     for name in single:
         if name not in bundle.files:

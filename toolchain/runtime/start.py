@@ -73,8 +73,8 @@ def _noised_image(
     ]
     posterior, noise = normal(engines.latent_shape, samplers), normal(engines.latent_shape, generators)
     signal, sigma = table.noising
-    inputs: dict[str, Any] = {"pixels": request.images[chosen], "noise": posterior, "start_noise": noise}
-    return engines.encoder({**inputs, "signal": signal, "sigma": sigma})["latents"]
+    draws = {"noise": posterior, "start_noise": noise}
+    return engines.encoder({"pixels": request.images[chosen], **draws, "signal": signal, "sigma": sigma})["latents"]
 
 
 def place_sampler(memory: Memory, inputs: Mapping[str, Any], table: SamplerTable, first: int = 0) -> None:
