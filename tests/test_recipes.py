@@ -29,6 +29,7 @@ from tests.tiny_sd3 import make_sd3
 from tests.tiny_sdxl import make_sdxl
 from toolchain.cli import cli
 from toolchain.engines import BACKENDS
+from toolchain.errors import DiffbuildError
 from toolchain.recipe import Bucket, Recipe, load_recipe
 from toolchain.starter import best_backend
 
@@ -125,6 +126,18 @@ def test_a_recipe(path: Path, models: Callable[[Recipe], Path], store: Path, tmp
         require_precisions(toolchain.build(recipe, model, tmp_path / "bundle", store=store))
     else:
         require_picture(toolchain.build(recipe, model, tmp_path / "bundle", store=store))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_its_own_schedulers_and_steps_fit_the_model(path: Path, models: Callable[[Recipe], Path]) -> None:
+    """Of which the builds above take one."""
+    recipe = load_recipe(path)
+    uncut = dataclasses.replace(recipe, buckets=tiny(recipe).buckets)
+    assert toolchain.api.check_recipe_file(uncut, models(recipe)) == uncut
+    wrong = "ddim" if recipe.family in ("sd3", "flux") else "flow-euler"
+    sampling = dataclasses.replace(uncut.sampling, schedulers=(*uncut.sampling.schedulers, wrong))
+    with pytest.raises(DiffbuildError, match=wrong):
+        toolchain.api.check_recipe_file(dataclasses.replace(uncut, sampling=sampling), models(recipe))
 
 
 STARTERS = {  # family, backend -> which shipped recipe is cut to it, and the denoiser's type
