@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from toolchain.doctor import installed, machine
+from toolchain.engines.machine import installed, machine
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "shapes" / "model"

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolchain.doctor import installed, machine
+from toolchain.engines.machine import installed, machine
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir")
@@ -306,7 +306,8 @@ def export(folder: Path, recipe_path: Path, name: str) -> dict[str, Any]:
     import onnx_ir as ir
 
     from toolchain.export.capture import capture
-    from toolchain.models import family_of, resolve_model
+    from toolchain.models.registry import family_of
+    from toolchain.models.source import resolve_model
     from toolchain.recipe import load_recipe
 
     recipe, source = load_recipe(recipe_path), resolve_model(str(folder))

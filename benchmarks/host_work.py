@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import toolchain  # noqa: E402
 from tests.pretend import pretended  # noqa: E402
 from tests.tiny import RECIPE, make_sd  # noqa: E402
-from toolchain.doctor import installed, machine  # noqa: E402
+from toolchain.engines.machine import installed, machine  # noqa: E402
 
 STEPS = 1000
 PACKAGES = ("numpy", "onnxruntime-gpu", "cuda-bindings")

@@ -17,11 +17,12 @@ from typing import Any
 
 from export_scale import PUBLISHED, ROOT, measured_on
 
-from toolchain.engines.tensorrt import TensorRtBackend
+from toolchain.engines.tensorrt.backend import TensorRtBackend
 from toolchain.export.capture import capture
 from toolchain.graph.parser_rules import refusals
 from toolchain.graph.profiles import merge_buckets, read_profiles
-from toolchain.models import family_of, resolve_model
+from toolchain.models.registry import family_of
+from toolchain.models.source import resolve_model
 from toolchain.recipe import Bucket, load_recipe
 
 TENSORRT = (11, 4)

@@ -24,13 +24,14 @@ import onnx_ir as ir
 from export_scale import measured_on
 from speed import half_width_recipe, write_half_width
 
-from toolchain.engines import onnxruntime as ort
-from toolchain.engines.memory import HostMemory
+from toolchain.engines.buffers import HostMemory
+from toolchain.engines.onnxruntime import backend as ort
 from toolchain.export.capture import capture
-from toolchain.export.safetensors import read_folder
-from toolchain.export.weights import find_tensors, weight_uses, write_weights
-from toolchain.models import MODELS, resolve_model
+from toolchain.models.registry import MODELS
+from toolchain.models.source import resolve_model
 from toolchain.runtime.engines import BoundEngine
+from toolchain.weights.derived import find_tensors, weight_uses, write_weights
+from toolchain.weights.safetensors import read_folder
 
 DEFAULTS = {"optimization": "all", "threads": 0}
 VARIANTS: dict[str, dict[str, Any]] = {

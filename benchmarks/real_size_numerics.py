@@ -30,7 +30,7 @@ FIRST, SECOND = Bucket(1, 512, 512), Bucket(1, 512, 768)
 
 
 def recipe_of(model: str, *buckets: Bucket) -> Recipe:
-    from toolchain.models import MODELS
+    from toolchain.models.registry import MODELS
 
     folder_class = PUBLISHED[model].files["model_index.json"]["_class_name"]
     family = next(name for name, f in MODELS.items() if folder_class == f.pipeline)
@@ -49,9 +49,10 @@ def recipe_of(model: str, *buckets: Bucket) -> Recipe:
 def write_model(model: str, folder: Path) -> dict[str, Any]:
     """Configs, a tokenizer and random weights: in fan-in scale for matrices, ones and zeros for norms."""
     from toolchain.export.capture import capture
-    from toolchain.export.safetensors import write_safetensors
-    from toolchain.export.weights import weight_uses
-    from toolchain.models import MODELS, resolve_model
+    from toolchain.models.registry import MODELS
+    from toolchain.models.source import resolve_model
+    from toolchain.weights.derived import weight_uses
+    from toolchain.weights.safetensors import write_safetensors
 
     PUBLISHED[model].write(folder)
     recipe = recipe_of(model, FIRST)
@@ -96,7 +97,7 @@ def size_of(folder: Path) -> int:
 
 def inputs_of(spec: Any, table: Any) -> dict[str, Any]:
     """One evaluation in the middle of a schedule, its text random."""
-    from toolchain.engines.memory import HostMemory
+    from toolchain.engines.buffers import HostMemory
     from toolchain.runtime.start import place_sampler, place_scales, place_time_ids
 
     rng = np.random.default_rng(1)
@@ -114,9 +115,9 @@ def inputs_of(spec: Any, table: Any) -> dict[str, Any]:
 
 
 def step_by_engine(model: str, folder: Path) -> dict[str, Any]:
-    from toolchain.bundle import read_bundle
-    from toolchain.engines import backend_of
-    from toolchain.engines.memory import HostMemory
+    from toolchain.bundle.bundle import read_bundle
+    from toolchain.engines.buffers import HostMemory
+    from toolchain.engines.registry import backend_of
     from toolchain.runtime.engines import BoundEngine, open_engine
     from toolchain.sampler.compile import compile_table
 
@@ -135,7 +136,8 @@ def step_by_engine(model: str, folder: Path) -> dict[str, Any]:
 def step_by_torch(model: str, folder: Path) -> dict[str, Any]:
     import torch
 
-    from toolchain.models import MODELS, resolve_model
+    from toolchain.models.registry import MODELS
+    from toolchain.models.source import resolve_model
     from toolchain.sampler.compile import compile_table
 
     recipe, source = recipe_of(model, FIRST), resolve_model(str(folder))

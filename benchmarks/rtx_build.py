@@ -44,10 +44,11 @@ def export(model: str, folder: Path, all_buckets: bool) -> int:
     """Writes graph.onnx of the denoiser as the backend takes it, and returns the number of its buckets."""
     import onnx_ir as ir
 
-    from toolchain.engines import BACKENDS
+    from toolchain.engines.registry import BACKENDS
     from toolchain.export.capture import capture
     from toolchain.graph.profiles import merge_buckets
-    from toolchain.models import family_of, resolve_model
+    from toolchain.models.registry import family_of
+    from toolchain.models.source import resolve_model
     from toolchain.recipe import load_recipe
 
     PUBLISHED[model].write(folder / "model")
@@ -68,8 +69,8 @@ def write_weights(folder: Path, zeros: bool) -> float:
     """
     import onnx_ir as ir
 
-    from toolchain.export.safetensors import write_safetensors
-    from toolchain.export.weights import weight_uses
+    from toolchain.weights.derived import weight_uses
+    from toolchain.weights.safetensors import write_safetensors
 
     uses = {use.name: use for use in weight_uses(ir.load(folder / "graph.onnx"))}
     tensors = [(name, use.dtype, use.shape) for name, use in sorted(uses.items())]
@@ -118,8 +119,8 @@ def build(folder: Path) -> dict[str, Any]:
     """Has the backend build. The builder is the only child of this process, whose usage is that of its children."""
     from dataclasses import asdict
 
-    from toolchain.engines import BACKENDS
-    from toolchain.options import TensorRtRtxOptions
+    from toolchain.engines.registry import BACKENDS
+    from toolchain.recipe.options import TensorRtRtxOptions
 
     out = folder / "engine"
     out.mkdir()
@@ -145,10 +146,10 @@ def parse_alone(folder: Path) -> dict[str, Any]:
     """The real parser over the mapped weights, in this process."""
     import onnx_ir as ir
 
-    from toolchain.engines.build_monitor import make_logger
-    from toolchain.engines.tensorrt_library import TENSORRT_RTX
-    from toolchain.engines.tensorrt_network import create_network, parse
-    from toolchain.weights import MappedWeights
+    from toolchain.engines.tensorrt.build_monitor import make_logger
+    from toolchain.engines.tensorrt.library import TENSORRT_RTX
+    from toolchain.engines.tensorrt.network import create_network, parse
+    from toolchain.weights.mapped import MappedWeights
 
     trt, graph, file = TENSORRT_RTX.module(), folder / "graph.onnx", folder / "weights.safetensors"
     logger, model = make_logger(trt), ir.load(graph)

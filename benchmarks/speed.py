@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.bench.run import bench, workload
-from toolchain.bundle import read_bundle
-from toolchain.doctor import machine
+from toolchain.bundle.bundle import read_bundle
+from toolchain.engines.machine import machine
 from toolchain.recipe import Bucket, Check, Recipe, Sampling, load_recipe
 
 ROOT = Path(__file__).parents[1]

@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from toolchain.export.safetensors import write_safetensors
-from toolchain.options import TensorRtOptions, TensorRtRtxOptions
+from toolchain.recipe.options import TensorRtOptions, TensorRtRtxOptions
 from toolchain.signature import GraphSpec, TensorSpec
+from toolchain.weights.safetensors import write_safetensors
 
 SPEC = GraphSpec((TensorSpec("x", "float32", (2, 4)),), (TensorSpec("y", "float32", (2, 4)),))
 X = np.arange(8, dtype=np.float32).reshape(2, 4) / 8

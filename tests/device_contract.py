@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from toolchain.engines import device_memory
+from toolchain.cuda import memory as device_memory
 from toolchain.errors import EngineError
 
 Make = Callable[..., Any]

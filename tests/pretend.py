@@ -19,7 +19,7 @@ FAKED = ("tensorrt", "tensorrt_rtx", "cuda")
 def pretended(**variables: str) -> Iterator[ModuleType]:
     """Gives the fake `tensorrt`, under environment variables such as FAKE_TENSORRT_VERSION; all is undone at the end.
 
-    Modules of toolchain/engines that were imported meanwhile hold the fake, and are forgotten with it.
+    Modules of toolchain's cuda and engines that were imported meanwhile hold the fake, and are forgotten with it.
     """
     path = os.pathsep.join(p for p in (str(FAKES), os.environ.get("PYTHONPATH")) if p)
     kept = {name: module for name, module in sys.modules.items() if name.split(".")[0] in FAKED}
@@ -33,6 +33,6 @@ def pretended(**variables: str) -> Iterator[ModuleType]:
             yield importlib.import_module("tensorrt")
         finally:
             for name in set(sys.modules) - known:
-                if name.split(".")[0] in FAKED or name.startswith("toolchain.engines."):
+                if name.split(".")[0] in FAKED or name.startswith(("toolchain.cuda.", "toolchain.engines.")):
                     del sys.modules[name]
             sys.modules.update(kept)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.build_graph import WEIGHTS, options, write_two_buckets
-from toolchain.engines.tensorrt import TensorRtBackend
+from toolchain.engines.tensorrt.backend import TensorRtBackend
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec, TensorSpec
 

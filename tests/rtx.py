@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from toolchain.engines.tensorrt_library import TENSORRT_RTX
+from toolchain.engines.tensorrt.library import TENSORRT_RTX
 from toolchain.errors import EngineError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from toolchain.engines.tensorrt_engine import TensorRtEngine, TensorRtMemory
+from toolchain.engines.tensorrt.run import TensorRtEngine, TensorRtMemory
 from toolchain.signature import GraphSpec, TensorSpec
 
 OPTIONS = {"cuda_graph": "step"}

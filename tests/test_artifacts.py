@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from toolchain import artifacts, files, manifest
-from toolchain.artifacts import Artifact, Json, Store, content_key, file_digest, publish_folder, write_atomic
 from toolchain.errors import StoreError
+from toolchain.store import artifacts, files, manifest
+from toolchain.store.artifacts import Artifact, Json, Store, content_key, file_digest, publish_folder, write_atomic
 
 REPO = Path(__file__).parents[1]
 INPUTS: dict[str, Json] = {"tool": {"torch": "2.13", "opset": 20}, "shape": [1, 4, 8, 8], "graph": "ab" * 32}
@@ -762,7 +762,7 @@ def test_a_store_below_a_file(tmp_path: Path) -> None:
 WORKER = """
 import os, sys, time
 from pathlib import Path
-from toolchain.artifacts import Store
+from toolchain.store.artifacts import Store
 root, log, gate, seconds, *numbers = sys.argv[1:]
 store = Store(Path(root))
 def build(folder):

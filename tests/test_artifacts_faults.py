@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 
-from toolchain import artifacts, files, manifest
-from toolchain.artifacts import Json, Store, content_key, file_digest, publish_folder
 from toolchain.errors import StoreError
+from toolchain.store import artifacts, files, manifest
+from toolchain.store.artifacts import Json, Store, content_key, file_digest, publish_folder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 

@@ -22,9 +22,9 @@ from click.testing import CliRunner
 
 import toolchain
 from tests.manifests import edit_manifest
-from toolchain.artifacts import Store
-from toolchain.cli import cli
+from toolchain.cli.main import cli
 from toolchain.errors import RequestError
+from toolchain.store.artifacts import Store
 
 PROMPT = "a red circle"
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -13,15 +13,15 @@ from click.testing import CliRunner
 
 from toolchain.bench.openvino import plain_graphs
 from toolchain.bench.page import page
-from toolchain.bench.report import BenchReport, Result, Spread, spread, summarize
+from toolchain.bench.results import BenchReport, Result, Spread, spread, summarize
 from toolchain.bench.run import _forecast_mb, bench, measure, workload
 from toolchain.bench.worker import CONTENDERS, Parts
-from toolchain.bundle import read_bundle
+from toolchain.bundle.bundle import read_bundle
+from toolchain.bundle.forecast import forecast
 from toolchain.check.report import Pair
-from toolchain.cli import cli
-from toolchain.engines import BACKENDS
+from toolchain.cli.main import cli
+from toolchain.engines.registry import BACKENDS
 from toolchain.errors import BundleError, DiffbuildError, UsageError
-from toolchain.memory import forecast
 
 ROUNDS = [
     {"text_ms": 1.0, "denoise_ms": 10.0, "overhead_ms": 0.5, "total_ms": 11.5, "launches": 6.0},

@@ -15,7 +15,7 @@ import pytest
 
 import toolchain
 from tests.manifests import edit_manifest
-from toolchain.bundle import read_bundle
+from toolchain.bundle.bundle import read_bundle
 from toolchain.errors import BundleError
 from toolchain.recipe import Bucket
 

@@ -23,11 +23,12 @@ from PIL import Image
 import toolchain
 import toolchain.api
 from tests.manifests import edit_manifest
-from toolchain import progress, report
-from toolchain.artifacts import Store
-from toolchain.cli import cli
-from toolchain.console import numbers
+from toolchain.cli import output as report
+from toolchain.cli import progress
+from toolchain.cli.console import numbers
+from toolchain.cli.main import cli
 from toolchain.errors import EngineError
+from toolchain.store.artifacts import Store
 
 PROMPT = "a red circle on a white background"
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript")
@@ -50,15 +51,14 @@ def run_json(*arguments: object, code: int = 0) -> dict[str, Any]:
     return document
 
 
-def process(*arguments: object, script: str = "from toolchain.cli import main; main()") -> list[str]:
+def process(*arguments: object, script: str = "from toolchain.cli.main import main; main()") -> list[str]:
     return [sys.executable, "-c", script, *map(str, arguments)]
 
 
 def modules_after(*arguments: object) -> set[str]:
     """Top-level modules that a command in a fresh interpreter has imported when it is done."""
-    script = (
-        "import atexit, sys; atexit.register(lambda: print('MODULES', *sys.modules)); from toolchain.cli import main"
-    )
+    report = "import atexit, sys; atexit.register(lambda: print('MODULES', *sys.modules))"
+    script = f"{report}; from toolchain.cli.main import main"
     done = subprocess.run(process(*arguments, script=f"{script}; main()"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     listed = done.stdout.rpartition("MODULES ")[2]
@@ -440,7 +440,7 @@ def test_doctor(tmp_path: Path) -> None:
 
 
 def test_doctor_fails_when_no_backend_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    from toolchain.engines import BACKENDS
+    from toolchain.engines.registry import BACKENDS
 
     for backend in BACKENDS.values():
         monkeypatch.setattr(type(backend), "available", lambda self: "the library is missing")

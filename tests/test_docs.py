@@ -11,19 +11,9 @@ from pathlib import Path
 import click
 import pytest
 
-from toolchain.cli import cli
-from toolchain.recipe import (
-    Check,
-    ComponentRecipe,
-    OnnxRuntimeCudaOptions,
-    OnnxRuntimeOptions,
-    Recipe,
-    Sampling,
-    TensorRtOptions,
-    TensorRtRtxOptions,
-    Tolerance,
-    load_recipe,
-)
+from toolchain.cli.main import cli
+from toolchain.recipe import Check, ComponentRecipe, Recipe, Sampling, Tolerance, load_recipe
+from toolchain.recipe.options import OnnxRuntimeCudaOptions, OnnxRuntimeOptions, TensorRtOptions, TensorRtRtxOptions
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -26,8 +26,8 @@ from tests.tiny import make_sd
 from tests.tiny_flux import make_flux
 from tests.tiny_sd3 import make_sd3
 from tests.tiny_sdxl import make_sdxl
-from toolchain.bundle import read_bundle
-from toolchain.cli import cli
+from toolchain.bundle.bundle import read_bundle
+from toolchain.cli.main import cli
 from toolchain.runtime import pipeline, start
 from toolchain.runtime.pipeline import Pipeline
 from toolchain.trace.record import trace

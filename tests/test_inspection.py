@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from toolchain.bundle import read_bundle
-from toolchain.report import bundle_json, bundle_lines
+from toolchain.bundle.bundle import read_bundle
+from toolchain.cli.output import bundle_json, bundle_lines
 
 
 def test_every_size_of_every_encoder(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

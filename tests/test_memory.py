@@ -17,9 +17,9 @@ from click.testing import CliRunner
 
 import toolchain
 from tests.manifests import edit_manifest
-from toolchain.artifacts import Store
-from toolchain.cli import cli
-from toolchain.memory import RUNTIME_BYTES, TOKENIZER_TIMES, EngineMemory, Forecast, forecast, planned
+from toolchain.bundle.forecast import RUNTIME_BYTES, TOKENIZER_TIMES, EngineMemory, Forecast, forecast, planned
+from toolchain.cli.main import cli
+from toolchain.store.artifacts import Store
 
 TEXT = EngineMemory("text_encoder", "any", 100, 10, 1, activations=20, arena=44, built=True, source="t")
 SMALL = EngineMemory("denoiser", "1x64x64", 1000, 100, 2, activations=200, arena=440, built=True, source="s")

@@ -44,7 +44,7 @@ prompts = ["a"]
 
 
 def recipe_of(family: str) -> str:
-    from toolchain.models import MODELS
+    from toolchain.models.registry import MODELS
 
     components = ""
     for component in MODELS[family].components:

@@ -12,8 +12,8 @@ import toolchain
 from tests import parity
 from tests.parity import LEAST_PSNR_DB, OTHERS, PROMPTS, SEEDS, Build, least_psnr_db, random_images
 from tests.tiny_sd3 import T5_TOKENS, make_sd3, recipe_text
+from toolchain.bundle.forecast import forecast
 from toolchain.errors import RequestError
-from toolchain.memory import forecast
 from toolchain.runtime.resolve import _warn_once
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")

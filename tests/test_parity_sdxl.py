@@ -14,8 +14,8 @@ import toolchain
 from tests import parity
 from tests.parity import LEAST_PSNR_DB, OTHERS, PROMPTS, SEEDS, Build, least_psnr_db, random_images
 from tests.tiny_sdxl import make_sdxl, recipe_text
+from toolchain.bundle.forecast import forecast
 from toolchain.errors import RequestError
-from toolchain.memory import forecast
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 WIDE = (64, 96)

@@ -11,9 +11,9 @@ import pytest
 
 import toolchain
 from tests.tiny import RECIPE
-from toolchain.artifacts import Store
-from toolchain.assemble import assemble, sampler_file
+from toolchain.builder.assemble import assemble, sampler_file
 from toolchain.errors import RecipeError, SamplerError, StoreError, UsageError
+from toolchain.store.artifacts import Store
 
 
 def write(path: Path, text: str) -> Path:

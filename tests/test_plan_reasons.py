@@ -13,9 +13,9 @@ import toolchain
 from tests.sampler.scheduler_configs import FLOW
 from tests.test_plan import built, own_store, write
 from tests.tiny import RECIPE
+from toolchain.builder.plan import Plan
+from toolchain.cli.output import plan_json, plan_lines
 from toolchain.errors import RecipeError
-from toolchain.plan import Plan
-from toolchain.report import plan_json, plan_lines
 
 __all__ = ["built", "own_store"]
 Edit = Callable[[dict[str, Any]], None]

@@ -10,10 +10,11 @@ import torch
 
 import toolchain
 from tests.parity import LEAST_PSNR_DB, Build, draw_with_diffusers, least_psnr_db
-from toolchain.engines import backend_of
-from toolchain.engines.memory import HostMemory
+from toolchain.engines.buffers import HostMemory
+from toolchain.engines.registry import backend_of
 from toolchain.errors import RequestError
-from toolchain.models import MODELS, resolve_model
+from toolchain.models.registry import MODELS
+from toolchain.models.source import resolve_model
 from toolchain.runtime.engines import open_engine
 
 RECIPE = """\

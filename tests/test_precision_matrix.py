@@ -18,17 +18,18 @@ import pytest
 from tests.rtx import Parsed, real_trt
 from tests.test_recipes import BUCKETS
 from tests.test_recipes import MODELS as MAKERS
-from toolchain.artifacts import Store
-from toolchain.engines import BACKENDS
-from toolchain.engines.tensorrt_network import add_profiles
+from toolchain.builder.plan import make_plan
+from toolchain.builder.planner import GRAPH
+from toolchain.engines.registry import BACKENDS
+from toolchain.engines.tensorrt.network import add_profiles
 from toolchain.graph.parser_rules import refusals
 from toolchain.graph.placeholder import is_weight
 from toolchain.graph.profiles import merge_buckets, read_profiles
 from toolchain.graph.typed import check_types
-from toolchain.models import MODELS, resolve_model
-from toolchain.plan import make_plan
-from toolchain.planner import GRAPH
+from toolchain.models.registry import MODELS
+from toolchain.models.source import resolve_model
 from toolchain.recipe import Bucket, Check, ComponentRecipe, Recipe
+from toolchain.store.artifacts import Store
 
 DTYPES = ("float32", "float16", "bfloat16")
 COMPONENTS = {family: [component.name for component in MODELS[family].components] for family in MAKERS}

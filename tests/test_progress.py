@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from toolchain import progress
+from toolchain.builder.steps import Step
+from toolchain.cli import progress
 from toolchain.runtime.pipeline import Progress as Evaluation
-from toolchain.steps import Step
 
 
 class Bar:

@@ -10,20 +10,8 @@ from typing import Any
 import pytest
 
 from toolchain.errors import RecipeError
-from toolchain.recipe import (
-    Bucket,
-    Check,
-    ComponentRecipe,
-    OnnxRuntimeCudaOptions,
-    OnnxRuntimeOptions,
-    Recipe,
-    Sampling,
-    TensorRtOptions,
-    TensorRtRtxOptions,
-    Tolerance,
-    load_recipe,
-    parse_recipe,
-)
+from toolchain.recipe import Bucket, Check, ComponentRecipe, Recipe, Sampling, Tolerance, load_recipe, parse_recipe
+from toolchain.recipe.options import OnnxRuntimeCudaOptions, OnnxRuntimeOptions, TensorRtOptions, TensorRtRtxOptions
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "recipes").glob("*.toml"))

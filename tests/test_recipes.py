@@ -27,11 +27,11 @@ from tests.tiny import make_sd
 from tests.tiny_flux import make_flux
 from tests.tiny_sd3 import make_sd3
 from tests.tiny_sdxl import make_sdxl
-from toolchain.cli import cli
-from toolchain.engines import BACKENDS
+from toolchain.builder.starter import best_backend
+from toolchain.cli.main import cli
+from toolchain.engines.registry import BACKENDS
 from toolchain.errors import DiffbuildError
 from toolchain.recipe import Bucket, Recipe, load_recipe
-from toolchain.starter import best_backend
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))

@@ -14,16 +14,17 @@ from click.testing import CliRunner
 import toolchain
 from tests.parity import LEAST_PSNR_DB, PROMPTS, Build, least_psnr_db, random_images
 from tests.tiny import recipe_for
-from toolchain.bundle import read_bundle
+from toolchain.builder.plan import check_recipe
+from toolchain.bundle.bundle import read_bundle
 from toolchain.check.components import _Comparison
 from toolchain.check.measure import Feed
 from toolchain.check.reference import reference_pipeline
-from toolchain.cli import cli
-from toolchain.engines import backend_of
+from toolchain.cli.main import cli
+from toolchain.engines.registry import backend_of
 from toolchain.errors import ModelError, RecipeError
-from toolchain.models import MODELS, family_of, resolve_model, safety
-from toolchain.models.source import select_files
-from toolchain.plan import check_recipe
+from toolchain.models import safety
+from toolchain.models.registry import MODELS, family_of
+from toolchain.models.source import resolve_model, select_files
 from toolchain.recipe import parse_recipe
 from toolchain.runtime.safety import prepare
 from toolchain.settings import SafetyInput

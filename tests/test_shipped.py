@@ -13,9 +13,8 @@ import pytest
 
 import toolchain
 from tests.test_cli import run, run_json
-from toolchain import shipped
 from toolchain.errors import EngineError, RecipeError
-from toolchain.recipe import load_recipe
+from toolchain.recipe import load_recipe, shipped
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
@@ -62,7 +61,7 @@ def test_a_wheel_holds_the_recipes(tmp_path: Path) -> None:
     assert sorted(path.stem for path in (built / "toolchain" / "recipes").iterdir()) == NAMES
     assert all((built / name / "py.typed").exists() for name in ("diffbuild", "toolchain"))
     shutil.rmtree(source)
-    script = "from toolchain.cli import main; main()"
+    script = "from toolchain.cli.main import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", script, "recipes", "--json"], cwd=built, capture_output=True, text=True
     )
@@ -114,7 +113,7 @@ def test_a_check_with_a_model_needs_its_configs_alone(tiny_copy: Path, tiny_reci
 def foreign(request: pytest.FixtureRequest, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe whose backend has no library here."""
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    monkeypatch.setattr("toolchain.engines.tensorrt_library.find_spec", lambda name: None)
+    monkeypatch.setattr("toolchain.engines.tensorrt.library.find_spec", lambda name: None)
     path = tmp_path / "tiny.toml"
     path.write_text(f'backend = "{request.param}"\n{tiny_recipe.read_text()}')
     return path

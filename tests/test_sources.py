@@ -18,14 +18,16 @@ from tests.tiny import make_sd, recipe_for
 from tests.tiny_flux import make_flux
 from tests.tiny_sdxl import make_sdxl
 from tests.tiny_single_file import read, write_single_file
-from toolchain.artifacts import Store
+from toolchain.builder.open_model import open_model
+from toolchain.builder.plan import make_plan
 from toolchain.check.reference import reference_pipeline
-from toolchain.cli import cli
+from toolchain.cli.main import cli
 from toolchain.errors import ModelError, UsageError
-from toolchain.models import MODELS, Family, family_for, resolve_model
-from toolchain.plan import make_plan
+from toolchain.models.component import Family
+from toolchain.models.registry import MODELS, family_for
+from toolchain.models.source import resolve_model
 from toolchain.runtime.prompt import PromptTokenizer
-from toolchain.single_file import open_model
+from toolchain.store.artifacts import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 # Built as "tiny", the name of the shared bundle's recipe: what another test finds in the store goes by that.

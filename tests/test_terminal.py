@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from tests.test_cli import run
 from toolchain import terminal
-from toolchain.cli import cli
+from toolchain.cli.main import cli
 from toolchain.terminal import fitted, painted, table
 
 WIDTHS = range(60, 201, 7)

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from toolchain.bundle import read_bundle
-from toolchain.cli import cli
-from toolchain.engines import BACKENDS
-from toolchain.engines.memory import HostMemory
+from toolchain.bundle.bundle import read_bundle
+from toolchain.cli.main import cli
+from toolchain.engines.buffers import HostMemory
+from toolchain.engines.registry import BACKENDS
 from toolchain.errors import RequestError, UsageError
 from toolchain.runtime.prompt import PromptTokenizer
 from toolchain.runtime.result import Timings
 from toolchain.trace.operators import most_expensive, read_profile
 from toolchain.trace.record import trace
-from toolchain.trace.report import Trace
+from toolchain.trace.timeline import Trace
 
 # PNDM evaluates the network once more than it has steps.
 REQUEST = {"prompt": "a red circle", "seed": 3, "scheduler": "model", "steps": 4}

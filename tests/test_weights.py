@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from toolchain.errors import WeightsError
-from toolchain.weights import DTYPES, MappedWeights, TensorRef, read_header
+from toolchain.weights.mapped import DTYPES, MappedWeights, TensorRef, read_header
 
 ARRAYS: dict[str, np.ndarray[Any, Any]] = {
     "conv.weight": np.arange(24, dtype=np.float32).reshape(2, 3, 4),

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from toolchain.api import build, check_bundle, export_graphs, plan_build
-    from toolchain.bundle import Bundle, read_bundle
+    from toolchain.bundle.bundle import Bundle, read_bundle
+    from toolchain.bundle.signing import sign_bundle, verify_bundle
     from toolchain.errors import DiffbuildError
     from toolchain.recipe import Bucket, Recipe, load_recipe
     from toolchain.runtime.pipeline import Pipeline, load
     from toolchain.runtime.progress import Progress
     from toolchain.runtime.result import Result
-    from toolchain.signing import sign_bundle, verify_bundle
 
 # ONNX Runtime 1.29 and newer reports every session that it opens to Microsoft, and writes an identifier of the machine
 # and a database of events to the user's home, from the moment it is imported. Here that is the user's decision: set to
@@ -31,8 +31,8 @@ _HOME = {
     "check_bundle": "toolchain.api",
     "export_graphs": "toolchain.api",
     "plan_build": "toolchain.api",
-    "Bundle": "toolchain.bundle",
-    "read_bundle": "toolchain.bundle",
+    "Bundle": "toolchain.bundle.bundle",
+    "read_bundle": "toolchain.bundle.bundle",
     "DiffbuildError": "toolchain.errors",
     "Bucket": "toolchain.recipe",
     "Recipe": "toolchain.recipe",
@@ -41,8 +41,8 @@ _HOME = {
     "Progress": "toolchain.runtime.progress",
     "Result": "toolchain.runtime.result",
     "load": "toolchain.runtime.pipeline",
-    "sign_bundle": "toolchain.signing",
-    "verify_bundle": "toolchain.signing",
+    "sign_bundle": "toolchain.bundle.signing",
+    "verify_bundle": "toolchain.bundle.signing",
 }
 
 __version__: str

@@ -9,14 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolchain.artifacts import Store, default_store, publish_folder
-from toolchain.bundle import Bundle
-from toolchain.engines import backend_of
-from toolchain.models import family_of, named_family
-from toolchain.plan import Plan, check_recipe, execute, make_plan
+from toolchain.builder.open_model import open_model
+from toolchain.builder.plan import Plan, check_recipe, execute, make_plan
+from toolchain.builder.steps import Step
+from toolchain.bundle.bundle import Bundle
+from toolchain.engines.registry import backend_of
+from toolchain.models.registry import family_of, named_family
 from toolchain.recipe import Recipe, load_recipe
-from toolchain.single_file import open_model
-from toolchain.steps import Step
+from toolchain.store.artifacts import Store, default_store, publish_folder
 
 if TYPE_CHECKING:
     from toolchain.check.report import CheckReport
@@ -82,9 +82,9 @@ def build(
     """Builds what the store lacks and writes a bundle.
 
     `model` is a diffusers folder, a hub id, or a .safetensors file that holds all of a model, with `config` for what
-    the file does not say: see `toolchain.single_file.open_model`.
+    the file does not say: see `toolchain.builder.open_model.open_model`.
     """
-    from toolchain.assemble import assemble, check_output
+    from toolchain.builder.assemble import assemble, check_output
 
     check_output(Path(output))
     return assemble(plan_build(recipe, model, revision=revision, config=config, store=store), Path(output), progress)
@@ -107,8 +107,8 @@ def export_graphs(
     """
     import onnx_ir as ir
 
-    from toolchain.export.safetensors import read_folder
-    from toolchain.export.weights import find_tensors, weight_uses
+    from toolchain.weights.derived import find_tensors, weight_uses
+    from toolchain.weights.safetensors import read_folder
 
     plan_ = plan_build(recipe, model, revision=revision, config=config, store=store, graphs_only=True)
     folders = {c.name: plan_.source.path / c.folder for c in plan_.family.components}
@@ -144,9 +144,9 @@ def check_bundle(
     progress: Callable[[str], None] = lambda text: None,
 ) -> CheckReport:
     """Compares a bundle with the model that it was built from. See `toolchain.check`."""
-    from toolchain.bundle import read_bundle
-    from toolchain.check import compare
-    from toolchain.signing import require_trusted
+    from toolchain.bundle.bundle import read_bundle
+    from toolchain.bundle.signing import require_trusted
+    from toolchain.check.compare import compare
 
     found = read_bundle(bundle)
     require_trusted(found)

@@ -21,9 +21,9 @@ from benchmarks.export_scale import PUBLISHED
 from benchmarks.gpu_run.record import ROOT, Record
 from toolchain.api import check_bundle, export_graphs
 from toolchain.bench.run import bench, workload
-from toolchain.bundle import read_bundle
-from toolchain.engines import BACKENDS
-from toolchain.engines.cuda import free_memory_bytes
+from toolchain.bundle.bundle import read_bundle
+from toolchain.cuda.driver import free_memory_bytes
+from toolchain.engines.registry import BACKENDS
 from toolchain.recipe import Bucket, ComponentRecipe, Recipe, load_recipe
 from toolchain.trace.record import trace
 

@@ -36,12 +36,12 @@ def facts() -> dict[str, Any]:
     """GPU, driver, processor and versions. A fact that cannot be had says why."""
 
     def machine() -> Any:
-        from toolchain.doctor import machine
+        from toolchain.engines.machine import machine
 
         return machine()
 
     def versions() -> Any:
-        from toolchain.doctor import installed
+        from toolchain.engines.machine import installed
 
         return installed(PACKAGES)
 

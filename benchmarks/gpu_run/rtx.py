@@ -14,16 +14,16 @@ from unittest import mock
 import numpy as np
 
 from benchmarks.gpu_run.record import ROOT, Record
-from toolchain.bundle import read_bundle
+from toolchain.bundle.bundle import read_bundle
+from toolchain.bundle.provenance import note_built
+from toolchain.bundle.signing import admit
 from toolchain.check.report import Pair
-from toolchain.engines import BACKENDS
-from toolchain.engines.cuda import device_facts
-from toolchain.engines.rtx_runtime import ask_validity, runtime_config
-from toolchain.engines.tensorrt_library import TENSORRT_RTX
-from toolchain.provenance import note_built
+from toolchain.cuda.driver import device_facts
+from toolchain.engines.registry import BACKENDS
+from toolchain.engines.tensorrt.library import TENSORRT_RTX
+from toolchain.engines.tensorrt.rtx_runtime import ask_validity, runtime_config
 from toolchain.recipe import Recipe
 from toolchain.runtime.pipeline import Pipeline
-from toolchain.signing import admit
 
 RECIPE = Path(__file__).parent / "shapes-rtx.toml"
 MODEL = ROOT / "examples" / "shapes" / "model"
@@ -53,7 +53,7 @@ def measure_folder(record: Record, folder: Path) -> None:
     if not record.stage("picture", lambda: drawn(folder / BUNDLE, expected)):
         with (
             mock.patch.object(type(backend), "refuse", return_value=None),
-            mock.patch("toolchain.engines.tensorrt_plan.ask_validity", return_value=("valid", "not asked")),
+            mock.patch("toolchain.engines.tensorrt.open_plan.ask_validity", return_value=("valid", "not asked")),
         ):
             record.stage("picture_unasked", lambda: drawn(folder / BUNDLE, expected))
 

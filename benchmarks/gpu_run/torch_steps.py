@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.gpu_run.record import Record, is_pretended
-from toolchain.engines.device_memory import DeviceBuffer, DeviceMemory, by_turns
+from toolchain.cuda.memory import DeviceBuffer, DeviceMemory, by_turns
 
 GUIDANCE = 5.0
 REPEATS = 5

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from toolchain.bundle import Bundle, FileEntry
+from toolchain.bundle.bundle import Bundle, FileEntry
 from toolchain.check.pictures import Drawn, judge
 from toolchain.check.report import CheckReport, Entry, Metrics, Picture
 from toolchain.recipe import Bucket, Check, Recipe, Sampling, Tolerance

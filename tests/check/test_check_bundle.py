@@ -19,15 +19,16 @@ import pytest
 
 import toolchain
 from tests.manifests import edit_manifest
-from toolchain.bundle import Bundle, read_bundle
-from toolchain.check import CheckReport, compare
+from toolchain.bundle.bundle import Bundle, read_bundle
+from toolchain.check.compare import compare
 from toolchain.check.components import RECORDED, _recorded
 from toolchain.check.page import render
+from toolchain.check.report import CheckReport
 from toolchain.check.tables import compare_tables
 from toolchain.errors import BundleError, DiffbuildError, ModelError
-from toolchain.models import ModelSource, resolve_model
+from toolchain.models.source import ModelSource, resolve_model
 from toolchain.sampler.table import SamplerTable
-from toolchain.weights import read_header
+from toolchain.weights.mapped import read_header
 
 BUCKET = "1x64x64"
 PROMPT = "a red circle on a white background"

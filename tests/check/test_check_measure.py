@@ -12,7 +12,7 @@ import torch
 
 from toolchain.check.measure import Feed, compare_engine, measure
 from toolchain.check.pictures import Drawn, is_blank, judge
-from toolchain.engines.memory import HostMemory
+from toolchain.engines.buffers import HostMemory
 from toolchain.recipe import Tolerance
 from toolchain.signature import GraphSpec, TensorSpec
 

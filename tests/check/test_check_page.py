@@ -16,16 +16,16 @@ from click.testing import CliRunner
 from PIL import Image
 
 import toolchain.api
-import toolchain.bundle
+import toolchain.bundle.bundle
 from tests.check.page_samples import DIGEST, HOSTILE, RECIPE, bundle, entry, failing, passing, picture, report
 from toolchain.check import page
 from toolchain.check.charts import Scale, curve_chart
+from toolchain.check.markup import Html, element, join
 from toolchain.check.page import render, save_page
 from toolchain.check.report import CheckReport
-from toolchain.cli import cli
-from toolchain.markup import Html, element, join
+from toolchain.cli.main import cli
 from toolchain.recipe import Recipe
-from toolchain.toml import toml
+from toolchain.recipe.toml import toml
 
 
 class Reader(HTMLParser):
@@ -247,7 +247,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[CheckReport]:
     """What `check` finds; the test may put another report there. Empty when nothing may be compared."""
     found: list[CheckReport] = []
     monkeypatch.setattr(toolchain.api, "check_bundle", lambda *_, **__: found[0])
-    monkeypatch.setattr(toolchain.bundle, "read_bundle", lambda path: bundle())
+    monkeypatch.setattr(toolchain.bundle.bundle, "read_bundle", lambda path: bundle())
     return found
 
 

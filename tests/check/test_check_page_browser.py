@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.check.page_samples import bundle, failing, passing
 from toolchain.bench.page import page
-from toolchain.bench.report import BenchReport, Result, Spread
+from toolchain.bench.results import BenchReport, Result, Spread
 from toolchain.check.page import POLICY, render
 from toolchain.check.report import CheckReport
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from tests.tiny import make_vae, recipe_for
-from toolchain.bundle import read_bundle
+from toolchain.bundle.bundle import read_bundle
 from toolchain.check.components import _Comparison
 from toolchain.check.measure import Feed, call
 from toolchain.check.reference import reference_module
 from toolchain.check.report import Entry
 from toolchain.check.rounding import RoundedComponent
-from toolchain.models import MODELS, ModelSource, resolve_model
+from toolchain.models.registry import MODELS
+from toolchain.models.source import ModelSource, resolve_model
 from toolchain.recipe import ComponentRecipe, Tolerance
 
 TOLERANCE = Tolerance(cosine=0.999, snr_db=30, max_error=0.1)

@@ -16,9 +16,9 @@ import pytest
 
 from tests.device_contract import DeviceContract, Make, ShiftRegister, others_may_allocate, swap
 from tests.pretend import pretended
-from toolchain.engines import cuda
-from toolchain.engines.cuda_loop import UNROLLED
-from toolchain.engines.device_memory import DeviceMemory
+from toolchain.cuda import driver as cuda
+from toolchain.cuda.loop import UNROLLED
+from toolchain.cuda.memory import DeviceMemory
 from toolchain.errors import EngineError
 
 
@@ -305,7 +305,7 @@ def test_the_loops_kernel_compiles(tmp_path: Path) -> None:
     library = next(tmp_path.glob("nvidia/*/lib/libnvrtc.so*"), None)
     if done.returncode or library is None:
         pytest.skip(f"{package} cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
-    code = "from toolchain.engines.cuda_loop import *; print(*(KERNEL in compile_kernel(c) for c in ('8.0', '9.0')))"
+    code = "from toolchain.cuda.loop import *; print(*(KERNEL in compile_kernel(c) for c in ('8.0', '9.0')))"
     environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "LD_LIBRARY_PATH": str(library.parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout.split() == ["True", "True"], done.stderr

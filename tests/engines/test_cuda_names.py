@@ -19,7 +19,7 @@ import pytest
 
 from tests.pretend import FAKES, pretended
 
-ENGINES = Path(__file__).parents[2] / "toolchain" / "engines"
+ENGINES = Path(__file__).parents[2] / "toolchain" / "cuda"
 OLDEST = "13.0.0"
 OWNERS = {"cuda": "runtime", "cu": "driver", "nvrtc": "nvrtc"}
 """Prefix of a name -> its module below cuda.bindings."""

@@ -21,9 +21,10 @@ from onnx import TensorProto, helper
 
 from tests.device_contract import others_may_allocate
 from tests.pretend import pretended
-from toolchain.engines import onnxruntime as ort_engine
-from toolchain.engines import onnxruntime_cuda, onnxruntime_package
-from toolchain.engines.onnxruntime_cuda import OnnxRuntimeCudaBackend
+from toolchain.engines.onnxruntime import backend as ort_engine
+from toolchain.engines.onnxruntime import package as onnxruntime_package
+from toolchain.engines.onnxruntime_cuda import backend as onnxruntime_cuda
+from toolchain.engines.onnxruntime_cuda.backend import OnnxRuntimeCudaBackend
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec, TensorSpec
 

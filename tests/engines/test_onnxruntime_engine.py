@@ -12,17 +12,18 @@ import pytest
 import torch
 
 from tests.tiny import recipe_for
-from toolchain.engines import BACKENDS, backend_of
-from toolchain.engines.memory import HostMemory
-from toolchain.engines.onnxruntime import OnnxRuntimeBackend, cpu_features, physical_cores
+from toolchain.engines.buffers import HostMemory
+from toolchain.engines.onnxruntime.backend import OnnxRuntimeBackend, cpu_features, physical_cores
+from toolchain.engines.registry import BACKENDS, backend_of
 from toolchain.errors import EngineError, UsageError
 from toolchain.export.capture import capture
-from toolchain.export.safetensors import read_folder
-from toolchain.export.weights import find_tensors, weight_uses, write_weights
-from toolchain.models import MODELS, resolve_model
+from toolchain.models.registry import MODELS
+from toolchain.models.source import resolve_model
 from toolchain.recipe import Bucket
 from toolchain.signature import GraphSpec, TensorSpec
-from toolchain.weights import read_header
+from toolchain.weights.derived import find_tensors, weight_uses, write_weights
+from toolchain.weights.mapped import read_header
+from toolchain.weights.safetensors import read_folder
 
 BUCKET = Bucket(1, 64, 64)
 VAE = MODELS["sd"].component("vae_decoder")

@@ -13,10 +13,10 @@ import pytest
 import toolchain
 from tests.build_graph import write_network
 from tests.graph.test_simplify import constant, model, value, weight
-from toolchain.engines.memory import HostMemory
-from toolchain.engines.onnxruntime import OnnxRuntimeBackend, cpu_features
-from toolchain.engines.onnxruntime_cuda import OnnxRuntimeCudaBackend
-from toolchain.engines.onnxruntime_memory import BLOCK, NARROW_BLOCK, NODE_BYTES, _Kinds, memory_facts, run_order
+from toolchain.engines.buffers import HostMemory
+from toolchain.engines.onnxruntime.activations import BLOCK, NARROW_BLOCK, NODE_BYTES, _Kinds, memory_facts, run_order
+from toolchain.engines.onnxruntime.backend import OnnxRuntimeBackend, cpu_features
+from toolchain.engines.onnxruntime_cuda.backend import OnnxRuntimeCudaBackend
 from toolchain.runtime.engines import BoundEngine
 
 AVX512 = "x86_64-avx512"

@@ -13,11 +13,13 @@ import pytest
 from click.testing import CliRunner
 
 from tests.test_cli import run, run_json
-from toolchain import doctor
-from toolchain.cli import cli
-from toolchain.engines import BACKENDS, onnxruntime_cuda, onnxruntime_package
-from toolchain.engines.onnxruntime_package import CPU, GPU, clash, command, module_version, warn_of_clash
-from toolchain.engines.tensorrt_library import PAIR
+from toolchain.cli.main import cli
+from toolchain.engines import machine
+from toolchain.engines.onnxruntime import package as onnxruntime_package
+from toolchain.engines.onnxruntime.package import CPU, GPU, clash, command, module_version, warn_of_clash
+from toolchain.engines.onnxruntime_cuda import backend as onnxruntime_cuda
+from toolchain.engines.registry import BACKENDS
+from toolchain.engines.tensorrt.library import PAIR
 from toolchain.errors import EngineError
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +37,7 @@ def have(monkeypatch: pytest.MonkeyPatch, **packages: str) -> None:
         return packages[name.replace("-", "_")]
 
     monkeypatch.setattr(onnxruntime_package, "version", version)
-    monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr(machine, "version", version)
     if not packages:
         monkeypatch.setattr(onnxruntime_package, "find_spec", lambda name: None)
         monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
@@ -138,7 +140,7 @@ def test_a_bundle_of_another_minor_version_names_what_opens_it(
 
 
 def built_version(bundle: Path) -> str:
-    from toolchain.bundle import read_bundle
+    from toolchain.bundle.bundle import read_bundle
 
     return str(read_bundle(bundle).device["onnxruntime"])
 
@@ -162,6 +164,6 @@ def test_engines_for_cuda_want_its_package(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_tensorrt_for_rtx_names_the_pair_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("toolchain.engines.tensorrt_library.find_spec", lambda name: None)
+    monkeypatch.setattr("toolchain.engines.tensorrt.library.find_spec", lambda name: None)
     assert BACKENDS["tensorrt_rtx"].install({"tensorrt_rtx": "1.7.1.116"}) == PAIR
     assert BACKENDS["tensorrt_rtx"].install({"tensorrt_rtx": "1.7.0.1"}) is None

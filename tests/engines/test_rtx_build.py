@@ -22,10 +22,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.build_graph import KINDS, options, write_graph, write_network, write_two_buckets
 from tests.rtx import real_trt
-from toolchain.engines import BACKENDS, build_monitor, builder_process, tensorrt_library
-from toolchain.engines.tensorrt_library import TENSORRT_RTX
+from toolchain.engines.registry import BACKENDS
+from toolchain.engines.tensorrt import build_monitor, builder_process
+from toolchain.engines.tensorrt import library as tensorrt_library
+from toolchain.engines.tensorrt.library import TENSORRT_RTX
 from toolchain.errors import EngineError
-from toolchain.files import file_digest
+from toolchain.store.files import file_digest
 
 BACKEND = BACKENDS["tensorrt_rtx"]
 
@@ -195,7 +197,7 @@ def test_a_graph_that_the_parser_refuses(tmp_path: Path) -> None:
 
 def test_a_weight_that_the_file_lacks(tmp_path: Path) -> None:
     write_network(tmp_path)
-    from toolchain.export.safetensors import write_safetensors
+    from toolchain.weights.safetensors import write_safetensors
 
     write_safetensors(tmp_path / "weights.safetensors", [("a", "F16", (4, 4))], lambda key: bytes(32))
     with pytest.raises(EngineError, match="no tensor 'b'"):
@@ -291,7 +293,7 @@ def test_two_builders_at_once(tmp_path: Path) -> None:
 def test_memory_that_will_not_do_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from toolchain.engines.forecast import free_host_bytes, host_build_warning
+    from toolchain.cuda.forecast import free_host_bytes, host_build_warning
 
     gb = 1 << 30
     assert host_build_warning(2 * gb, 6 * gb) is None
@@ -398,10 +400,11 @@ def test_without_cuda_python_it_builds_and_does_not_run(tmp_path: Path, monkeypa
 
 
 def test_doctor(tmp_path: Path) -> None:
-    from toolchain import doctor
+    from toolchain.cli.doctor import doctor_lines
+    from toolchain.engines import machine
 
-    facts = doctor.examine(tmp_path)
+    facts = machine.examine(tmp_path)
     assert facts["backends"]["tensorrt_rtx"]["builds"]
-    (line,) = (line for line in doctor.doctor_lines(facts) if line.startswith("backend tensorrt_rtx"))
+    (line,) = (line for line in doctor_lines(facts) if line.startswith("backend tensorrt_rtx"))
     assert "builds here, runs on an NVIDIA GPU" in line
     assert TENSORRT_RTX.version() in line

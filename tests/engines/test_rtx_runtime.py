@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from tests.build_graph import SPEC, X, Y, options, write_network
 from tests.pretend import pretended
 from tests.profile_contract import check_two_buckets
-from toolchain.cli import cli
-from toolchain.engines.tensorrt_rtx import TensorRtRtxBackend
+from toolchain.cli.main import cli
+from toolchain.engines.tensorrt.rtx_backend import TensorRtRtxBackend
 from toolchain.errors import EngineError
 
 BACKEND = TensorRtRtxBackend()
@@ -270,7 +270,7 @@ def test_a_cache_folder_that_cannot_be_written_costs_a_warning(
 
 
 def test_plain_tensorrt_keeps_no_kernels(trt: Any, tmp_path: Path, cache: Path) -> None:
-    from toolchain.engines.tensorrt import TensorRtBackend
+    from toolchain.engines.tensorrt.backend import TensorRtBackend
 
     check_two_buckets(tmp_path, TensorRtBackend())
     assert not kernels(cache)

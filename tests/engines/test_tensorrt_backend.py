@@ -12,10 +12,11 @@ import pytest
 
 from tests.build_graph import options
 from tests.pretend import pretended
-from toolchain import doctor
-from toolchain.engines import backend_of
-from toolchain.engines.forecast import build_warning, load_warning
-from toolchain.engines.tensorrt import TensorRtBackend, advisory
+from toolchain.cli.doctor import doctor_lines
+from toolchain.cuda.forecast import build_warning, load_warning
+from toolchain.engines import machine
+from toolchain.engines.registry import backend_of
+from toolchain.engines.tensorrt.backend import TensorRtBackend, advisory
 from toolchain.errors import EngineError
 
 BACKEND = TensorRtBackend()
@@ -135,17 +136,17 @@ def test_versions_with_known_flaws(version: str | None, flawed: bool) -> None:
 
 def test_doctor_tells_of_them(tmp_path: Path) -> None:
     with pretended(FAKE_TENSORRT_VERSION="10.16.1.11"):
-        facts = doctor.examine(tmp_path)
+        facts = machine.examine(tmp_path)
         assert facts["backends"]["tensorrt"] == {
             "works": True,
             "reason": None,
             "builds": True,
             "device": BACKEND.device(),
         }
-        told = "\n".join(doctor.doctor_lines(facts))
+        told = "\n".join(doctor_lines(facts))
         assert "name NVIDIA H200, compute capability 9.0, sm count 132, memory bytes" in told
         assert "tensorrt 10.16.1.11" in told
-        assert any(line.startswith("warning: TensorRT 10.16.1.11 has known") for line in doctor.doctor_lines(facts))
+        assert any(line.startswith("warning: TensorRT 10.16.1.11 has known") for line in doctor_lines(facts))
 
 
 def test_graphs_are_left_alone_but_for_bfloat16() -> None:

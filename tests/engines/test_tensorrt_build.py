@@ -18,10 +18,10 @@ from onnx import TensorProto, helper
 
 from tests.build_graph import KINDS, SPEC, WEIGHTS, X, Y, options, write_graph, write_network
 from tests.pretend import pretended
-from toolchain.engines import builder_process
-from toolchain.engines.tensorrt import TensorRtBackend
+from toolchain.engines.tensorrt import builder_process
+from toolchain.engines.tensorrt.backend import TensorRtBackend
 from toolchain.errors import EngineError
-from toolchain.files import file_digest, locked
+from toolchain.store.files import file_digest, locked
 
 BACKEND = TensorRtBackend()
 
@@ -197,7 +197,7 @@ def test_what_the_parser_may_refuse_is_told_first(trt: Any, tmp_path: Path, capl
 
 def test_a_weight_that_the_file_lacks(trt: Any, tmp_path: Path) -> None:
     write_network(tmp_path)
-    from toolchain.export.safetensors import write_safetensors
+    from toolchain.weights.safetensors import write_safetensors
 
     write_safetensors(tmp_path / "weights.safetensors", [("a", "F16", (4, 4))], lambda key: bytes(32))
     with pytest.raises(EngineError, match="no tensor 'b'"):
@@ -313,7 +313,7 @@ def test_memory_that_will_not_do_is_told(
 @pytest.fixture
 def builder(trt: Any) -> Any:
     """The child's module, on the pretended TensorRT."""
-    import toolchain.engines.tensorrt_build as module
+    import toolchain.engines.tensorrt.build_plan as module
 
     return module
 
@@ -344,7 +344,7 @@ def test_weights_beside_a_graph_on_disk_where_the_parser_takes_none(
 def test_what_the_parser_points_to_lives_until_the_build(
     builder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from toolchain.engines import tensorrt_network
+    from toolchain.engines.tensorrt import network as tensorrt_network
 
     hand_over, configure = tensorrt_network.hand_over, builder._configure
     given: list[weakref.ref[Any]] = []

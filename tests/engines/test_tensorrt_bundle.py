@@ -19,9 +19,9 @@ from click.testing import CliRunner
 import toolchain
 from tests.pretend import pretended
 from toolchain.api import Plan
-from toolchain.artifacts import Store
-from toolchain.cli import cli
+from toolchain.cli.main import cli
 from toolchain.errors import EngineError, RecipeError
+from toolchain.store.artifacts import Store
 
 RECIPE = """\
 family = "sd"
@@ -204,9 +204,9 @@ def test_what_fails_while_it_is_opened_leaves_nothing_on_the_gpu(
     """Whichever allocation or binding it is that fails."""
     from cuda.bindings import runtime
 
-    from toolchain.engines.device_memory import DeviceMemory
-    from toolchain.engines.tensorrt_engine import TensorRtEngine
-    from toolchain.engines.tensorrt_plan import OpenPlan
+    from toolchain.cuda.memory import DeviceMemory
+    from toolchain.engines.tensorrt.open_plan import OpenPlan
+    from toolchain.engines.tensorrt.run import TensorRtEngine
 
     for owner, name in ((DeviceMemory, "_allocate"), (TensorRtEngine, "bind"), (OpenPlan, "_deserialize")):
         plain = getattr(owner, name)
@@ -232,7 +232,10 @@ def test_what_fails_while_it_is_opened_leaves_nothing_on_the_gpu(
 def command(tmp_path: Path, tiny_model: Path, store: Path, *more: str) -> list[str]:
     path = recipe(tmp_path, new="[tensorrt]\nmax_aux_streams = 1\n")  # other engines than those of the fixture
     arguments = ["build", str(path), "--model", str(tiny_model), "--store", str(store), "-o", str(tmp_path / "bundle")]
-    code = "from toolchain.engines import builder_process as b; b.GRACE_S = 0.5; from toolchain.cli import main; main()"
+    code = (
+        "from toolchain.engines.tensorrt import builder_process as b; b.GRACE_S = 0.5; "
+        "from toolchain.cli.main import main; main()"
+    )
     return [sys.executable, "-c", code, *arguments, *more]
 
 

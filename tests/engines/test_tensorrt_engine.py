@@ -17,10 +17,10 @@ from safetensors.numpy import save_file
 
 from tests.pretend import pretended
 from tests.step_engine import OPTIONS, SPEC, STATE, WEIGHT, bound, expected, opened, run, write_engine
-from toolchain.engines.device_memory import ALLOCATION
-from toolchain.engines.tensorrt_engine import TensorRtMemory, open_memory
-from toolchain.engines.tensorrt_library import TENSORRT
-from toolchain.engines.tensorrt_plan import read_facts
+from toolchain.cuda.memory import ALLOCATION
+from toolchain.engines.tensorrt.library import TENSORRT
+from toolchain.engines.tensorrt.open_plan import read_facts
+from toolchain.engines.tensorrt.run import TensorRtMemory, open_memory
 from toolchain.errors import DiffbuildError, EngineError
 
 

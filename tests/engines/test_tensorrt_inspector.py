@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from tests.build_graph import write_network
-from toolchain.engines.inspector import Layer, asked_dtypes, compare_precision, read_layers, require_precision
+from toolchain.engines.tensorrt.inspector import Layer, asked_dtypes, compare_precision, read_layers, require_precision
 from toolchain.errors import EngineError
 
 ASKED = dict.fromkeys(["first", "second", "third", "fourth"], "float16")

@@ -16,8 +16,8 @@ import pytest
 
 from tests.build_graph import options, write_network
 from tests.pretend import pretended
-from toolchain.engines import builder_process
-from toolchain.engines.builder_process import run_builder
+from toolchain.engines.tensorrt import builder_process
+from toolchain.engines.tensorrt.builder_process import run_builder
 from toolchain.errors import EngineError
 
 INITIALISATION = "[W] CUDA initialization failure with error: {}. Please check your CUDA installation\n"
@@ -160,8 +160,8 @@ PARENT = """
 import sys
 from pathlib import Path
 from tests.build_graph import options
-from toolchain.engines import builder_process
-from toolchain.engines.tensorrt import TensorRtBackend
+from toolchain.engines.tensorrt import builder_process
+from toolchain.engines.tensorrt.backend import TensorRtBackend
 
 builder_process.GRACE_S = 0.5
 folder = Path(sys.argv[1])
@@ -219,6 +219,6 @@ def test_no_builder_outlives_its_parent(name: str, tmp_path: Path) -> None:
 def test_the_builder_goes_when_its_parent_went_first(tmp_path: Path) -> None:
     """Between the fork and the request to die with the parent."""
     with pretended():
-        code = "import os, toolchain.engines.tensorrt_build as b; b._die_with(os.getppid() + 1); print('alive')"
+        code = "import os, toolchain.engines.tensorrt.build_plan as b; b._die_with(os.getppid() + 1); print('alive')"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ)
     assert (done.returncode, done.stdout) == (1, "")

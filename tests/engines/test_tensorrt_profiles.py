@@ -45,7 +45,7 @@ def test_two_buckets(trt: Any, tmp_path: Path, strip_plan: bool, cuda_graph: str
 
 
 def test_later_profiles_bring_no_weights(trt: Any, tmp_path: Path) -> None:
-    from toolchain.engines.tensorrt_network import add_profiles
+    from toolchain.engines.tensorrt.network import add_profiles
 
     write_two_buckets(tmp_path)
     builder = trt.Builder(trt.Logger())
@@ -56,7 +56,7 @@ def test_later_profiles_bring_no_weights(trt: Any, tmp_path: Path) -> None:
 
 
 def test_a_profile_that_tensorrt_does_not_take(trt: Any, tmp_path: Path) -> None:
-    from toolchain.engines.tensorrt_network import add_profiles
+    from toolchain.engines.tensorrt.network import add_profiles
 
     write_two_buckets(tmp_path)
     config = SimpleNamespace(add_optimization_profile=lambda profile: -1)

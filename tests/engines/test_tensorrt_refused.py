@@ -17,7 +17,7 @@ import toolchain
 from tests.manifests import edit_manifest
 from tests.pretend import pretended
 from tests.test_signing import write_pair
-from toolchain.cli import cli
+from toolchain.cli.main import cli
 from toolchain.errors import BundleError, EngineError, SignatureError
 from toolchain.runtime.pipeline import Pipeline
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from toolchain.engines.timing_cache import (
+from toolchain.engines.tensorrt.timing_cache import (
     merge_cache,
     only_builder,
     read_cache,
     timing_cache_path,
 )
 from toolchain.errors import StoreError
-from toolchain.files import locked
-from toolchain.user_cache import cache_folder
+from toolchain.store.files import locked
+from toolchain.store.user_cache import cache_folder
 
 
 def union(there: bytes, mine: bytes) -> bytes:
@@ -69,7 +69,7 @@ def test_a_cache_for_each_version_gpu_and_level() -> None:
 PROCESS = """
 import sys, time
 from pathlib import Path
-from toolchain.engines.timing_cache import merge_cache
+from toolchain.engines.tensorrt.timing_cache import merge_cache
 
 def slow_union(there, mine):
     time.sleep(0.01)

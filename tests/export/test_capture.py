@@ -13,20 +13,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-import toolchain.export.weights as weights_module
+import toolchain.weights.derived as weights_module
 from tests.tiny import recipe_for
 from toolchain import api
 from toolchain.errors import ExportError, ModelError, WeightsError
 from toolchain.export.capture import TRANSLATIONS, capture, check_signature
-from toolchain.export.safetensors import read_folder
-from toolchain.export.weights import find_tensors, weight_uses, write_weights
 from toolchain.graph import OPSET
 from toolchain.graph.placeholder import is_weight
-from toolchain.models import MODELS, resolve_model
 from toolchain.models.component import Component
+from toolchain.models.registry import MODELS
+from toolchain.models.source import resolve_model
 from toolchain.recipe import Bucket
 from toolchain.signature import GraphSpec, TensorSpec
-from toolchain.weights import MappedWeights
+from toolchain.weights.derived import find_tensors, weight_uses, write_weights
+from toolchain.weights.mapped import MappedWeights
+from toolchain.weights.safetensors import read_folder
 
 BUCKET = Bucket(1, 64, 64)
 COMPONENTS = [c.name for c in MODELS["sd"].components]

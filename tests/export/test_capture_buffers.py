@@ -11,12 +11,12 @@ import torch
 from tests.tiny import recipe_for
 from toolchain.errors import ExportError
 from toolchain.export.capture import capture
-from toolchain.export.weights import weight_uses
-from toolchain.models import resolve_model
 from toolchain.models.component import Component
 from toolchain.models.modules import construct
+from toolchain.models.source import resolve_model
 from toolchain.recipe import Bucket
 from toolchain.signature import GraphSpec, TensorSpec
+from toolchain.weights.derived import weight_uses
 
 BUCKET = Bucket(1, 64, 64)
 X = TensorSpec("x", "float32", (2, 3))

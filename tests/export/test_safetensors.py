@@ -12,8 +12,8 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from toolchain.errors import ModelError, WeightsError
-from toolchain.export.safetensors import find_weights, read_folder, write_safetensors
-from toolchain.weights import MappedWeights, TensorRef, read_header, require_plain
+from toolchain.weights.mapped import MappedWeights, TensorRef, read_header, require_plain
+from toolchain.weights.safetensors import find_weights, read_folder, write_safetensors
 
 ARRAYS: dict[str, np.ndarray[Any, Any]] = {
     "flag": np.array([True, False, True]),

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.device_contract import DeviceContract, Make, ShiftRegister, swap
-from toolchain.engines import cuda
-from toolchain.engines.device_memory import DeviceMemory
+from toolchain.cuda import driver as cuda
+from toolchain.cuda.memory import DeviceMemory
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.build_graph import SPEC, X, Y, write_network
-from toolchain.engines import cuda
-from toolchain.engines.onnxruntime_cuda import OnnxRuntimeCudaBackend
+from toolchain.cuda import driver as cuda
+from toolchain.engines.onnxruntime_cuda.backend import OnnxRuntimeCudaBackend
 
 BACKEND = OnnxRuntimeCudaBackend()
 OPTIONS = {"optimization": "all", "cuda_graph": True, "prefer_nhwc": False, "tf32": False}

@@ -13,9 +13,9 @@ from safetensors.numpy import save_file
 
 from tests.profile_contract import check_two_buckets
 from tests.step_engine import WEIGHT, bound, expected, opened, run, write_engine
-from toolchain.engines import cuda
-from toolchain.engines.tensorrt_engine import TensorRtMemory
-from toolchain.engines.tensorrt_library import TENSORRT
+from toolchain.cuda import driver as cuda
+from toolchain.engines.tensorrt.library import TENSORRT
+from toolchain.engines.tensorrt.run import TensorRtMemory
 
 
 @pytest.fixture(scope="module")

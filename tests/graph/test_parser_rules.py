@@ -12,7 +12,7 @@ import pytest
 
 from tests.graph.test_simplify import constant, model
 from tests.rtx import Parsed, real_trt
-from toolchain.engines.tensorrt_library import numbers
+from toolchain.engines.tensorrt.library import numbers
 from toolchain.graph.parser_rules import refusals
 from toolchain.graph.parser_tables import NOT_THERE, OLDEST, TAKES, TAKES_RTX, Version
 from toolchain.graph.placeholder import placeholder

@@ -13,10 +13,11 @@ import toolchain.export.capture as capture_module
 from tests.graph.test_promote import BOOL, F16, F32, mixed
 from tests.graph.test_simplify import model, value, weight
 from tests.tiny import recipe_for
+from toolchain.builder.planner import GRAPH, prepared
 from toolchain.errors import ExportError
 from toolchain.graph.typed import check_types
-from toolchain.models import MODELS, resolve_model
-from toolchain.planner import GRAPH, prepared
+from toolchain.models.registry import MODELS
+from toolchain.models.source import resolve_model
 from toolchain.recipe import Bucket
 
 BF16 = ir.DataType.BFLOAT16

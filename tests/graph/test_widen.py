@@ -11,14 +11,15 @@ from tests.graph.test_parser_rules import asked, one, operands, typed
 from tests.graph.test_simplify import ops
 from tests.rtx import Parsed, real_trt
 from tests.tiny import make_vae, recipe_for
-from toolchain.engines.tensorrt_library import numbers
+from toolchain.engines.tensorrt.library import numbers
 from toolchain.export.capture import capture
 from toolchain.graph.opset import allow_bfloat16
 from toolchain.graph.parser_rules import refusals
 from toolchain.graph.parser_tables import NO_BFLOAT16, OLDEST, TAKES_RTX
 from toolchain.graph.typed import check_types
 from toolchain.graph.widen import widen_operators
-from toolchain.models import MODELS, resolve_model
+from toolchain.models.registry import MODELS
+from toolchain.models.source import resolve_model
 from toolchain.recipe import Bucket
 
 BF, HALF, FLOAT = ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.FLOAT

@@ -20,7 +20,8 @@ from tests.parity import LEAST_PSNR_DB, Build, least_psnr_db
 from tests.tiny import TEXT_LENGTH, make_sd, make_vae, recipe_for
 from tests.tiny import write_tokenizer as write_vocabulary
 from toolchain.export.capture import capture
-from toolchain.models import MODELS, family_of, resolve_model
+from toolchain.models.registry import MODELS, family_of
+from toolchain.models.source import resolve_model
 from toolchain.models.tokenizers import write_tokenizer
 from toolchain.models.vae import normalised, scaled, shifted
 from toolchain.runtime.prompt import PromptTokenizer

@@ -18,13 +18,14 @@ from tests.pretend import pretended
 from tests.tiny_flux import T5_TOKENS, make_flux, recipe_text
 from toolchain.errors import ModelError, RecipeError
 from toolchain.export.capture import capture
-from toolchain.export.safetensors import read_folder
-from toolchain.export.weights import find_tensors, weight_uses
 from toolchain.graph.placeholder import is_weight
-from toolchain.models import MODELS, ModelSource, family_of, resolve_model
 from toolchain.models.flux_step import pack, rotary_tables, unpack
+from toolchain.models.registry import MODELS, family_of
+from toolchain.models.source import ModelSource, resolve_model
 from toolchain.recipe import Bucket, ComponentRecipe, Recipe, load_recipe, parse_recipe
 from toolchain.sampler.table import MAX_EVALUATIONS, MAX_STATES, ROW, split, step_reference
+from toolchain.weights.derived import find_tensors, weight_uses
+from toolchain.weights.safetensors import read_folder
 
 BUCKET = Bucket(2, 64, 96)
 TOKENS = 4 * 6
@@ -384,8 +385,8 @@ def test_a_recipe_that_asks_for_too_long_prompts(dev: ModelSource) -> None:
 
 @pytest.mark.parametrize("name", ["flux1-dev-bf16", "flux1-schnell-bf16"])
 def test_shipped_recipes_fit_and_are_planned(dev: ModelSource, tmp_path: Path, name: str) -> None:
-    from toolchain.artifacts import Store
-    from toolchain.plan import make_plan
+    from toolchain.builder.plan import make_plan
+    from toolchain.store.artifacts import Store
 
     recipe = load_recipe(RECIPES / f"{name}.toml")
     plan = make_plan(recipe, dev, Store(tmp_path), graphs_only=True)

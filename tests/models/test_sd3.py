@@ -18,15 +18,16 @@ from safetensors.torch import load_file
 
 from benchmarks.export_scale import PUBLISHED
 from tests.tiny_sd3 import CHANNELS, LAYERS, POOLED, POSITIONS, T5_TOKENS, T5_WIDTH, WIDTHS, make_sd3, recipe_text
-from toolchain.engines import backend_of
+from toolchain.builder.plan import check_recipe
+from toolchain.engines.registry import backend_of
 from toolchain.errors import DiffbuildError, ModelError, RecipeError
 from toolchain.export.capture import capture
-from toolchain.export.safetensors import read_folder
-from toolchain.export.weights import find_tensors, weight_uses, write_weights
-from toolchain.models import MODELS, ModelSource, family_of, resolve_model
-from toolchain.plan import check_recipe
+from toolchain.models.registry import MODELS, family_of
+from toolchain.models.source import ModelSource, resolve_model
 from toolchain.recipe import Bucket, Recipe, load_recipe, parse_recipe
 from toolchain.sampler.table import MAX_STATES, ROW
+from toolchain.weights.derived import find_tensors, weight_uses, write_weights
+from toolchain.weights.safetensors import read_folder
 
 FAMILY = MODELS["sd3"]
 BUCKET = Bucket(2, 64, 96)

@@ -20,11 +20,12 @@ from tests.tiny import recipe_for
 from tests.tiny_t5 import write_t5_tokenizer
 from toolchain.errors import DiffbuildError, ModelError, RecipeError
 from toolchain.export.capture import capture
-from toolchain.export.safetensors import read_folder
-from toolchain.export.weights import find_tensors, weight_uses, write_weights
 from toolchain.graph.placeholder import is_weight
-from toolchain.models import ModelSource, parts
+from toolchain.models import parts
+from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, Recipe
+from toolchain.weights.derived import find_tensors, weight_uses, write_weights
+from toolchain.weights.safetensors import read_folder
 
 BUCKET = Bucket(1, 64, 64)
 FOLDER = "text_encoder_2"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import toolchain
-from toolchain.bundle import read_bundle
+from toolchain.bundle.bundle import read_bundle
 from toolchain.errors import BundleError, RequestError, SamplerError
 from toolchain.runtime import pipeline, start
 from toolchain.runtime.noise import Generator

@@ -151,7 +151,7 @@ def test_refuses_what_is_no_text(pair: Pair, prompt: Any) -> None:
 
 
 def test_runtime_needs_no_transformers() -> None:
-    modules = "toolchain.runtime.prompt, toolchain.runtime.noise, toolchain.weights"
+    modules = "toolchain.runtime.prompt, toolchain.runtime.noise, toolchain.weights.mapped"
     code = f"import sys, {modules}; print({{'torch', 'transformers'}} & {{*sys.modules}})"
     root = Path(__file__).parents[2]
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)

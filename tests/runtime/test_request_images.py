@@ -16,7 +16,7 @@ from PIL import Image
 
 import toolchain
 from tests.parity import random_images
-from toolchain.cli import cli
+from toolchain.cli.main import cli
 from toolchain.errors import RequestError, UsageError
 from toolchain.runtime.request import check_images, read_image
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import toolchain
-from toolchain.engines import Buffers
+from toolchain.engines.backend import Buffers
 from toolchain.errors import RequestError
 from toolchain.runtime.lock import FairLock
 from toolchain.signature import GraphSpec

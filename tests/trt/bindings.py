@@ -70,7 +70,7 @@ json.dump(
 """
 
 
-INSTALLED_RTX = "from toolchain.engines.tensorrt_library import TENSORRT_RTX; module = TENSORRT_RTX.module()"
+INSTALLED_RTX = "from toolchain.engines.tensorrt.library import TENSORRT_RTX; module = TENSORRT_RTX.module()"
 
 
 class UnavailableError(Exception):

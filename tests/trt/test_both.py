@@ -24,7 +24,7 @@ from onnx import TensorProto, helper
 from tests.pretend import FAKES, pretended
 from tests.rtx import real_trt
 from tests.trt.built import WEIGHT, Built, model, monitor
-from toolchain.engines.plan_file import make_plan_file
+from toolchain.engines.tensorrt.plan_file import make_plan_file
 from toolchain.errors import EngineError
 
 HALF, FLOAT, BF16, INT32, INT64 = (

@@ -17,7 +17,7 @@ import pytest
 from tests.pretend import pretended
 from tests.trt.bindings import VERSIONS, Surface, UnavailableError, load, load_rtx
 from tests.trt.names import guards, problems, uses_tensorrt
-from toolchain.options import TensorRtOptions, TensorRtRtxOptions
+from toolchain.recipe.options import TensorRtOptions, TensorRtRtxOptions
 
 ROOT = Path(__file__).parents[2]
 # Tests that need a GPU run nowhere else; those on the fake are held to the names by the fake itself.

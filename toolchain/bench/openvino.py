@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.bundle import Bundle
-from toolchain.engines.memory import HostMemory
-from toolchain.engines.onnxruntime import physical_cores
+from toolchain.bundle.bundle import Bundle
+from toolchain.engines.buffers import HostMemory
+from toolchain.engines.onnxruntime.backend import physical_cores
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec
 
@@ -28,11 +28,11 @@ def plain_graphs(bundle: Bundle, model: Path, out: Path, progress: Callable[[str
 
     Raises ModelError, ExportError, WeightsError and StoreError.
     """
-    from toolchain.artifacts import Store, default_store
-    from toolchain.assemble import copy_file
-    from toolchain.models import resolve_model
-    from toolchain.plan import execute, make_plan
-    from toolchain.planner import prepared
+    from toolchain.builder.assemble import copy_file
+    from toolchain.builder.plan import execute, make_plan
+    from toolchain.builder.planner import prepared
+    from toolchain.models.source import resolve_model
+    from toolchain.store.artifacts import Store, default_store
 
     plan = make_plan(bundle.recipe, resolve_model(str(model)), Store(default_store()))
     wanted = replace(plan, steps=tuple(step for step in plan.steps if step.stage in ("graph", "weights")))
@@ -58,7 +58,7 @@ def _attach(model: ir.Model, weights: Path, target: Path) -> None:
     import onnx_ir as ir
 
     from toolchain.graph.placeholder import is_weight, static_shape
-    from toolchain.weights import read_header
+    from toolchain.weights.mapped import read_header
 
     places = read_header(weights)
     for name, value in model.graph.initializers.items():

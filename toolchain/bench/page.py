@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from toolchain.bench.report import BenchReport, Result, Spread, alike, spread
+from toolchain.bench.results import BenchReport, Result, Spread, alike, spread
+from toolchain.check.markup import Html, element, join, table
 from toolchain.check.page import POLICY, figure
 from toolchain.check.style import STYLE
-from toolchain.markup import Html, element, join, table
 
 COLOURS = {
     "process_ms": "#9aa5b1",

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.bench.contender import Contender
 from toolchain.bench.openvino import plain_graphs
-from toolchain.bench.report import BenchReport, summarize
-from toolchain.bundle import Bundle, read_bundle
+from toolchain.bench.results import BenchReport, summarize
+from toolchain.builder.open_model import open_model
+from toolchain.bundle.bundle import Bundle, read_bundle
+from toolchain.bundle.forecast import forecast
+from toolchain.bundle.signing import require_trusted
 from toolchain.check.report import Pair
-from toolchain.doctor import installed, machine
+from toolchain.engines.machine import installed, machine
 from toolchain.errors import UsageError
-from toolchain.memory import forecast
 from toolchain.recipe import Bucket
 from toolchain.runtime.engines import usable_backend
 from toolchain.runtime.pipeline import bucket_batches
-from toolchain.signing import require_trusted
-from toolchain.single_file import open_model
 
 if TYPE_CHECKING:
     from toolchain.check.report import Pixels

@@ -46,10 +46,10 @@ class Parts:
 
 
 def diffbuild(bundle: str, _: str, parts: Parts, *, verify: bool = True) -> Draw:
-    from toolchain.bundle import read_bundle
+    from toolchain.bundle.bundle import read_bundle
+    from toolchain.bundle.signing import admit
     from toolchain.runtime.engines import usable_backend
     from toolchain.runtime.pipeline import Pipeline
-    from toolchain.signing import admit
 
     parts.done("imports_ms")
     opened = read_bundle(Path(bundle))
@@ -61,7 +61,7 @@ def diffbuild(bundle: str, _: str, parts: Parts, *, verify: bool = True) -> Draw
     parts.base_bytes = resident_bytes()[0]
     on_host = opened.device["kind"] == "cpu"  # elsewhere a launch returns before the work is done
     if not on_host:
-        from toolchain.engines.cuda import free_memory_bytes
+        from toolchain.cuda.driver import free_memory_bytes
 
         parts.watch_gpu(free_memory_bytes)
     # A GPU may not hold every bucket: there the first picture opens what it needs.
@@ -104,9 +104,10 @@ def diffusers(bundle: str, model: str, parts: Parts, compiled: bool = False) -> 
     import diffusers.pipelines.pipeline_utils  # noqa: F401
     import torch
 
-    from toolchain.bundle import read_bundle
+    from toolchain.bundle.bundle import read_bundle
     from toolchain.check.reference import reference_pipeline, text_length
-    from toolchain.models import family_of, resolve_model
+    from toolchain.models.registry import family_of
+    from toolchain.models.source import resolve_model
     from toolchain.sampler.schedulers import create, parse, quiet, reference_kwargs
 
     parts.done("imports_ms")
@@ -175,8 +176,8 @@ def openvino(bundle: str, graphs: str, parts: Parts) -> Draw:
     import openvino  # noqa: F401
 
     from toolchain.bench.openvino import OpenVino
-    from toolchain.bundle import read_bundle
-    from toolchain.engines import BACKENDS
+    from toolchain.bundle.bundle import read_bundle
+    from toolchain.engines.registry import BACKENDS
 
     opened = read_bundle(Path(bundle))
     stand_in: Any = OpenVino(opened, Path(graphs))  # it has nothing to build with, which a backend has

@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from toolchain.check.markup import Html, element
 from toolchain.check.report import Entry
-from toolchain.markup import Html, element
 
 ROW_PX = 20
 CURVE_PX = 150

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from toolchain.bundle import ANY, Bundle
+from toolchain.bundle.bundle import ANY, Bundle
 from toolchain.check.measure import Arrays, Feed, call, compare_engine
 from toolchain.check.reference import reference_module
 from toolchain.check.report import Entry
 from toolchain.check.rounding import RoundedComponent
-from toolchain.engines import backend_of
-from toolchain.engines.memory import HostMemory
-from toolchain.models import Component, Family, ModelSource
+from toolchain.engines.buffers import HostMemory
+from toolchain.engines.registry import backend_of
+from toolchain.models.component import Component, Family
+from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket
 from toolchain.runtime import safety
 from toolchain.runtime.engines import open_engine, open_memory

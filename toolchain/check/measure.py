@@ -28,8 +28,8 @@ from polygraphy.exception import PolygraphyException
 from polygraphy.logger import G_LOGGER
 
 from toolchain.check.report import Entry, Metrics
-from toolchain.engines import Engine
-from toolchain.engines.memory import Memory
+from toolchain.engines.backend import Engine
+from toolchain.engines.buffers import Memory
 from toolchain.errors import EngineError
 from toolchain.recipe import Tolerance
 from toolchain.runtime.engines import BoundEngine

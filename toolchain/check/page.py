@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.bundle import Bundle
+from toolchain.bundle.bundle import Bundle
 from toolchain.check.charts import at_least, component_chart, curve_chart, decibels
+from toolchain.check.markup import Html, element, join, table
 from toolchain.check.report import AT_MOST, CheckReport, Entry, Pair, Picture, show, worst
 from toolchain.check.style import STYLE
-from toolchain.files import write_atomic
-from toolchain.markup import Html, element, join, table
-from toolchain.toml import toml
+from toolchain.recipe.toml import toml
+from toolchain.store.files import write_atomic
 
 if TYPE_CHECKING:
     from toolchain.check.report import Pixels

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
 
-from toolchain.bundle import Bundle
+from toolchain.bundle.bundle import Bundle
 from toolchain.check.reference import reference_pipeline, text_length
 from toolchain.check.report import Pair, Picture
-from toolchain.models import Family, ModelSource
+from toolchain.models.component import Family
+from toolchain.models.source import ModelSource
 from toolchain.runtime.pipeline import Pipeline
 from toolchain.sampler.schedulers import MODEL, create, parse, quiet, reference_kwargs
 

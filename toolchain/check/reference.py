@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ModelError
-from toolchain.models import Component, Family, ModelSource
+from toolchain.models.component import Component, Family
 from toolchain.models.single_file import quiet_libraries
-from toolchain.models.source import SAFETY_FOLDERS, UNUSED_FOLDERS
+from toolchain.models.source import SAFETY_FOLDERS, UNUSED_FOLDERS, ModelSource
 from toolchain.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.files import write_atomic
+from toolchain.store.files import write_atomic
 from toolchain.terminal import table
 
 if TYPE_CHECKING:

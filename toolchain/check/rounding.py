@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolchain.check.measure import Arrays, Feed, call, measure
 from toolchain.check.report import Entry
-from toolchain.models import Component, ModelSource
+from toolchain.models.component import Component
+from toolchain.models.source import ModelSource
 from toolchain.recipe import Recipe, Tolerance
 from toolchain.signature import GraphSpec
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from toolchain.bundle import ANY, Bundle
+from toolchain.bundle.bundle import ANY, Bundle
 from toolchain.check.report import Entry, Metrics
 from toolchain.errors import SamplerError
 from toolchain.runtime.tables import load_table

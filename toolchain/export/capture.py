@@ -21,6 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from toolchain.bundle.forecast import GRAPH_FACTS
 from toolchain.errors import DiffbuildError, ExportError, ModelError
 from toolchain.garbage import kept_garbage
 from toolchain.graph import IR_VERSION, OPSET
@@ -30,7 +31,6 @@ from toolchain.graph.placeholder import placeholder, static_shape
 from toolchain.graph.round_trips import drop_round_trips
 from toolchain.graph.simplify import simplify
 from toolchain.graph.typed import check_types
-from toolchain.memory import GRAPH_FACTS
 from toolchain.models.component import Component
 from toolchain.models.source import first_line
 from toolchain.recipe import Bucket, Recipe

@@ -6,7 +6,7 @@ from typing import Any
 
 from toolchain.errors import ModelError
 from toolchain.models.source import ModelSource
-from toolchain.weights import NOT_QUANTIZED
+from toolchain.weights.mapped import NOT_QUANTIZED
 
 BUILT_IN_ATTENTION = ("eager", "sdpa")
 

@@ -11,7 +11,7 @@ from typing import Any
 from toolchain.errors import ModelError
 from toolchain.models.source import ModelSource, first_line
 from toolchain.sampler.schedulers import quiet
-from toolchain.weights import read_header
+from toolchain.weights.mapped import read_header
 
 INCOMPLETE = "a network of which it lacks tensors"
 

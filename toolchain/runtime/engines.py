@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from toolchain.bundle import MACHINE_CODE, Bundle
-from toolchain.engines import Backend, Engine, backend_of
-from toolchain.engines.memory import Memory
+from toolchain.bundle.bundle import MACHINE_CODE, Bundle
+from toolchain.bundle.signing import vouch
+from toolchain.engines.backend import Backend, Engine
+from toolchain.engines.buffers import Memory
+from toolchain.engines.registry import backend_of
 from toolchain.errors import BundleError
 from toolchain.recipe import Bucket
 from toolchain.signature import TensorSpec
-from toolchain.signing import vouch
 
 F32 = NDArray[np.float32]
 

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from toolchain.bundle import Bundle
-from toolchain.engines import Engine
-from toolchain.engines.memory import Memory
+from toolchain.bundle.bundle import Bundle
+from toolchain.bundle.signing import open_bundle
+from toolchain.engines.backend import Engine
+from toolchain.engines.buffers import Memory
 from toolchain.errors import RequestError
 from toolchain.recipe import Bucket
 from toolchain.runtime import safety
@@ -33,7 +34,6 @@ from toolchain.runtime.start import draw, normal, place_next, upload
 from toolchain.runtime.tables import Tables
 from toolchain.runtime.text import Conditions, TextEncoders, place
 from toolchain.sampler.table import MAX_EVALUATIONS, SamplerTable
-from toolchain.signing import open_bundle
 
 log = logging.getLogger("toolchain")
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from toolchain.bundle import Bundle
+from toolchain.bundle.bundle import Bundle
 from toolchain.errors import RequestError
 from toolchain.runtime.habits import SAME, translate
 from toolchain.runtime.progress import F32, Callback

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from toolchain.bundle import Bundle, describe_buckets
+from toolchain.bundle.bundle import Bundle, describe_buckets
 from toolchain.errors import RequestError
 from toolchain.runtime import request as ask
 from toolchain.runtime.progress import F32

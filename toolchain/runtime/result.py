@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from toolchain.engines.memory import Memory
+from toolchain.engines.buffers import Memory
 from toolchain.runtime.progress import F32
 from toolchain.runtime.request import Request
 from toolchain.sampler.table import SamplerTable

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from toolchain.bundle import Bundle
-from toolchain.engines import Backend
-from toolchain.engines.memory import Memory
+from toolchain.bundle.bundle import Bundle
+from toolchain.engines.backend import Backend
+from toolchain.engines.buffers import Memory
 from toolchain.runtime.engines import F32, BoundEngine, open_engine
 from toolchain.settings import SafetyInput
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from toolchain.engines.memory import Memory
+from toolchain.engines.buffers import Memory
 from toolchain.errors import RequestError
 from toolchain.runtime.engines import F32, BucketEngines
 from toolchain.runtime.noise import Generator

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from toolchain.bundle import Bundle
+from toolchain.bundle.bundle import Bundle
 from toolchain.errors import BundleError, RequestError, SamplerError
 from toolchain.runtime.request import Size
 from toolchain.sampler.schedulers import parse, steps_of

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from toolchain.bundle import Bundle
-from toolchain.engines import Backend
-from toolchain.engines.memory import Memory
+from toolchain.bundle.bundle import Bundle
+from toolchain.engines.backend import Backend
+from toolchain.engines.buffers import Memory
 from toolchain.runtime.engines import BoundEngine, closed_on_error, open_engine
 from toolchain.runtime.prompt import PromptTokenizer
 

@@ -15,16 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolchain.bundle import ANY, Bundle
-from toolchain.engines import Buffers, Engine, backend_of
-from toolchain.engines.memory import HostMemory, Memory
+from toolchain.bundle.bundle import ANY, Bundle
+from toolchain.engines.backend import Buffers, Engine
+from toolchain.engines.buffers import HostMemory, Memory
+from toolchain.engines.registry import backend_of
 from toolchain.errors import UsageError
 from toolchain.runtime.pipeline import Pipeline
 from toolchain.runtime.prompt import PromptTokenizer
 from toolchain.runtime.result import Result, Timings
 from toolchain.signature import GraphSpec
 from toolchain.trace.operators import Launch, read_profile
-from toolchain.trace.report import Span, Trace
+from toolchain.trace.timeline import Span, Trace
 from toolchain.wrapping import wrapped
 
 STAGES = ("text", "upload", "denoise", "decode")

@@ -1,0 +1,1 @@
+"""recipe + model -> plan -> artifacts -> bundle. Planning imports neither torch nor diffusers."""

@@ -1,0 +1,187 @@
+"""recipe + model + device -> ordered steps, each a hit or a miss with the reason; and their execution.
+
+Planning imports neither torch nor diffusers, so that a build with nothing to do takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from toolchain.builder.planner import Planner
+from toolchain.builder.steps import Step
+from toolchain.engines.backend import Backend
+from toolchain.engines.registry import backend_of
+from toolchain.errors import EngineError, RecipeError, RequestError, SamplerError
+from toolchain.models import safety
+from toolchain.models.component import Family
+from toolchain.models.registry import family_of
+from toolchain.models.source import ModelSource
+from toolchain.recipe import Recipe
+from toolchain.sampler.schedulers import entry_for, parse
+from toolchain.store.artifacts import Artifact, Store
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build has to do.
+
+    device   what its engines are built for; None where this machine can build none, and `refused` is why
+    """
+
+    recipe: Recipe
+    source: ModelSource
+    family: Family
+    backend: Backend
+    store: Store
+    steps: tuple[Step, ...]
+    _: KW_ONLY
+    device: dict[str, Any] | None = None
+    refused: EngineError | None = None
+
+    @property
+    def safety_checker(self) -> str | None:
+        """What becomes of the model's safety checker: see `models.safety.state`."""
+        return safety.state(self.source, self.recipe)
+
+    @property
+    def misses(self) -> int:
+        return sum(not step.hit for step in self.steps)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The backend's table of the recipe."""
+        options: dict[str, Any] = self.recipe.to_json()[self.backend.name]
+        return options
+
+    def step(self, name: str) -> Step:
+        return next(s for s in self.steps if s.name == name)
+
+
+def make_plan(recipe: Recipe, source: ModelSource, store: Store, *, graphs_only: bool = False) -> Plan:
+    """Every step of a build, in order. Raises ModelError and RecipeError before any work is done.
+
+    A build can be planned where its engines cannot be built: see `Plan.refused`.
+
+    graphs_only: no weights, engines, tables or tokenizer; needs the config files alone.
+    """
+    family = family_of(source, recipe)
+    backend = backend_of(recipe.backend)
+    check_recipe(recipe, family, backend, source, graphs_only=graphs_only)
+    device, refused = (None, None) if graphs_only else _device(backend)
+    planner = Planner(recipe, source, family, backend, store, device)
+    if not graphs_only:
+        # Quick to build, and so first: what cannot be compiled here is refused before hours of work.
+        planner.tokenizers()
+        planner.samplers()
+    for component in family.parts(recipe):
+        planner.graphs(component)
+    _check_patterns(recipe, source, family, planner.steps)
+    if not graphs_only:
+        for component in family.parts(recipe):
+            planner.engines(component)
+    return Plan(recipe, source, family, backend, store, tuple(planner.steps), device=device, refused=refused)
+
+
+def _device(backend: Backend) -> tuple[dict[str, Any] | None, EngineError | None]:
+    """What engines are built for here, or why none can be."""
+    try:
+        return backend.device(), None
+    except EngineError as error:
+        return None, error
+
+
+def _check_patterns(recipe: Recipe, source: ModelSource, family: Family, steps: Sequence[Step]) -> None:
+    """RecipeError with every pattern of `keep_float32` that matches no module."""
+    problems: list[str] = []
+    for component in family.parts(recipe):
+        if recipe.component(component.name).keep_float32:
+            from toolchain.builder.patterns import pattern_problems
+
+            exported = all(s.hit for s in steps if s.stage == "graph" and s.inputs["component"] == component.name)
+            problems += pattern_problems(component, source, recipe, exported=exported)
+    _refuse(problems, recipe)
+
+
+def _refuse(problems: Sequence[str], recipe: Recipe) -> None:
+    if problems:
+        raise RecipeError("the recipe does not fit the model:\n    " + "\n    ".join(problems), where=recipe.name)
+
+
+def check_recipe(
+    recipe: Recipe, family: Family, backend: Backend, source: ModelSource | None, *, graphs_only: bool = False
+) -> None:
+    """What only family and backend can know of a recipe. Raises RecipeError with every problem.
+
+    source: None where there is no model at hand, whose facts are not looked at then.
+    """
+    problems = []
+    names = [c.name for c in family.parts(recipe)]
+    for name, component in recipe.components.items():
+        if component.dtype not in backend.dtypes and not graphs_only:
+            can = " or ".join(backend.dtypes)
+            problems.append(f"components.{name}.dtype: {backend.name} cannot run {component.dtype} (expected {can})")
+    if not graphs_only:
+        problems += [f"{backend.name}.{problem}" for problem in backend.problems(recipe.to_json()[backend.name])]
+    if recipe.safety.checker and family.checker is None:
+        problems.append(f"safety.checker: diffusers has no safety checker for family {family.name}")
+    optional = [c.name for c in family.components if c.optional]
+    for name in recipe.without:
+        if name not in optional:
+            problems.append(f"without: {name} cannot be left out (expected {' or '.join(optional)})")
+    for table, keys in (("components", recipe.components), ("check.components", recipe.check.components)):
+        for name in keys:
+            if name not in names:
+                problems.append(f"{table}.{name}: unknown component (expected one of {', '.join(names)})")
+    multiple = family.settings(source).multiple if source else 1
+    for bucket in recipe.buckets:
+        if bucket.height % multiple or bucket.width % multiple:
+            problems.append(f"buckets: {bucket} has sides that are no multiples of {multiple}, as the model needs them")
+    config = None if source is None or graphs_only else family.settings(source).scheduler
+    for spec in dict.fromkeys([recipe.sampling.scheduler, *recipe.sampling.schedulers]):
+        try:
+            parsed = parse(spec)
+            if config is not None:
+                entry_for(parsed, config)
+        except (RequestError, SamplerError) as error:
+            expected = f"expected {error.expected}, " if isinstance(error, SamplerError) and error.expected else ""
+            hint = f"; {error.hint}" if error.hint else ""
+            problems.append(f"sampling.schedulers: {error.what} ({expected}got {spec}){hint}")
+    _refuse(problems, recipe)
+
+
+def execute(
+    plan: Plan,
+    progress: Callable[[Step, str], None],
+    within: Callable[[Step, str, float | None], None] = lambda step, phase, share: None,
+) -> dict[str, Artifact]:
+    """Builds what is missing and returns every artifact by its step's name.
+
+    `progress` is called with (step, "start" | "built" | "hit"), `within` with how far a long step is. What was built
+    before an error or an interruption stays in the store, and the next build goes on from there. What a step reads is
+    verified before it runs, since damage in it would go on under a key that says otherwise; a build with nothing to do
+    reads no artifact. StoreError; EngineError, before anything is built, where no engine can be built here.
+    """
+    if plan.refused is not None:
+        raise plan.refused
+    built: dict[str, Artifact] = {}
+    sound: set[str] = set()
+    for step in plan.steps:
+        progress(step, "start")
+
+        def fill(folder: Path, step: Step = step) -> None:
+            for name in step.needs:
+                if name not in sound:
+                    built[name].verify()
+                    sound.add(name)
+            step.run(built, folder, partial(within, step))
+
+        artifact, was_built = plan.store.get_or_build(step.stage, step.subject, step.inputs, fill)
+        built[step.name] = artifact
+        if was_built:
+            sound.add(step.name)
+        progress(step, "built" if was_built else "hit")
+    return built

@@ -1,0 +1,186 @@
+"""How much memory the engines of a bundle will take, from what their builders wrote down. Imports nothing heavy.
+
+A forecast for a process that has run every engine at least twice: what ONNX Runtime's arenas hold stays theirs. Mapped
+weight files count for every engine, as they do in a process's resident memory, although buckets share their pages.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from toolchain.bundle.bundle import ANY, PROFILES, Bundle
+from toolchain.signature import GraphSpec
+
+if TYPE_CHECKING:
+    from toolchain.builder.plan import Plan
+    from toolchain.store.artifacts import Artifact
+
+FACTS, GRAPH_FACTS = "engine.json", "memory.json"
+"""What the folders of engines and of graphs hold beside them."""
+RUNTIME_BYTES = 14 << 20
+"""ONNX Runtime's library, the imaging library and the rest: Linux on x86-64, after their imports."""
+TOKENIZER_TIMES = 10
+"""Resident bytes per byte of tokenizer.json: 36 MB for 49,408 words of CLIP, in 3.6 MB."""
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes that one engine takes.
+
+    weights      in the mapped files, without what is packed; on a GPU, of the engine itself
+    session      what an opened session keeps: packed copies of matrices, and the graph
+    buffers      inputs and outputs
+    activations  the most that lives between the nodes at once; None where nobody could tell
+    arena        what stays allocated for activations after several runs; 0 where engines share a block
+    built        False for an exported graph, of which weights and activations are those before a backend changes it
+    source       what it is opened from: those of one source share its weights
+    """
+
+    component: str
+    bucket: str
+    weights: int
+    session: int
+    buffers: int
+    activations: int | None
+    arena: int
+    built: bool
+    source: str
+
+    @property
+    def name(self) -> str:
+        return self.component if self.bucket == ANY else f"{self.component} {self.bucket}"
+
+    @property
+    def total(self) -> int:
+        """Of the engine alone."""
+        return self.weights + self.session + self.buffers + self.arena
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "total": self.total}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """For a bundle with every bucket in use.
+
+    engines  those of which something is written down
+    unknown  names of the others, which were built before that or by a backend that cannot tell, and of those whose
+             activations nobody could tell
+    on_gpu   whether this is memory of a GPU, on which engines share one block for their activations
+    runtime  of the host, for what is no engine
+    """
+
+    engines: tuple[EngineMemory, ...]
+    unknown: tuple[str, ...]
+    on_gpu: bool
+    runtime: int
+
+    @property
+    def total(self) -> int | None:
+        """Of the whole process, or of the GPU. None where an engine is unknown."""
+        block = max((e.activations or 0 for e in self.engines), default=0) if self.on_gpu else 0
+        weights = {e.source: e.weights for e in self.engines}
+        engines = sum(e.total - e.weights for e in self.engines) + sum(weights.values())
+        return None if self.unknown else self.runtime + block + engines
+
+    def after(self, drawn: Collection[str]) -> int | None:
+        """The same where pictures were drawn with these engines, by their names, and no others.
+
+        On the host the others have run once, to warm up: the block with room for all activations comes with the second
+        run. On a GPU they are not open.
+        """
+        if self.on_gpu:
+            return replace(self, engines=tuple(e for e in self.engines if e.name in drawn)).total
+        saved = sum(e.activations or 0 for e in self.engines if e.name not in drawn)
+        return None if self.total is None else self.total - saved
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "of": "gpu" if self.on_gpu else "host",
+            "engines": [engine.to_json() for engine in self.engines],
+            "unknown": list(self.unknown),
+            "runtime": self.runtime,
+            "total": self.total,
+        }
+
+
+def forecast(bundle: Bundle) -> Forecast:
+    """From the manifest and the small files beside the engines."""
+    engines, unknown = [], []
+    for component, entries in bundle.engines.items():
+        for bucket, entry in entries.items():
+            facts = _facts(bundle.path / entry.folder / FACTS)
+            size = sum(bundle.files[name].size for name in entry.weights.values())
+            found = _engine(component, bucket, entry.spec, facts, size, entry.folder)
+            if found.activations is None:
+                unknown.append(found.name)
+            if facts:
+                engines.append(found)
+    on_gpu = bundle.device.get("kind") == "cuda"
+    files = [bundle.files.get(f"{folder}/tokenizer.json") for folder in bundle.tokenizers.values()]
+    words = TOKENIZER_TIMES * sum(file.size for file in files if file is not None)
+    return Forecast(tuple(engines), tuple(unknown), on_gpu, 0 if on_gpu else RUNTIME_BYTES + words)
+
+
+def planned(plan: Plan) -> list[EngineMemory]:
+    """Of what a plan finds in the store: built engines or, where there is none yet, exported graphs."""
+    found = []
+    for step in plan.steps:
+        if step.stage == "graph":
+            label = step.subject.removeprefix(f"{plan.recipe.name} ")
+            component, bucket = label.split(" ")
+            signature: Any = step.inputs["signature"]
+            weights = _found(plan, f"weights {plan.recipe.name} {component}")
+            size = sum(record.size for record in weights.files.values()) if weights else 0
+            told = (("engine", bucket, FACTS), ("engine", PROFILES, FACTS), ("graph", bucket, GRAPH_FACTS))
+            for stage, place, file in told:
+                artifact = _found(plan, f"{stage} {plan.recipe.name} {component} {place}")
+                facts = _facts(artifact.path / file) if artifact else {}
+                if facts:
+                    spec = GraphSpec.from_json(signature)
+                    found.append(_engine(component, bucket, spec, facts, size, f"engines/{component}/{place}"))
+                    break
+    return found
+
+
+def _found(plan: Plan, name: str) -> Artifact | None:
+    """The artifact of a step; None where it is not built, or where the plan has no such step."""
+    step = next((s for s in plan.steps if s.name == name), None)
+    return plan.store.lookup(step.stage, step.key) if step else None
+
+
+def _facts(path: Path) -> dict[str, int]:
+    """The numbers in it; nothing where it is not there or is damaged: whether a bundle is whole is asked elsewhere."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: n for name, n in found.items() if isinstance(n, int)} if isinstance(found, dict) else {}
+
+
+def _engine(
+    component: str, bucket: str, spec: GraphSpec, facts: Mapping[str, int], weight_bytes: int, source: str
+) -> EngineMemory:
+    """From what ONNX Runtime's backend wrote down, or TensorRT's, whose plan holds the weights, or a graph's export.
+
+    weight_bytes  of the component's files, which a stripped plan is filled from
+    """
+    weights = facts.get("mapped_bytes", facts.get("plan_bytes", facts.get("weight_bytes", 0)))
+    return EngineMemory(
+        component,
+        bucket,
+        weights=weights + (weight_bytes if facts.get("stripped") else 0),
+        session=facts.get("packed_bytes", 0) + facts.get("session_bytes", 0),
+        buffers=sum(math.prod(t.shape) * np.dtype(t.dtype).itemsize for t in (*spec.inputs, *spec.outputs)),
+        activations=facts.get("activation_bytes"),
+        arena=facts.get("arena_bytes", 0),
+        built="weight_bytes" not in facts,
+        source=source,
+    )

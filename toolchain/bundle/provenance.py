@@ -1,0 +1,48 @@
+"""Which bundles this user built on this machine.
+
+A TensorRT engine is machine code: to open a bundle is to run a program. Those that were built here are noted in the
+user's cache folder, by the sha256 of their manifests, which list every file with its own. Any other needs a signature.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from toolchain.bundle.bundle import MACHINE_CODE, Bundle
+from toolchain.errors import StoreError
+from toolchain.store.files import write_atomic
+from toolchain.store.user_cache import cache_folder
+
+log = logging.getLogger("toolchain")
+
+
+def note_built(bundle: Bundle) -> None:
+    """Notes that a bundle was built here, if its engines are machine code.
+
+    A warning where that cannot be written: the bundle is there all the same.
+    """
+    if bundle.backend not in MACHINE_CODE:
+        return
+    try:
+        note = _note(bundle)
+        if not note.exists():
+            write_atomic(note, f"{os.path.abspath(bundle.path)}\n".encode())
+    except (StoreError, OSError) as error:
+        log.warning(
+            "%s must be signed before it can be opened: it cannot be noted as built here (%s)", bundle.path, error
+        )
+
+
+def built_here(bundle: Bundle) -> bool:
+    """Whether the bundle's manifest is one that was noted."""
+    try:
+        return _note(bundle).exists()
+    except (StoreError, OSError):
+        return False  # no cache folder, or one that may not be read, and no notes
+
+
+def _note(bundle: Bundle) -> Path:
+    assert bundle.digest, "a bundle that was read knows its manifest's digest"
+    return cache_folder() / "built" / bundle.digest

@@ -1,0 +1,225 @@
+"""Progress of long work, on stderr: a bar of rich's on a terminal, plain lines elsewhere, nothing with --quiet."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from toolchain.cli.output import subject
+from toolchain.terminal import echo, painted
+
+if TYPE_CHECKING:
+    from toolchain.builder.steps import Step
+    from toolchain.runtime.progress import Progress as Evaluation
+
+log = logging.getLogger("toolchain")
+
+PLAIN_EVERY_S = 5.0
+"""Between two lines of one picture: a log file wants to see life, not every step."""
+BUILD_EVERY_S = 60.0
+"""Between two lines of one step of a build: an engine may take an hour."""
+TOO_EARLY_S = 2.0
+"""Nothing is foretold from less."""
+COUNTED = re.compile(r"(\d+) of (\d+)")
+
+
+def left(elapsed_s: float, share: float) -> str:
+    """What is to be told of the time that is left, after `elapsed_s` for `share` of the work; nothing too early."""
+    if elapsed_s < TOO_EARLY_S or not 0 < share < 1:
+        return ""
+    seconds = elapsed_s * (1 - share) / share
+    if seconds < 1:
+        return ""
+    for unit, one in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 1.5 * one:
+            return f", about {seconds / one:.0f} {unit} left"
+    return f", about {seconds:.0f} s left"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A step of a build that is done; `what` is "built" or "hit"."""
+
+    step: Step
+    what: str
+    seconds: float
+
+
+class Steps:
+    """Shows the steps of a build and remembers them. Call it with (step, "start" | "built" | "hit")."""
+
+    def __init__(self, total: int, recipe: str, bar: Any) -> None:
+        self.finished: list[Finished] = []
+        self._total, self._recipe, self._bar = total, recipe, bar
+        self._task = bar.add_task("", total=total) if bar else None
+        self._started = self._told = time.perf_counter()
+        self._phase, self._phase_began = "", 0.0
+
+    def within(self, step: Step, phase: str, share: float | None) -> None:
+        """Shows how far a long step is, as a share of 1; None where nobody can tell."""
+        now = time.perf_counter()
+        if phase != self._phase:
+            self._phase, self._phase_began = phase, now
+        line = f"{subject(step, self._recipe)}: {phase}"
+        line += "" if share is None else f" {share:.0%}{left(now - self._phase_began, share)}"
+        if self._bar:
+            self._bar.update(self._task, description=line)
+        elif _shown() and now - self._told >= BUILD_EVERY_S:
+            self._told = now
+            echo(line, err=True)
+
+    def __call__(self, step: Step, what: str) -> None:
+        name = subject(step, self._recipe)
+        if what == "start":
+            self._started = self._told = time.perf_counter()
+            self._phase = ""
+            log.debug("%s", name)
+            if self._bar:
+                self._bar.update(self._task, description=name)
+            return
+        # A build with nothing to do reports its hits without a start.
+        now = time.perf_counter()
+        done = Finished(step, what, now - self._started)
+        self._started = now
+        self.finished.append(done)
+        took = f" {done.seconds:.1f} s" if what == "built" else ""
+        line = f"[{len(self.finished)}/{self._total}] {name} ... {what}{took}"
+        if self._bar:
+            self._bar.update(self._task, advance=1)
+            if what == "built" or log.isEnabledFor(logging.DEBUG):
+                echo(painted(line), err=True)
+        elif _shown():
+            echo(painted(line), err=True)
+
+
+class Evaluations:
+    """Shows the denoising steps of `generate`. Call it with what the pipeline's callback gets."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._task: Any = None
+        self._began = self._last = time.perf_counter()
+
+    def stage(self, text: str) -> None:
+        """For what takes long before the first step."""
+        if self._bar:
+            self._bar.console.print(f"{text} ...", markup=False, highlight=False)
+        elif _shown():
+            echo(f"{text} ...", err=True)
+
+    def __call__(self, progress: Evaluation) -> None:
+        done, now = progress.index + 1, time.perf_counter()
+        if progress.index == 0:  # what came before it was no evaluation
+            self._began = now
+            self._task = self._bar.add_task("denoising", total=progress.total) if self._bar else None
+        # The first is where the clock starts, and not among those that it has timed.
+        eta = left(now - self._began, progress.index / (progress.total - 1)) if progress.total > 1 else ""
+        if self._bar:
+            self._bar.update(self._task, completed=done, description=f"denoising{eta}")
+        elif _shown() and now - self._last >= PLAIN_EVERY_S:
+            self._last = now
+            echo(f"[{done}/{progress.total}] denoising{eta}", err=True)
+
+
+@contextmanager
+def steps(total: int, recipe: str) -> Iterator[Steps]:
+    """For the steps of a build. What libraries print on stdout goes to stderr: stdout is the command's answer."""
+    with redirect_stdout(sys.stderr), _bar() as bar:
+        yield Steps(total, recipe, bar)
+
+
+@contextmanager
+def evaluations() -> Iterator[Evaluations]:
+    """For the denoising steps of a picture; stdout as in `steps`."""
+    with redirect_stdout(sys.stderr), _bar() as bar:
+        yield Evaluations(bar)
+
+
+@contextmanager
+def working(what: str) -> Iterator[Callable[[str], None]]:
+    """For work whose length nobody knows: gives what to call with each thing that it turns to. stdout as in `steps`.
+
+    What says that it is "3 of 8" of its kind is told with the time that is left, from how long those before it took.
+    """
+    began: dict[str, tuple[float, int]] = {}  # text around the numbers -> when its first came, and which that was
+
+    def with_time(text: str) -> str:
+        match = COUNTED.search(text)
+        if match is None:
+            return text
+        now, number, total = time.perf_counter(), int(match[1]), int(match[2])
+        since, first = began.setdefault(COUNTED.sub("", text), (now, number))
+        return text + left(now - since, (number - first) / max(total - first + 1, 1))
+
+    with redirect_stdout(sys.stderr), _bar() as bar:
+        task = bar.add_task(what, total=None) if bar else None
+
+        def say(text: str) -> None:
+            line = with_time(text)
+            if bar:
+                bar.update(task, description=line)
+                log.debug("%s", line)
+            elif _shown():
+                echo(f"{line} ...", err=True)
+
+        say(what)
+        yield say
+
+
+def _shown() -> bool:
+    return log.isEnabledFor(logging.WARNING)
+
+
+def _on_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+@contextmanager
+def _bar() -> Iterator[Any]:
+    """A bar of rich's, or None."""
+    if not (_shown() and _on_terminal()):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=max(6, min(24, console.width // 10))),  # what is said beside it matters more
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield bar
+
+
+class _Handler(logging.Handler):
+    """Log records on whatever stderr is now: a progress bar puts its own in place while it is on the screen."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        echo(painted(self.format(record)), err=True)
+
+
+class _Formatter(logging.Formatter):
+    """Of what -v shows also when it was, in seconds since the process began."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = f"{record.relativeCreated / 1e3:.2f} s: " if record.levelno <= logging.DEBUG else ""
+        return f"{record.levelname.lower()}: {when}{super().format(record)}"
+
+
+def start_logging(level: int) -> None:
+    """Sends this package's log to stderr. Calling it again only changes the level."""
+    if not any(isinstance(handler, _Handler) for handler in log.handlers):
+        handler = _Handler()
+        handler.setFormatter(_Formatter("%(message)s"))
+        log.addHandler(handler)
+    log.setLevel(level)

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT for RTX, whose builders one code drives."""

@@ -1,0 +1,172 @@
+"""The schema of a recipe: frozen dataclasses, whose defaults are the only defaults. `reading` holds data against it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, Literal
+
+from toolchain.recipe.bucket import Bucket
+from toolchain.recipe.options import (
+    Count,
+    OnnxRuntimeCudaOptions,
+    OnnxRuntimeOptions,
+    Rule,
+    StepCount,
+    TensorRtOptions,
+    TensorRtRtxOptions,
+    Text,
+    Whole,
+    step_range,
+)
+from toolchain.recipe.reading import structure
+
+Seed = Annotated[int, Rule("an integer from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64)]
+NotNegative = Annotated[float, Rule("a number of 0 or more", lambda x: 0 <= x < math.inf)]
+Decibels = Annotated[float, Rule("a number above 0", lambda x: 0 < x < math.inf)]
+Strength = Annotated[float, Rule("a number above 0, at most 1", lambda x: 0 < x <= 1)]
+Share = Annotated[float, Rule("a number above 0, at most 1", lambda x: 0 < x <= 1)]
+EXACT_PSNR_DB, ROUNDED_PSNR_DB = 60.0, 40.0
+NOT_EMPTY = Rule("a list with at least one entry", lambda entries: len(entries) > 0)
+
+
+@dataclass(frozen=True)
+class ComponentRecipe:
+    """How one component is compiled.
+
+    keep_float32  dotted module names or fnmatch patterns that stay in float32
+    tokens        longest prompt of a T5 text encoder; 0 takes the family's default
+    """
+
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    keep_float32: tuple[Text, ...] = ()
+    tokens: Whole = 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Defaults of `generate`, and which coefficient tables lie in the bundle.
+
+    step_counts: numbers and ranges. What a range asks for and a scheduler cannot do is left out, and said.
+    strengths: of image to image; each starts its schedules at another step, and so needs tables of its own.
+    """
+
+    scheduler: Text = "model"
+    steps: Count = 20
+    guidance: NotNegative = 5.0
+    schedulers: Annotated[tuple[Text, ...], NOT_EMPTY] = ("model",)
+    step_counts: Annotated[tuple[StepCount, ...], NOT_EMPTY] = ("1-50",)
+    strengths: tuple[Strength, ...] = ()
+
+    @property
+    def tables(self) -> dict[str, dict[int, bool]]:
+        """What to compile: scheduler -> numbers of steps, each with whether it was asked for by itself, not in a range.
+        The default scheduler has the default number of steps too."""
+        counts: dict[int, bool] = {}
+        for entry in self.step_counts:
+            counts |= {steps: counts.get(steps, False) or type(entry) is int for steps in step_range(entry)}
+        found = {scheduler: dict(counts) for scheduler in (self.scheduler, *self.schedulers)}
+        found[self.scheduler][self.steps] = True
+        return found
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a component may be from the reference in float32. The defaults suit float32 engines, TF32 included.
+
+    cosine     least cosine similarity
+    snr_db     least signal-to-noise ratio
+    max_error  largest absolute error, relative to the largest magnitude of the reference
+    """
+
+    cosine: Share = 0.99999
+    snr_db: Decibels = 60.0
+    max_error: Share = 1e-3
+
+
+@dataclass(frozen=True)
+class Check:
+    """The proof: prompts x seeds drawn by engines and reference, least PSNR and SSIM of the pictures.
+
+    psnr_db: 0 takes `EXACT_PSNR_DB` where the recipe computes in float32 alone, else `ROUNDED_PSNR_DB`.
+    """
+
+    prompts: Annotated[tuple[Text, ...], NOT_EMPTY]
+    seeds: Annotated[tuple[Seed, ...], NOT_EMPTY] = (0,)
+    psnr_db: NotNegative = 0.0
+    ssim: Share = 0.98
+    components: Mapping[str, Tolerance] = field(default_factory=dict, hash=False)
+
+    def tolerance(self, name: str) -> Tolerance:
+        """The tolerance of a component; the default where `[check.components.NAME]` is absent."""
+        return self.components.get(name, Tolerance())
+
+
+@dataclass(frozen=True)
+class Safety:
+    """checker: whether the model's safety checker is compiled and looks at every picture: what it flags is black."""
+
+    checker: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to build. `name` is the file's stem; family, backend and component names are checked by their owners.
+
+    without: optional components to leave out, such as the VAE's encoder where nobody needs image to image.
+    """
+
+    name: Text
+    family: Text
+    backend: Text = "onnxruntime"
+    buckets: Annotated[tuple[Bucket, ...], NOT_EMPTY]
+    classifier_free_guidance: bool = True
+    without: tuple[Text, ...] = ()
+    components: Mapping[str, ComponentRecipe] = field(default_factory=dict, hash=False)
+    sampling: Sampling = Sampling()
+    safety: Safety = Safety()
+    onnxruntime: OnnxRuntimeOptions = field(default_factory=OnnxRuntimeOptions)
+    onnxruntime_cuda: OnnxRuntimeCudaOptions = field(default_factory=OnnxRuntimeCudaOptions)
+    tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
+    tensorrt_rtx: TensorRtRtxOptions = field(default_factory=TensorRtRtxOptions)
+    check: Check
+
+    def component(self, name: str) -> ComponentRecipe:
+        """The recipe of a component; the default where `[components.NAME]` is absent."""
+        return self.components.get(name, ComponentRecipe())
+
+    @property
+    def rounds(self) -> bool:
+        """Whether anything is computed in less than float32: a component's type, or products in TF32."""
+        options = getattr(self, self.backend, None)  # whether the name is a backend's is checked elsewhere
+        tf32: bool = getattr(options, "tf32", False)
+        return tf32 or any(own.dtype != "float32" for own in self.components.values())
+
+    @property
+    def picture_limits(self) -> dict[str, float]:
+        """The least that a check's pictures must have of each measure."""
+        default = ROUNDED_PSNR_DB if self.rounds else EXACT_PSNR_DB
+        return {"psnr_db": self.check.psnr_db or default, "ssim": self.check.ssim}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for json.dump, every default written out."""
+        plain: dict[str, Any] = _plain(self)
+        return plain
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Recipe:
+        """The inverse of `to_json`, as strict as the TOML. RecipeError."""
+        table = {key: value for key, value in data.items() if key != "name"}
+        recipe: Recipe = structure(cls, table, data.get("name"), where=f"recipe {data.get('name')!r} as JSON")
+        return recipe
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Bucket):
+        return str(value)
+    if is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value

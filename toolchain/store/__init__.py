@@ -1,0 +1,1 @@
+"""Artifacts on disk: found by content, published atomically, verified; and the files of the user's cache."""

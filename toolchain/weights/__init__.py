@@ -1,0 +1,1 @@
+"""Weight files: mapped, read as safetensors, and derived from a checkpoint."""
