@@ -17,7 +17,8 @@ from click.testing import CliRunner
 
 import toolchain
 from tests.manifests import edit_manifest
-from toolchain.bundle.forecast import RUNTIME_BYTES, TOKENIZER_TIMES, EngineMemory, Forecast, forecast, planned
+from toolchain.builder.forecast import planned
+from toolchain.bundle.forecast import RUNTIME_BYTES, TOKENIZER_TIMES, EngineMemory, Forecast, forecast
 from toolchain.cli.main import cli
 from toolchain.store.artifacts import Store
 

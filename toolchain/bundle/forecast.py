@@ -11,16 +11,12 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from toolchain.bundle.bundle import ANY, PROFILES, Bundle
+from toolchain.bundle.bundle import ANY, Bundle
 from toolchain.signature import GraphSpec
-
-if TYPE_CHECKING:
-    from toolchain.builder.plan import Plan
-    from toolchain.store.artifacts import Artifact
 
 FACTS, GRAPH_FACTS = "engine.json", "memory.json"
 """What the folders of engines and of graphs hold beside them."""
@@ -116,9 +112,9 @@ def forecast(bundle: Bundle) -> Forecast:
     engines, unknown = [], []
     for component, entries in bundle.engines.items():
         for bucket, entry in entries.items():
-            facts = _facts(bundle.path / entry.folder / FACTS)
+            facts = read_facts(bundle.path / entry.folder / FACTS)
             size = sum(bundle.files[name].size for name in entry.weights.values())
-            found = _engine(component, bucket, entry.spec, facts, size, entry.folder)
+            found = engine_memory(component, bucket, entry.spec, facts, size, entry.folder)
             if found.activations is None:
                 unknown.append(found.name)
             if facts:
@@ -129,34 +125,7 @@ def forecast(bundle: Bundle) -> Forecast:
     return Forecast(tuple(engines), tuple(unknown), on_gpu, 0 if on_gpu else RUNTIME_BYTES + words)
 
 
-def planned(plan: Plan) -> list[EngineMemory]:
-    """Of what a plan finds in the store: built engines or, where there is none yet, exported graphs."""
-    found = []
-    for step in plan.steps:
-        if step.stage == "graph":
-            label = step.subject.removeprefix(f"{plan.recipe.name} ")
-            component, bucket = label.split(" ")
-            signature: Any = step.inputs["signature"]
-            weights = _found(plan, f"weights {plan.recipe.name} {component}")
-            size = sum(record.size for record in weights.files.values()) if weights else 0
-            told = (("engine", bucket, FACTS), ("engine", PROFILES, FACTS), ("graph", bucket, GRAPH_FACTS))
-            for stage, place, file in told:
-                artifact = _found(plan, f"{stage} {plan.recipe.name} {component} {place}")
-                facts = _facts(artifact.path / file) if artifact else {}
-                if facts:
-                    spec = GraphSpec.from_json(signature)
-                    found.append(_engine(component, bucket, spec, facts, size, f"engines/{component}/{place}"))
-                    break
-    return found
-
-
-def _found(plan: Plan, name: str) -> Artifact | None:
-    """The artifact of a step; None where it is not built, or where the plan has no such step."""
-    step = next((s for s in plan.steps if s.name == name), None)
-    return plan.store.lookup(step.stage, step.key) if step else None
-
-
-def _facts(path: Path) -> dict[str, int]:
+def read_facts(path: Path) -> dict[str, int]:
     """The numbers in it; nothing where it is not there or is damaged: whether a bundle is whole is asked elsewhere."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -165,7 +134,7 @@ def _facts(path: Path) -> dict[str, int]:
     return {name: n for name, n in found.items() if isinstance(n, int)} if isinstance(found, dict) else {}
 
 
-def _engine(
+def engine_memory(
     component: str, bucket: str, spec: GraphSpec, facts: Mapping[str, int], weight_bytes: int, source: str
 ) -> EngineMemory:
     """From what ONNX Runtime's backend wrote down, or TensorRT's, whose plan holds the weights, or a graph's export.

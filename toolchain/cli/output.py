@@ -84,7 +84,7 @@ CHECKER_STATES = {
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    from toolchain.bundle.forecast import planned
+    from toolchain.builder.forecast import planned
 
     steps = [{"stage": s.stage, "subject": s.subject, "key": s.key, "hit": s.hit} for s in plan.steps]
     for entry, step in zip(steps, plan.steps, strict=True):
@@ -101,7 +101,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
-    from toolchain.bundle.forecast import planned
+    from toolchain.builder.forecast import planned
 
     revision = f" at {plan.source.revision}" if plan.source.revision else ""
     yield f"recipe {plan.recipe.name}, model {plan.source.name}{revision}, store {plan.store.root}"
