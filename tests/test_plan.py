@@ -12,6 +12,7 @@ import pytest
 import toolchain
 from tests.tiny import RECIPE
 from toolchain.builder.assemble import assemble, sampler_file
+from toolchain.builder.steps import StepId
 from toolchain.errors import RecipeError, SamplerError, StoreError, UsageError
 from toolchain.store.artifacts import Store
 
@@ -72,7 +73,7 @@ def test_a_new_step_count_compiles_its_tables_alone(built: dict[str, str], tmp_p
     recipe = write(tmp_path / "tiny.toml", RECIPE.replace("step_counts = [4]", "step_counts = [4, 6]"))
     plan = toolchain.plan_build(recipe, **built)  # type: ignore[arg-type]
     assert misses(plan) == [f"sampler tiny {name}" for name in ("euler", "model", "euler-a")]
-    assert set(plan.step("sampler tiny euler").changed) == {'steps: "4" -> "4,6"', 'required: "4" -> "4,6"'}
+    assert set(plan.step(StepId("sampler", "euler")).changed) == {'steps: "4" -> "4,6"', 'required: "4" -> "4,6"'}
 
 
 def test_a_range_leaves_out_what_a_scheduler_cannot_do(
@@ -81,7 +82,7 @@ def test_a_range_leaves_out_what_a_scheduler_cannot_do(
     text = RECIPE.replace("step_counts = [4]", 'step_counts = ["49-52"]').replace('["model"', '["lcm", "model"')
     plan = toolchain.plan_build(write(tmp_path / "tiny.toml", text), **built)  # type: ignore[arg-type]
     phases: list[tuple[str, float | None]] = []
-    plan.step("sampler tiny lcm").run({}, tmp_path, lambda phase, share: phases.append((phase, share)))
+    plan.step(StepId("sampler", "lcm")).run({}, tmp_path, lambda phase, share: phases.append((phase, share)))
     tables = json.loads((tmp_path / "tables.json").read_text())
     assert {name: type(table) for name, table in tables.items()} == {
         **{f"lcm/{steps}": dict for steps in (49, 50)},
@@ -92,7 +93,7 @@ def test_a_range_leaves_out_what_a_scheduler_cannot_do(
     asked = text.replace('["49-52"]', "[51]")
     plan = toolchain.plan_build(write(tmp_path / "tiny.toml", asked), **built)  # type: ignore[arg-type]
     with pytest.raises(SamplerError, match="refuses lcm with 51 steps"):
-        plan.step("sampler tiny lcm").run({}, tmp_path, lambda phase, share: None)
+        plan.step(StepId("sampler", "lcm")).run({}, tmp_path, lambda phase, share: None)
 
 
 def test_schedulers_whose_names_look_alike_have_files_of_their_own() -> None:
@@ -107,10 +108,10 @@ def test_schedulers_whose_names_look_alike_have_files_of_their_own() -> None:
 def test_a_miss_names_the_field_that_changed(built: dict[str, str], tmp_path: Path) -> None:
     recipe = write(tmp_path / "tiny.toml", RECIPE + '\n[components.vae_decoder]\ndtype = "float16"\n')
     plan = toolchain.plan_build(recipe, **built)  # type: ignore[arg-type]
-    step = plan.step("graph tiny vae_decoder 1x64x64")
+    step = plan.step(StepId("graph", "vae_decoder", "1x64x64"))
     assert not step.hit
     assert step.changed == ('recipe.dtype: "float32" -> "float16"',)
-    assert plan.step("graph tiny denoiser 1x64x64").hit
+    assert plan.step(StepId("graph", "denoiser", "1x64x64")).hit
 
 
 def test_changed_weights_change_weights_and_engines_but_no_graph(
@@ -123,7 +124,7 @@ def test_changed_weights_change_weights_and_engines_but_no_graph(
     plan = toolchain.plan_build(tiny_recipe, str(tiny_copy), store=built["store"])  # type: ignore[arg-type]
     assert {step.split()[0] for step in misses(plan)} == {"weights", "packed", "engine"}
     assert all("denoiser" in step for step in misses(plan))
-    assert any("checkpoint" in line for line in plan.step("weights tiny denoiser").changed)
+    assert any("checkpoint" in line for line in plan.step(StepId("weights", "denoiser")).changed)
 
 
 def test_keys_name_the_family_and_the_component(built: dict[str, str], tiny_recipe: Path) -> None:
@@ -131,8 +132,7 @@ def test_keys_name_the_family_and_the_component(built: dict[str, str], tiny_reci
     plan = toolchain.plan_build(tiny_recipe, **built)  # type: ignore[arg-type]
     for step in plan.steps:
         if step.stage in ("graph", "weights"):
-            component = step.subject.split(" ")[1]
-            assert (step.inputs["family"], step.inputs["component"]) == ("sd", component)
+            assert (step.inputs["family"], step.inputs["component"]) == ("sd", step.id.component)
 
 
 def test_a_second_bucket_writes_no_weight_again(
@@ -140,11 +140,11 @@ def test_a_second_bucket_writes_no_weight_again(
 ) -> None:
     """What a bucket adds is its graph: nothing the size of a weight lies beside it."""
     plan = toolchain.plan_build(tiny_recipe, str(tiny_model), store=own_store)
-    weights = Store(own_store).lookup("weights", plan.step("weights tiny denoiser").key)
+    weights = Store(own_store).lookup("weights", plan.step(StepId("weights", "denoiser")).key)
     assert weights is not None
     total = sum(record.size for record in weights.files.values())
     for bucket in ("1x64x64", "2x64x96"):
-        engine = Store(own_store).lookup("engine", plan.step(f"engine tiny denoiser {bucket}").key)
+        engine = Store(own_store).lookup("engine", plan.step(StepId("engine", "denoiser", bucket)).key)
         assert engine is not None
         assert set(engine.files) == {"graph.onnx", "engine.json"}
         assert sum(record.size for record in engine.files.values()) < 0.3 * total
@@ -178,7 +178,7 @@ def flip_last_byte(path: Path) -> None:
 
 
 def damage_weights(own: Path, plan: toolchain.api.Plan) -> None:  # type: ignore[name-defined]
-    flip_last_byte(next((own / "weights" / plan.step("weights tiny denoiser").key).glob("*.safetensors")))
+    flip_last_byte(next((own / "weights" / plan.step(StepId("weights", "denoiser")).key).glob("*.safetensors")))
 
 
 def test_a_damaged_artifact_reaches_no_bundle(
@@ -204,17 +204,17 @@ def test_what_a_step_reads_is_verified_before_it_runs(
     with pytest.raises(StoreError, match="weights tiny denoiser is damaged") as error:
         toolchain.build(tiny_recipe, str(tiny_model), tmp_path / "bundle", store=own)
     assert error.value.hint == f"diffbuild cache verify --quarantine --store {own}, then build again"
-    lost = [s for s in plan.steps if s.stage in ("packed", "engine") and "denoiser" in s.subject]
+    lost = [s for s in plan.steps if s.stage in ("packed", "engine") and s.id.component == "denoiser"]
     assert [Store(own).lookup(s.stage, s.key) for s in lost] == [None] * len(lost)
 
 
 def test_every_step_names_what_it_reads(built: dict[str, str], tiny_recipe: Path) -> None:
     plan = toolchain.plan_build(tiny_recipe, **built)  # type: ignore[arg-type]
-    before: set[str] = set()
+    before: set[StepId] = set()
     for step in plan.steps:
         assert before.issuperset(step.needs)
         assert bool(step.needs) == (step.stage in ("weights", "packed", "engine"))
-        before.add(step.name)
+        before.add(step.id)
 
 
 def test_what_is_quickly_refused_comes_first(built: dict[str, str], tiny_recipe: Path) -> None:

@@ -14,6 +14,7 @@ from tests.sampler.scheduler_configs import FLOW
 from tests.test_plan import built, own_store, write
 from tests.tiny import RECIPE
 from toolchain.builder.plan import Plan
+from toolchain.builder.steps import StepId
 from toolchain.cli.output import plan_json, plan_lines
 from toolchain.errors import RecipeError
 
@@ -75,9 +76,9 @@ def test_a_changed_config_names_the_key_and_both_values(built: dict[str, str], t
     edit(tiny_copy / "scheduler" / "scheduler_config.json", beta_end=0.5)
     made = plan(tiny_copy, built["store"], tmp_path, RECIPE)
     expected = ("config.block_out_channels[1]: 64 -> 96", "config.norm_eps: 1e-05 -> 0.5")
-    assert made.step("graph tiny denoiser 1x64x64").changed == expected
-    assert set(expected) <= set(made.step("weights tiny denoiser").changed)
-    assert made.step("sampler tiny euler").changed == ("config.beta_end: 0.012 -> 0.5",)
+    assert made.step(StepId("graph", "denoiser", "1x64x64")).changed == expected
+    assert set(expected) <= set(made.step(StepId("weights", "denoiser")).changed)
+    assert made.step(StepId("sampler", "euler")).changed == ("config.beta_end: 0.012 -> 0.5",)
     assert "config.norm_eps: 1e-05 -> 0.5" in "\n".join(plan_lines(made))
 
 
@@ -85,7 +86,7 @@ def test_infinities_of_a_config_are_values_too(built: dict[str, str], tiny_copy:
     """As diffusers writes them: lambda_min_clipped is -Infinity in most configs of DPM solvers."""
     edit(tiny_copy / "scheduler" / "scheduler_config.json", lambda_min_clipped=float("-inf"))
     made = plan(tiny_copy, built["store"], tmp_path, RECIPE)
-    assert made.step("sampler tiny euler").changed == ('config.lambda_min_clipped: (absent) -> "-Infinity"',)
+    assert made.step(StepId("sampler", "euler")).changed == ('config.lambda_min_clipped: (absent) -> "-Infinity"',)
 
 
 def test_another_file_name_is_compared_with_what_was_built(built: dict[str, str], tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_another_model_is_not_compared(built: dict[str, str], tiny_copy: Path, t
     """Under another name too, it has nothing to do with what is there."""
     edit(tiny_copy / "unet" / "config.json", norm_eps=0.5)
     made = plan(tiny_copy, built["store"], tmp_path, RECIPE, name="other")
-    assert made.step("graph other denoiser 1x64x64").changed == ()
+    assert made.step(StepId("graph", "denoiser", "1x64x64")).changed == ()
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tests.rtx import Parsed, real_trt
 from tests.test_recipes import BUCKETS
 from tests.test_recipes import MODELS as MAKERS
 from toolchain.builder.plan import make_plan
-from toolchain.builder.planner import GRAPH
+from toolchain.builder.stages.graph import GRAPH
 from toolchain.engines.registry import BACKENDS
 from toolchain.engines.tensorrt.network import add_profiles
 from toolchain.graph.parser_rules import refusals
@@ -76,7 +76,7 @@ def graph(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Graph:
             check=Check(prompts=("a",)),
         )
         plan = make_plan(recipe, sources[family], Store(store), graphs_only=True)
-        (step,) = (s for s in plan.steps if s.subject.split()[1] == name)
+        (step,) = (s for s in plan.steps if s.id.component == name)
         artifact, _ = plan.store.get_or_build(
             step.stage, step.subject, step.inputs, lambda folder: step.run({}, folder, lambda phase, share: None)
         )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from toolchain.builder.steps import Step
+from toolchain.builder.steps import Step, StepId
 from toolchain.cli import progress
 from toolchain.runtime.pipeline import Progress as Evaluation
 
@@ -28,12 +28,12 @@ class Bar:
 
 @pytest.fixture
 def step() -> Step:
-    return Step("engine", "tiny denoiser 1x64x64", "key", {}, False, (), lambda *_: None)
+    return Step(StepId("engine", "denoiser", "1x64x64"), "tiny", "key", {}, False, (), lambda *_: None)
 
 
 def test_a_bar_shows_the_phase(step: Step) -> None:
     bar = Bar()
-    steps = progress.Steps(3, "tiny", bar)
+    steps = progress.Steps(3, bar)
     steps(step, "start")
     steps.within(step, "Tactic selection", 0.256)
     assert bar.shown == ["engine denoiser 1x64x64", "engine denoiser 1x64x64: Tactic selection 26%"]
@@ -44,7 +44,7 @@ def test_a_log_gets_a_line_now_and_then(
 ) -> None:
     now = iter([0.0, 0.0, 0.0, 61.0, 62.0, 122.0])
     monkeypatch.setattr(progress.time, "perf_counter", lambda: next(now))
-    steps = progress.Steps(3, "tiny", None)
+    steps = progress.Steps(3, None)
     steps(step, "start")
     for share in (0.1, 0.2, 0.3, 0.4):
         steps.within(step, "Tactic selection", share)
@@ -108,5 +108,5 @@ def test_denoising_tells_what_is_left(clock: dict[str, float], capsys: pytest.Ca
 
 def test_verbose_names_every_step(step: Step, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "toolchain"):
-        progress.Steps(3, "tiny", None)(step, "start")
+        progress.Steps(3, None)(step, "start")
     assert [record.getMessage() for record in caplog.records] == ["engine denoiser 1x64x64"]

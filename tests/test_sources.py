@@ -73,7 +73,7 @@ def test_textual_inversions_of_both_text_encoders(tmp_path: Path) -> None:
         tokenizer.save_pretrained(model / name)
     plan = make_plan(recipe_for(family="sdxl"), resolve_model(str(model)), Store(tmp_path / "store"))
     for step in (step for step in plan.steps if step.stage == "tokenizer"):
-        name = step.subject.removeprefix("tiny ")
+        name = step.id.component
         step.run({}, tmp_path / name, lambda *_: None)
         tokenizer = getattr(theirs, name)
         prompt = theirs.maybe_convert_prompt("a <s> on white", tokenizer)

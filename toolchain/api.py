@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from toolchain.builder.open_model import open_model
 from toolchain.builder.plan import Plan, check_recipe, execute, make_plan
+from toolchain.builder.stages.graph import GRAPH
 from toolchain.builder.steps import Step
 from toolchain.bundle.bundle import Bundle
 from toolchain.engines.registry import backend_of
@@ -119,9 +120,9 @@ def export_graphs(
 
     def fill(folder: Path) -> None:
         for step in plan_.steps:
-            component, label = step.subject.removeprefix(f"{plan_.recipe.name} ").split(" ")
-            graph = built[step.name].file("graph.onnx")
-            name = f"{component}-{label}"
+            component = step.id.component
+            graph = built[step.id].file(GRAPH)
+            name = f"{component}-{step.id.label}"
             (folder / f"{name}.onnx").write_bytes(graph.read_bytes())
             uses = weight_uses(ir.load(graph))
             checkpoint = checkpoints.get(component)

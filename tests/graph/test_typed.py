@@ -13,7 +13,8 @@ import toolchain.export.capture as capture_module
 from tests.graph.test_promote import BOOL, F16, F32, mixed
 from tests.graph.test_simplify import model, value, weight
 from tests.tiny import recipe_for
-from toolchain.builder.planner import GRAPH, prepared
+from toolchain.builder.stages.graph import GRAPH
+from toolchain.builder.stages.weights import prepared
 from toolchain.errors import ExportError
 from toolchain.graph.typed import check_types
 from toolchain.models.registry import MODELS
@@ -86,12 +87,11 @@ def test_what_a_backend_makes_of_a_graph_is_checked(tmp_path: Path) -> None:
     x = value("x", (2,), BF16)
     out = ir.node("Neg", [x], outputs=[value("y", (2,), BF16)], name="neg")
     ir.save(model([out], [x], list(out.outputs), []), tmp_path / GRAPH)
-    graph: Any = SimpleNamespace(file=lambda name: tmp_path / name)
     sound: Any = SimpleNamespace(prepare=lambda graph: graph)
-    assert [node.name for node in prepared(sound, graph).graph] == ["neg"]
+    assert [node.name for node in prepared(sound, tmp_path / GRAPH).graph] == ["neg"]
     damaging: Any = Damaging()
     with pytest.raises(ExportError, match="Neg neg"):
-        prepared(damaging, graph)
+        prepared(damaging, tmp_path / GRAPH)
 
 
 def test_an_export_that_mixes_types_is_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

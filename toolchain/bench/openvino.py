@@ -30,7 +30,9 @@ def plain_graphs(bundle: Bundle, model: Path, out: Path, progress: Callable[[str
     """
     from toolchain.builder.assemble import copy_file
     from toolchain.builder.plan import execute, make_plan
-    from toolchain.builder.planner import prepared
+    from toolchain.builder.stages.graph import GRAPH
+    from toolchain.builder.stages.weights import WEIGHTS, prepared
+    from toolchain.builder.steps import StepId
     from toolchain.models.source import resolve_model
     from toolchain.store.artifacts import Store, default_store
 
@@ -40,10 +42,10 @@ def plain_graphs(bundle: Bundle, model: Path, out: Path, progress: Callable[[str
     out.mkdir()
     for component, engines in bundle.engines.items():
         weights = out / f"{component}.safetensors"
-        source = built[f"weights {bundle.recipe.name} {component}"].file("weights.safetensors")
+        source = built[StepId("weights", component)].file(WEIGHTS)
         copy_file(source, weights)  # OpenVINO follows no link out of the graph's folder
         for label in engines:
-            graph = built[f"graph {bundle.recipe.name} {component} {label}"]
+            graph = built[StepId("graph", component, label)].file(GRAPH)
             _attach(prepared(plan.backend, graph), weights, graph_of(out, component, label))
     return out
 

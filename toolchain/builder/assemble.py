@@ -14,10 +14,11 @@ from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from toolchain.builder.plan import Plan, execute
-from toolchain.builder.planner import TABLES
-from toolchain.builder.steps import EXPORT_TOOLS, Step, tool_versions
+from toolchain.builder.stages.sampler import TABLES
+from toolchain.builder.steps import EXPORT_TOOLS, Step, StepId, tool_versions
 from toolchain.bundle.bundle import (
     ANY,
     MANIFEST,
@@ -120,11 +121,11 @@ def _same(bundle: Bundle, plan: Plan) -> bool:
 
     Versions of what built it may differ: what they decide is in the keys.
     """
-    built = {step.name: plan.store.lookup(step.stage, step.key) for step in plan.steps}
-    found = {name: artifact for name, artifact in built.items() if artifact is not None}
-    if len(found) < len(built):
+    artifacts = {step.id: plan.store.lookup(step.stage, step.key) for step in plan.steps}
+    built = {step: artifact for step, artifact in artifacts.items() if artifact is not None}
+    if len(built) < len(artifacts):
         return False
-    wanted = _Writer(plan, found, lambda source, target: None).bundle(bundle.path)
+    wanted = _Writer(plan, built, lambda source, target: None).bundle(bundle.path)
     first, second = (json.dumps(b.to_json(), sort_keys=True) for b in (bundle, replace(wanted, tools=bundle.tools)))
     return first == second
 
@@ -151,7 +152,7 @@ def _complete(bundle: Bundle, store: Store) -> bool:
 class _Writer:
     """Puts a bundle together; `copy` is given a file of the store and its place in the bundle."""
 
-    def __init__(self, plan: Plan, built: dict[str, Artifact], copy: Callable[[Path, Path], None]) -> None:
+    def __init__(self, plan: Plan, built: dict[StepId, Artifact], copy: Callable[[Path, Path], None]) -> None:
         self.plan, self.built, self._copy_file = plan, built, copy
         self.files: dict[str, FileEntry] = {}
 
@@ -177,14 +178,14 @@ class _Writer:
         samplers: dict[str, str] = {}
         for step in plan.steps:
             if step.stage == "sampler":
-                artifact, place = self.built[step.name], sampler_file(str(step.inputs["scheduler"]))
+                artifact, place = self.built[step.id], sampler_file(str(step.inputs["scheduler"]))
                 self._copy(artifact, TABLES, folder, place)
                 samplers |= dict.fromkeys(_tables(artifact), place)
         tokenizers = {c.name: f"tokenizers/{c.tokenizer}" for c in components if c.tokenizer}
         for place in tokenizers.values():
-            tokenizer = self.built[f"tokenizer {recipe.name} {Path(place).name}"]
+            tokenizer = self.built[StepId("tokenizer", Path(place).name)]
             self._copy_all(tokenizer, folder, place)
-        checkpoint = {c.name: self._step("weights", c.name).inputs["checkpoint"] for c in components}
+        checkpoint = {c.name: plan.step(StepId("weights", c.name)).inputs["checkpoint"] for c in components}
         settings = plan.family.settings(plan.source)
         if recipe.safety.checker:
             settings = replace(settings, safety=safety.extracted(plan.source))
@@ -205,28 +206,25 @@ class _Writer:
             tools={"diffbuild": version("diffbuild")} | {k: str(v) for k, v in tool_versions(EXPORT_TOOLS).items()},
         )
 
-    def _step(self, stage: str, subject: str) -> Step:
-        return self.plan.step(f"{stage} {self.plan.recipe.name} {subject}")
-
     def _engines(self, folder: Path, component: str) -> dict[str, EngineEntry]:
         plan = self.plan
         owner = plan.family.component(component)
-        weights = {}
-        roles = ("weights", "packed") if plan.backend.reads_weights(plan.options) else ()
-        for role in roles:
-            artifact = self.built.get(f"{role} {plan.recipe.name} {component}")
+        weights: dict[str, str] = {}
+        roles: tuple[Literal["weights", "packed"], ...] = ("weights", "packed")
+        for role in roles if plan.backend.reads_weights(plan.options) else ():
+            artifact = self.built.get(StepId(role, component))
             if artifact is not None:
                 (name,) = artifact.files
                 weights[role] = f"engines/{component}/{name}"
                 self._copy(artifact, name, folder, weights[role])
         entries = {}
         for bucket in plan.recipe.buckets if owner.per_bucket else [ANY]:
-            name = f"engine {plan.recipe.name} {component}"
-            label = bucket if f"{name} {bucket}" in self.built else PROFILES
-            place = f"engines/{component}/{label}"
-            self._copy_all(self.built[f"{name} {label}"], folder, place)
-            graph = self._step("graph", f"{component} {bucket}")
-            signature = graph.inputs["signature"]
+            engine = StepId("engine", component, str(bucket))
+            if engine not in self.built:
+                engine = StepId("engine", component, PROFILES)
+            place = f"engines/{component}/{engine.label}"
+            self._copy_all(self.built[engine], folder, place)
+            signature = plan.step(StepId("graph", component, str(bucket))).inputs["signature"]
             assert isinstance(signature, dict)
             entries[str(bucket)] = EngineEntry(place, weights, GraphSpec.from_json(signature))
         return entries

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from toolchain.builder import stages
 from toolchain.builder.steps import code_digest, tool_versions
 from toolchain.errors import ModelError, UsageError
 from toolchain.models.registry import family_for
@@ -54,7 +55,7 @@ def open_model(
         return ModelSource(given.path, str(model), None)
     kept = Store(Path(store or default_store()))
     inputs: dict[str, Json] = {
-        "code": code_digest("model"),
+        "code": code_digest("builder.stages.model"),
         "checkpoint": kept.digest_of(path),
         "config": {f.relative_to(given.path).as_posix(): kept.digest_of(f) for f in _used(given.path)},
         "pipeline": family.pipeline,
@@ -62,10 +63,8 @@ def open_model(
     }
 
     def build(out: Path) -> None:
-        from toolchain.models.single_file import convert
-
         log.warning("%s is converted once, with the configs of %s", path, given.name)
-        convert(path, given, family.pipeline, out)
+        stages.model.write(path, given, family.pipeline, out)
 
     artifact, _ = kept.get_or_build("model", path.stem, inputs, build)
     return ModelSource(artifact.path, str(model), None)

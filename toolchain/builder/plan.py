@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.builder.planner import Planner
-from toolchain.builder.steps import Step
+from toolchain.builder.steps import Step, StepId
 from toolchain.engines.backend import Backend
 from toolchain.engines.registry import backend_of
 from toolchain.errors import EngineError, RecipeError, RequestError, SamplerError
@@ -57,8 +57,13 @@ class Plan:
         options: dict[str, Any] = self.recipe.to_json()[self.backend.name]
         return options
 
-    def step(self, name: str) -> Step:
-        return next(s for s in self.steps if s.name == name)
+    def step(self, wanted: StepId) -> Step:
+        return next(step for step in self.steps if step.id == wanted)
+
+    def artifact(self, wanted: StepId) -> Artifact | None:
+        """The artifact of a step; None where it is not built yet, or where the plan has no such step."""
+        step = next((step for step in self.steps if step.id == wanted), None)
+        return None if step is None else self.store.lookup(step.stage, step.key)
 
 
 def make_plan(recipe: Recipe, source: ModelSource, store: Store, *, graphs_only: bool = False) -> Plan:
@@ -157,8 +162,8 @@ def execute(
     plan: Plan,
     progress: Callable[[Step, str], None],
     within: Callable[[Step, str, float | None], None] = lambda step, phase, share: None,
-) -> dict[str, Artifact]:
-    """Builds what is missing and returns every artifact by its step's name.
+) -> dict[StepId, Artifact]:
+    """Builds what is missing and returns every artifact by its step.
 
     `progress` is called with (step, "start" | "built" | "hit"), `within` with how far a long step is. What was built
     before an error or an interruption stays in the store, and the next build goes on from there. What a step reads is
@@ -167,21 +172,21 @@ def execute(
     """
     if plan.refused is not None:
         raise plan.refused
-    built: dict[str, Artifact] = {}
-    sound: set[str] = set()
+    built: dict[StepId, Artifact] = {}
+    sound: set[StepId] = set()
     for step in plan.steps:
         progress(step, "start")
 
         def fill(folder: Path, step: Step = step) -> None:
-            for name in step.needs:
-                if name not in sound:
-                    built[name].verify()
-                    sound.add(name)
+            for needed in step.needs:
+                if needed not in sound:
+                    built[needed].verify()
+                    sound.add(needed)
             step.run(built, folder, partial(within, step))
 
         artifact, was_built = plan.store.get_or_build(step.stage, step.subject, step.inputs, fill)
-        built[step.name] = artifact
+        built[step.id] = artifact
         if was_built:
-            sound.add(step.name)
+            sound.add(step.id)
         progress(step, "built" if was_built else "hit")
     return built

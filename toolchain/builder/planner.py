@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from toolchain.builder.steps import EXPORT_TOOLS, Built, Step, Within, code_digest, tool_versions
+from toolchain.builder import stages
+from toolchain.builder.stages.graph import GRAPH
+from toolchain.builder.stages.sampler import Schedule
+from toolchain.builder.steps import EXPORT_TOOLS, Built, Step, StepId, Within, code_digest, recipe_of, tool_versions
 from toolchain.bundle.bundle import ANY, PROFILES
 from toolchain.engines.backend import Backend
-from toolchain.errors import EngineError, ExportError, RequestError, SamplerError
+from toolchain.errors import EngineError, ExportError
 from toolchain.models.component import Component, Family
 from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, ComponentRecipe, Recipe
@@ -25,13 +26,6 @@ from toolchain.settings import ModelSettings
 from toolchain.store.artifacts import Artifact, Json, Store, content_key
 from toolchain.weights.mapped import require_plain
 from toolchain.weights.safetensors import find_weights, read_folder
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-GRAPH = "graph.onnx"
-TABLES = "tables.json"
-log = logging.getLogger("toolchain")
 
 
 class Planner:
@@ -54,29 +48,29 @@ class Planner:
 
     def add(
         self,
-        stage: str,
-        subject: str,
+        step: StepId,
+        code: Sequence[str],
         inputs: dict[str, Json],
         run: Callable[[Built, Path, Within], None],
-        needs: Sequence[str] = (),
+        needs: Sequence[StepId] = (),
     ) -> str:
-        inputs = {"code": code_digest(stage), **inputs}
-        key = content_key(stage, inputs)
-        hit = self.store.lookup(stage, key) is not None
-        changed = [] if hit else self._explain(stage, subject, inputs)
-        name = f"{self.recipe.name} {subject}"
-        self.steps.append(Step(stage, name, key, inputs, hit, tuple(changed), run, tuple(needs)))
+        """Adds a step and returns its key. `code`: the modules that decide what it writes, as in `code_digest`."""
+        inputs = {"code": code_digest(*code), **inputs}
+        key = content_key(step.stage, inputs)
+        hit = self.store.lookup(step.stage, key) is not None
+        changed = () if hit else tuple(self._explain(step, inputs))
+        self.steps.append(Step(step, self.recipe.name, key, inputs, hit, changed, run, tuple(needs)))
         return key
 
-    def _explain(self, stage: str, subject: str, inputs: dict[str, Json]) -> list[str]:
+    def _explain(self, step: StepId, inputs: dict[str, Json]) -> list[str]:
         """What changed since this recipe was built; since its twin was, and then its name first, where it never was."""
         # One subject per model and recipe, so that like is compared with like.
-        own, twin = self.recipe.name, self._twin
-        found = self.store.explain(stage, f"{own} {subject}", inputs, self._known)
-        if found or twin is None:
-            return found
-        found = self.store.explain(stage, f"{twin} {subject}", inputs, self._known)
-        return [f"recipe.name: {json.dumps(twin)} -> {json.dumps(own)}", *found] if found else []
+        name, twin = self.recipe.name, self._twin
+        changes = self.store.explain(step.stage, step.subject(name), inputs, self._known)
+        if changes or twin is None:
+            return changes
+        changes = self.store.explain(step.stage, step.subject(twin), inputs, self._known)
+        return [f"recipe.name: {json.dumps(twin)} -> {json.dumps(name)}", *changes] if changes else []
 
     @cached_property
     def _known(self) -> list[Artifact]:
@@ -87,18 +81,15 @@ class Planner:
         """The recipe of another name that this model was built by last."""
         denoiser = self.family.component("denoiser")
         like = {"family": self.family.name, "component": denoiser.name, "config": self.config(denoiser)}
-        found = [a for a in self._known if a.stage == "graph" and {k: a.inputs.get(k) for k in like} == like]
-        names = [a.subject.rpartition(f" {denoiser.name} ")[0] for a in found]
+        graphs = (a for a in self._known if a.stage == "graph" and {k: a.inputs.get(k) for k in like} == like)
+        names = (recipe_of(graph, denoiser.name) for graph in graphs)
         return next((name for name in names if name != self.recipe.name), None)
 
     def config(self, component: Component) -> dict[str, Json]:
         return compiled(self.source.config(component.folder))
 
-    def name(self, stage: str, subject: str) -> str:
-        return f"{stage} {self.recipe.name} {subject}"
-
-    def key(self, stage: str, subject: str) -> str:
-        return next(s.key for s in self.steps if s.name == self.name(stage, subject))
+    def key(self, step: StepId) -> str:
+        return next(s.key for s in self.steps if s.id == step)
 
     def buckets(self, component: Component) -> dict[str, Bucket]:
         """Bucket by its name in artifacts and bundles."""
@@ -123,15 +114,24 @@ class Planner:
             def run(
                 _: Built, folder: Path, within: Within, component: Component = component, bucket: Bucket = bucket
             ) -> None:
-                _export(self, component, bucket, folder)
+                stages.graph.write(component, self.source, self.recipe, bucket, folder)
 
-            self.add("graph", f"{component.name} {label}", inputs, run)
+            self.add(StepId("graph", component.name, label), self._code("graph", family=True), inputs, run)
+
+    def _code(self, stage: str, *, family: bool = False, backend: bool = False) -> list[str]:
+        """The modules whose closures decide what a stage writes, for this family and this backend."""
+        entries = [f"builder.stages.{stage}"]
+        if family:
+            entries.append(f"models.{self.family.name}")
+        if backend:
+            entries.append(type(self.backend).__module__.removeprefix("toolchain."))
+        return entries
 
     def engines(self, component: Component) -> None:
         folder = self.source.path / component.folder
         files = find_weights(folder)
         labels = list(self.buckets(component))
-        first = self.name("graph", f"{component.name} {labels[0]}")
+        first = StepId("graph", component.name, labels[0])
         inputs: dict[str, Json] = {
             "family": self.family.name,
             "component": component.name,  # both halves of a VAE come from one checkpoint
@@ -142,11 +142,15 @@ class Planner:
             "tools": tool_versions(EXPORT_TOOLS),
         }
 
-        def run(built: Built, out: Path, within: Within) -> None:
-            with _named(f"weights {component.name}"):
-                _weights(self, folder, built[first], out)
+        weights = StepId("weights", component.name)
 
-        shared: dict[str, Json] = {"weights": self.add("weights", component.name, inputs, run, [first])}
+        def run(built: Built, out: Path, within: Within) -> None:
+            with _named(weights):
+                stages.weights.write(self.backend, folder, built[first].file(GRAPH), out)
+
+        # The weights that are used, and under which names, is decided by the graphs.
+        code = [*self._code("weights", family=True, backend=True), *self._code("graph")]
+        shared: dict[str, Json] = {"weights": self.add(weights, code, inputs, run, [first])}
         if not self.steps[-1].hit:
             # Damaged, half-downloaded and foreign files are found now, not after the export.
             require_plain(read_folder(folder), folder)
@@ -161,51 +165,48 @@ class Planner:
 
     def merged(self, component: Component, labels: Sequence[str]) -> None:
         """One graph for the buckets `labels`, from theirs."""
-        subjects = [f"{component.name} {label}" for label in labels]
-        names = [self.name("graph", subject) for subject in subjects]
+        graphs = [StepId("graph", component.name, label) for label in labels]
+        merged = StepId("merged", component.name, PROFILES)
         inputs: dict[str, Json] = {
-            "graphs": [self.key("graph", subject) for subject in subjects],
+            "graphs": [self.key(graph) for graph in graphs],
             "tools": tool_versions(("onnx-ir",)),
         }
 
         def run(built: Built, out: Path, within: Within) -> None:
-            with _named(f"merged {component.name}"):
-                _merge([built[name].file(GRAPH) for name in names], out / GRAPH)
+            with _named(merged):
+                stages.merged.write([built[graph].file(GRAPH) for graph in graphs], out / GRAPH)
 
-        self.add("merged", f"{component.name} {PROFILES}", inputs, run, names)
+        self.add(merged, self._code("merged"), inputs, run, graphs)
 
-    def tied(self, stage: str, component: Component, label: str, shared: dict[str, Json]) -> str:
+    def tied(
+        self, stage: Literal["packed", "engine"], component: Component, label: str, shared: dict[str, Json]
+    ) -> str:
         """A step of the backend: from one graph and the weight files `shared`, role -> key."""
-        source = "merged" if label == PROFILES else "graph"
-        graph = self.name(source, f"{component.name} {label}")
-        roles = {role: self.name(role, component.name) for role in shared}
+        graph = StepId("merged" if label == PROFILES else "graph", component.name, label)
+        roles: dict[str, StepId] = {"weights": StepId("weights", component.name)}
+        if "packed" in shared:
+            roles["packed"] = StepId("packed", component.name)
         inputs: dict[str, Json] = {
             "backend": self.backend.name,
             "device": self.device,
             "options": {k: v for k, v in self.options.items() if k not in self.backend.run_options},
             **shared,
-            "graph": self.key(source, f"{component.name} {label}"),
+            "graph": self.key(graph),
         }
-
-        subject = component.name if stage == "packed" else f"{component.name} {label}"
+        step = StepId(stage, component.name, "" if stage == "packed" else label)
 
         def run(built: Built, out: Path, within: Within) -> None:
-            import onnx_ir as ir
-
-            files = {role: _only_file(built[name]) for role, name in roles.items()}
-            with _named(f"{stage} {subject}"), tempfile.TemporaryDirectory(prefix="diffbuild-") as scratch:
-                path = Path(scratch) / GRAPH
-                ir.save(prepared(self.backend, built[graph]), path)
+            files = {role: _only_file(built[weights]) for role, weights in roles.items()}
+            path = built[graph].file(GRAPH)
+            with _named(step):
                 if stage == "packed":
-                    self.backend.pack(path, files, out, self.options)
+                    stages.engine.write_packed(self.backend, path, files, out, self.options)
                 else:
-                    self.backend.build(path, files, out, self.options, within)
+                    stages.engine.write_engine(self.backend, path, files, out, self.options, within)
 
-        return self.add(stage, subject, inputs, run, [graph, *roles.values()])
+        return self.add(step, self._code("engine", backend=True), inputs, run, [graph, *roles.values()])
 
     def tokenizers(self) -> None:
-        from toolchain.models.tokenizers import write_tokenizer
-
         for component in self.family.parts(self.recipe):
             if component.tokenizer is None:
                 continue
@@ -222,12 +223,12 @@ class Planner:
                 "tools": tool_versions(("transformers", "tokenizers")),
             }
 
-            write = partial(write_tokenizer, folder, cls, ids.shape[1], t5=t5, inversion=self.family.inversion)
+            write = partial(stages.tokenizer.write, folder, cls, ids.shape[1], t5=t5, inversion=self.family.inversion)
 
             def run(_: Built, out: Path, within: Within, write: Callable[[Path], None] = write) -> None:
                 write(out)
 
-            self.add("tokenizer", component.tokenizer, inputs, run)
+            self.add(StepId("tokenizer", component.tokenizer), self._code("tokenizer"), inputs, run)
 
     def samplers(self) -> None:
         """One step for the tables of each scheduler."""
@@ -246,12 +247,13 @@ class Planner:
         """`counts`: numbers of steps, each with whether it must be there; others are left out where they cannot."""
         sizes = list(dict.fromkeys(settings.tokens(b.height, b.width) for b in self.recipe.buckets))
         strengths = self.recipe.sampling.strengths
-        tables = {}
+        schedules: dict[str, Schedule] = {}
         for steps in sorted(counts):
             skips = dict.fromkeys([0, *(settings.skipped_steps(steps, strength) for strength in strengths)])
             for tokens, skip in itertools.product(sizes, skips):
                 if skip < steps:  # a strength may be too small for the shortest schedules
-                    tables[table_name(spec, steps, tokens=tokens, skip=skip)] = steps, tokens, skip
+                    name = table_name(spec, steps, tokens=tokens, skip=skip)
+                    schedules[name] = Schedule(steps, tokens, skip, required=counts[steps])
         inputs: dict[str, Json] = {
             "scheduler": spec,
             "steps": spans(counts),
@@ -265,27 +267,10 @@ class Planner:
         }
 
         def run(_: Built, out: Path, within: Within) -> None:
-            from toolchain.sampler.compile import compile_table
+            linear = settings.linear_sigmas
+            stages.sampler.write(spec, settings.scheduler, schedules, out, linear_sigmas=linear, progress=within)
 
-            linear, written, left = settings.linear_sigmas, dict[str, Any](), dict[int, str]()
-            for number, (name, (steps, tokens, skip)) in enumerate(tables.items()):
-                within(f"table {number + 1} of {len(tables)}", number / len(tables))
-                try:
-                    table = compile_table(
-                        spec, steps, settings.scheduler, skip=skip, tokens=tokens, linear_sigmas=linear
-                    )
-                    written[name] = table.to_json()
-                except (RequestError, SamplerError) as error:
-                    if counts[steps]:
-                        raise
-                    written[name] = left[steps] = error.what if error.got is None else f"{error.what}: {error.got}"
-            if left:
-                log.warning(
-                    "no tables of %s for %s steps: %s", spec, spans(left), "; ".join(dict.fromkeys(left.values()))
-                )
-            (out / TABLES).write_text(json.dumps(written, separators=(",", ":")))
-
-        self.add("sampler", spec, inputs, run)
+        self.add(StepId("sampler", spec), self._code("sampler"), inputs, run)
 
 
 def _precision(own: ComponentRecipe) -> dict[str, Json]:
@@ -304,7 +289,7 @@ def compiled(config: Mapping[str, Any]) -> dict[str, Json]:
 
 
 @contextmanager
-def _named(step: str) -> Iterator[None]:
+def _named(step: StepId) -> Iterator[None]:
     """An error tells which of the recipe's engines it was: a backend knows files alone."""
     try:
         yield
@@ -317,35 +302,3 @@ def _named(step: str) -> Iterator[None]:
 def _only_file(artifact: Artifact) -> Path:
     (name,) = artifact.files
     return artifact.file(name)
-
-
-def _export(planner: Planner, component: Component, bucket: Bucket, folder: Path) -> None:
-    from toolchain.export.capture import capture, write_graph
-
-    write_graph(capture(component, planner.source, planner.recipe, bucket), folder)
-
-
-def _merge(graphs: Sequence[Path], out: Path) -> None:
-    import onnx_ir as ir
-
-    from toolchain.graph.profiles import merge_buckets
-
-    ir.save(merge_buckets([ir.load(path) for path in graphs]), out)
-
-
-def prepared(backend: Backend, graph: Artifact) -> ir.Model:
-    """An exported graph in the backend's form, and sound: quick, and so no artifact of its own. Raises ExportError."""
-    import onnx_ir as ir
-
-    from toolchain.graph.typed import check_types
-
-    model = backend.prepare(ir.load(graph.file(GRAPH)))
-    check_types(model)
-    return model
-
-
-def _weights(planner: Planner, checkpoint: Path, graph: Artifact, out: Path) -> None:
-    from toolchain.weights.derived import find_tensors, weight_uses, write_weights
-
-    uses = weight_uses(prepared(planner.backend, graph))
-    write_weights(uses, find_tensors(uses, read_folder(checkpoint), checkpoint), out / "weights.safetensors")

@@ -1,4 +1,4 @@
-"""Steps of a build, each with the key of the artifact that it makes.
+"""Steps of a build, each with the key of the artifact that it writes.
 
 A key is the hash of what goes into the artifact: the code of its stage, the keys of the steps before it, its slice of
 the recipe, the model's files, the versions that matter and, for engines, the device and the bucket.
@@ -7,72 +7,111 @@ the recipe, the model's files, the versions that matter and, for engines, the de
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
+from toolchain.builder.closures import CLOSURES
 from toolchain.store.artifacts import Artifact, Json
 
+Stage = Literal["tokenizer", "sampler", "graph", "weights", "packed", "merged", "engine"]
 EXPORT_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
-ENGINE_CODE = ("engines", "cuda", "graph", "weights")
-CODE = {  # which packages of ours decide a stage's outcome
-    "graph": ("models", "export", "graph", "sampler/table.py"),
-    "merged": ("graph",),
-    "weights": ("models", "export", "engines", "graph", "weights"),  # a backend wants some of them turned
-    "packed": ENGINE_CODE,
-    "engine": ENGINE_CODE,
-    "sampler": ("sampler",),
-    "tokenizer": ("models/tokenizers.py",),
-    "model": ("models/single_file.py",),
-}
 
-Built = Mapping[str, Artifact]
+
+@dataclass(frozen=True)
+class StepId:
+    """Names a step within a plan.
+
+    stage      what kind of artifact
+    component  whose: a component of the family; for a tokenizer its folder, for tables their scheduler
+    label      for which bucket, as in `bundle`; empty where the artifact serves all of them without saying so
+    """
+
+    stage: Stage
+    component: str
+    label: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.stage} {self.subject()}"
+
+    def subject(self, recipe: str | None = None) -> str:
+        """What the artifact is of, as the store and `plan` write it."""
+        return " ".join(part for part in (recipe, self.component, self.label) if part)
+
+
+Built = Mapping[StepId, Artifact]
 Within = Callable[[str, float | None], None]
 """How far one step is: the name of its phase and how much of that is done, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One artifact to have. `name` is "stage subject"; `run` gets the artifacts built before it, a folder to fill and
-    whom to tell how far it is.
+    """One artifact that a plan needs.
 
-    changed: for a miss, the fields that differ from the last artifact of the same name; empty when there was none.
-    needs: names of the steps whose artifacts `run` reads.
+    recipe   its name, which the store's subject begins with
+    changed  for a miss, the fields that differ from the last artifact of the same subject; empty when there was none
+    run      called with the artifacts built before, the folder to fill, and a callback for progress
+    needs    the steps whose artifacts `run` reads
     """
 
-    stage: str
-    subject: str
+    id: StepId
+    recipe: str
     key: str
     inputs: Mapping[str, Json]
     hit: bool
     changed: tuple[str, ...]
-    run: Callable[[Built, Path, Within], None]
-    needs: tuple[str, ...] = ()
+    run: Callable[[Built, Path, Within], None] = field(repr=False)
+    needs: tuple[StepId, ...] = ()
+
+    @property
+    def stage(self) -> Stage:
+        return self.id.stage
+
+    @property
+    def subject(self) -> str:
+        """The artifact's subject in the store."""
+        return self.id.subject(self.recipe)
 
     @property
     def name(self) -> str:
+        """The artifact's name in a bundle's manifest."""
         return f"{self.stage} {self.subject}"
 
 
+def recipe_of(artifact: Artifact, component: str) -> str:
+    """The name of the recipe that an artifact of a component was built for: the inverse of `Step.subject`."""
+    return artifact.subject.rpartition(f" {component}")[0]
+
+
 def tool_versions(names: Sequence[str]) -> dict[str, Json]:
-    found: dict[str, Json] = {}
+    """Installed versions of packages, "missing" for one that is not installed."""
+    versions: dict[str, Json] = {}
     for name in names:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "missing"
-    return found
+            versions[name] = "missing"
+    return versions
 
 
 @cache
-def code_digest(stage: str) -> str:
-    """Digest of the source files that decide a stage's outcome: a version number that nobody can forget to raise."""
+def code_digest(*entries: str) -> str:
+    """Digest of the source files that decide an outcome: a version number that nobody can forget to raise.
+
+    entries: the modules that are called, as in `CLOSURES`; what they import comes with them.
+    """
+    return digest_of_modules(module for entry in entries for module in CLOSURES[entry])
+
+
+def digest_of_modules(modules: Iterable[str]) -> str:
+    """Digest of the source of modules of this package, each named by its dotted path below `toolchain`."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for place in CODE[stage]:
-        path = root / place
-        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    for module in sorted(set(modules)):
+        path = root / (module.replace(".", "/"))
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        digest.update(module.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

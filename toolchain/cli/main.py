@@ -116,7 +116,7 @@ def build(recipe: Path, model: str, output: Path, store: Path | None, as_json: b
     check_output(output)
     started = time.perf_counter()
     planned = plan_build(recipe, model, **origin, store=store)
-    with progress.steps(len(planned.steps), planned.recipe.name) as shown:
+    with progress.steps(len(planned.steps)) as shown:
         bundle = assemble(planned, output, shown, shown.within)
     result = (bundle, shown.finished, time.perf_counter() - started)
     answer(as_json, lambda: report.build_json(*result), lambda: report.build_lines(*result))
@@ -141,7 +141,7 @@ def export(recipe: Path, model: str, output: Path, store: Path | None, as_json: 
 
     loaded = load_recipe(recipe)
     planned = plan_build(loaded, model, **origin, store=store, graphs_only=True)
-    with progress.steps(len(planned.steps), loaded.name) as shown:
+    with progress.steps(len(planned.steps)) as shown:
         graphs = export_graphs(loaded, model, output, **origin, store=store, progress=shown)
     names = [str(graph) for graph in graphs]
     answer(as_json, lambda: {"output": str(output), "graphs": names}, lambda: names)

@@ -67,11 +67,6 @@ def megabytes(size: int) -> str:
     return f"{size} B"
 
 
-def subject(step: Step, recipe: str) -> str:
-    """A step's name as people read it: every subject starts with the recipe's, which says nothing within one build."""
-    return f"{step.stage} {step.subject.removeprefix(f'{recipe} ')}"
-
-
 # --- plan and build ---------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +112,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     rows = []
     for step in plan.steps:
         first, *others = [""] if step.hit else _reasons(step, plan)
-        rows.append(["hit" if step.hit else "miss", subject(step, plan.recipe.name), first])
+        rows.append(["hit" if step.hit else "miss", str(step.id), first])
         rows += [["", "", other] for other in others]
     yield from table(rows)
     yield f"{len(plan.steps)} steps: {len(plan.steps) - plan.misses} hits, {plan.misses} misses"

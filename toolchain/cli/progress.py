@@ -11,7 +11,6 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from toolchain.cli.output import subject
 from toolchain.terminal import echo, painted
 
 if TYPE_CHECKING:
@@ -54,9 +53,9 @@ class Finished:
 class Steps:
     """Shows the steps of a build and remembers them. Call it with (step, "start" | "built" | "hit")."""
 
-    def __init__(self, total: int, recipe: str, bar: Any) -> None:
+    def __init__(self, total: int, bar: Any) -> None:
         self.finished: list[Finished] = []
-        self._total, self._recipe, self._bar = total, recipe, bar
+        self._total, self._bar = total, bar
         self._task = bar.add_task("", total=total) if bar else None
         self._started = self._told = time.perf_counter()
         self._phase, self._phase_began = "", 0.0
@@ -66,7 +65,7 @@ class Steps:
         now = time.perf_counter()
         if phase != self._phase:
             self._phase, self._phase_began = phase, now
-        line = f"{subject(step, self._recipe)}: {phase}"
+        line = f"{step.id}: {phase}"
         line += "" if share is None else f" {share:.0%}{left(now - self._phase_began, share)}"
         if self._bar:
             self._bar.update(self._task, description=line)
@@ -75,7 +74,7 @@ class Steps:
             echo(line, err=True)
 
     def __call__(self, step: Step, what: str) -> None:
-        name = subject(step, self._recipe)
+        name = str(step.id)
         if what == "start":
             self._started = self._told = time.perf_counter()
             self._phase = ""
@@ -128,10 +127,10 @@ class Evaluations:
 
 
 @contextmanager
-def steps(total: int, recipe: str) -> Iterator[Steps]:
+def steps(total: int) -> Iterator[Steps]:
     """For the steps of a build. What libraries print on stdout goes to stderr: stdout is the command's answer."""
     with redirect_stdout(sys.stderr), _bar() as bar:
-        yield Steps(total, recipe, bar)
+        yield Steps(total, bar)
 
 
 @contextmanager

@@ -1,0 +1,122 @@
+"""An artifact's key covers the code that decides it: `CLOSURES` is what the entry modules of the stages import.
+
+python -m tests.builder.test_closures > closures.py && mv closures.py toolchain/builder/closures.py
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from toolchain.builder.closures import CLOSURES
+from toolchain.builder.steps import code_digest
+from toolchain.engines.registry import BACKENDS
+from toolchain.models.registry import MODELS
+
+ROOT = Path(__file__).parents[2] / "toolchain"
+NEUTRAL = {
+    "errors": "what failed leaves no artifact",
+    "recipe": "the values that a stage uses are in its key",
+    "settings": "the values that a stage uses are in its key",
+    "store": "moves finished files, whose digests it keeps",
+    "garbage": "when Python frees memory",
+}
+"""Rooms and modules that decide nothing of what is in an artifact, and why."""
+RUN_ONLY = {"runtime", "cuda.graphs", "cuda.loop", "cuda.memory", "cuda.places", "engines.tensorrt.run"}
+RUN_ONLY |= {"engines.tensorrt.open_plan", "engines.tensorrt.runtime_cache", "engines.tensorrt.rtx_runtime"}
+"""What only opens and runs engines."""
+
+
+def entries() -> list[str]:
+    """The modules that are called for a stage, for a family, for a backend."""
+    stages = [f"builder.stages.{path.stem}" for path in (ROOT / "builder/stages").glob("[!_]*.py")]
+    families = [f"models.{name}" for name in MODELS]
+    backends = [type(backend).__module__.removeprefix("toolchain.") for backend in BACKENDS.values()]
+    return sorted({*stages, *families, *backends})
+
+
+def file_of(module: str) -> Path | None:
+    path = ROOT / module.replace(".", "/")
+    candidates = (path.with_suffix(".py"), path / "__init__.py")
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """Dotted names below `toolchain` that run when a module or its functions do: not those for type checkers alone."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom) and child.module:
+            for alias in child.names:
+                submodule = f"{child.module}.{alias.name}"
+                known = submodule.startswith("toolchain.") and file_of(submodule.removeprefix("toolchain."))
+                yield submodule if known else child.module
+        yield from imported(child)
+
+
+@cache
+def direct(module: str) -> frozenset[str]:
+    file = file_of(module)
+    assert file is not None, module
+    names = {name.removeprefix("toolchain.") for name in imported(ast.parse(file.read_text())) if "toolchain." in name}
+    return frozenset(name for name in names if name not in NEUTRAL and name.split(".")[0] not in NEUTRAL)
+
+
+def closure(entry: str) -> tuple[str, ...]:
+    reached, waiting = {entry}, [entry]
+    while waiting:
+        new = direct(waiting.pop()) - reached
+        reached |= new
+        waiting += new
+    return tuple(sorted(reached))
+
+
+def test_every_entry_has_its_closure() -> None:
+    assert sorted(CLOSURES) == entries()
+
+
+@pytest.mark.parametrize("entry", entries())
+def test_the_closure_is_what_is_imported(entry: str) -> None:
+    assert CLOSURES[entry] == closure(entry), "python -m tests.builder.test_closures writes the new ones"
+
+
+@pytest.mark.parametrize("entry", entries())
+def test_what_only_runs_engines_decides_nothing(entry: str) -> None:
+    assert not RUN_ONLY & set(CLOSURES[entry])
+
+
+@pytest.mark.parametrize("entry", [entry for entry in entries() if entry.startswith("models.")])
+def test_a_family_depends_on_no_other(entry: str) -> None:
+    # SDXL's networks are SD's, with more conditions.
+    others = {f"models.{name}" for name in MODELS} - {entry, "models.sd" if entry == "models.sdxl" else ""}
+    assert not others & set(CLOSURES[entry])
+
+
+def test_backends_do_not_decide_for_each_other() -> None:
+    by_name = {name: type(b).__module__.removeprefix("toolchain.") for name, b in BACKENDS.items()}
+    of_tensorrt = set(CLOSURES[by_name["tensorrt"]])
+    assert not any(module.startswith("engines.onnxruntime") for module in of_tensorrt)
+    assert not any(module.startswith("engines.tensorrt") for module in CLOSURES[by_name["onnxruntime"]])
+
+
+def test_the_digest_is_of_all_entries() -> None:
+    assert len({code_digest("models.sd"), code_digest("models.flux"), code_digest("models.sd", "models.flux")}) == 3
+
+
+def text() -> str:
+    lines = ['"""Which modules decide what a stage writes: all that its entry modules import.', ""]
+    lines += ["Held by tests/builder/test_closures.py, which also writes this file.", '"""', ""]
+    lines += ["CLOSURES: dict[str, tuple[str, ...]] = {"]
+    for entry in entries():
+        lines += [f'    "{entry}": (', *(f'        "{module}",' for module in closure(entry)), "    ),"]
+    return "\n".join([*lines, "}"])
+
+
+if __name__ == "__main__":
+    print(text())

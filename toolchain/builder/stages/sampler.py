@@ -1,0 +1,67 @@
+"""Stage "sampler": a scheduler of diffusers -> coefficient tables, one for each schedule that a recipe names."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import RequestError, SamplerError
+from toolchain.sampler.table import spans
+
+log = logging.getLogger("toolchain")
+
+TABLES = "tables.json"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One table: `steps` of which image to image skips `skip`, for latents of `tokens` tokens.
+
+    required: whether a table that cannot be compiled ends the build; others are left out, and said.
+    """
+
+    steps: int
+    tokens: int
+    skip: int
+    required: bool
+
+
+def write(
+    spec: str,
+    config: Mapping[str, Any],
+    schedules: Mapping[str, Schedule],
+    folder: Path,
+    *,
+    linear_sigmas: bool,
+    progress: Callable[[str, float | None], None],
+) -> None:
+    """The tables of `schedules`, by their names. Raises RequestError and SamplerError."""
+    from toolchain.sampler.compile import compile_table
+
+    tables: dict[str, Any] = {}
+    omitted: dict[int, str] = {}
+    for number, (name, schedule) in enumerate(schedules.items()):
+        progress(f"table {number + 1} of {len(schedules)}", number / len(schedules))
+        try:
+            table = compile_table(
+                spec,
+                schedule.steps,
+                config,
+                skip=schedule.skip,
+                tokens=schedule.tokens,
+                linear_sigmas=linear_sigmas,
+            )
+            tables[name] = table.to_json()
+        except (RequestError, SamplerError) as error:
+            if schedule.required:
+                raise
+            reason = error.what if error.got is None else f"{error.what}: {error.got}"
+            tables[name] = omitted[schedule.steps] = reason
+    if omitted:
+        reasons = "; ".join(dict.fromkeys(omitted.values()))
+        log.warning("no tables of %s for %s steps: %s", spec, spans(omitted), reasons)
+    (folder / TABLES).write_text(json.dumps(tables, separators=(",", ":")))
