@@ -16,8 +16,6 @@ CLOSURES: dict[str, tuple[str, ...]] = {
     ),
     "builder.stages.graph": (
         "builder.stages.graph",
-        "bundle.bundle",
-        "bundle.forecast",
         "export.capture",
         "graph",
         "graph.einsum",
@@ -74,8 +72,6 @@ CLOSURES: dict[str, tuple[str, ...]] = {
         "weights.safetensors",
     ),
     "engines.onnxruntime.backend": (
-        "bundle.bundle",
-        "bundle.forecast",
         "engines.buffers",
         "engines.onnxruntime.activations",
         "engines.onnxruntime.backend",
@@ -90,8 +86,6 @@ CLOSURES: dict[str, tuple[str, ...]] = {
         "weights.safetensors",
     ),
     "engines.onnxruntime_cuda.backend": (
-        "bundle.bundle",
-        "bundle.forecast",
         "cuda.driver",
         "cuda.forecast",
         "cuda.loop",
@@ -112,8 +106,6 @@ CLOSURES: dict[str, tuple[str, ...]] = {
         "weights.safetensors",
     ),
     "engines.tensorrt.backend": (
-        "bundle.bundle",
-        "bundle.forecast",
         "cuda.driver",
         "cuda.forecast",
         "cuda.loop",
@@ -134,8 +126,6 @@ CLOSURES: dict[str, tuple[str, ...]] = {
         "weights.mapped",
     ),
     "engines.tensorrt.rtx_backend": (
-        "bundle.bundle",
-        "bundle.forecast",
         "cuda.driver",
         "cuda.forecast",
         "cuda.loop",

@@ -7,8 +7,9 @@ from typing import Any
 from toolchain.builder.plan import Plan
 from toolchain.builder.steps import StepId
 from toolchain.bundle.bundle import PROFILES
-from toolchain.bundle.forecast import FACTS, GRAPH_FACTS, EngineMemory, engine_memory, read_facts
+from toolchain.bundle.forecast import EngineMemory, engine_memory, number_facts
 from toolchain.signature import GraphSpec
+from toolchain.store.facts import ENGINE_FACTS, GRAPH_FACTS
 
 
 def planned(plan: Plan) -> list[EngineMemory]:
@@ -20,14 +21,14 @@ def planned(plan: Plan) -> list[EngineMemory]:
             weights = plan.artifact(StepId("weights", component))
             size = sum(record.size for record in weights.files.values()) if weights else 0
             sources = (
-                (StepId("engine", component, bucket), FACTS),
-                (StepId("engine", component, PROFILES), FACTS),
+                (StepId("engine", component, bucket), ENGINE_FACTS),
+                (StepId("engine", component, PROFILES), ENGINE_FACTS),
                 (step.id, GRAPH_FACTS),
             )
             signature: Any = step.inputs["signature"]
             for source, file in sources:
                 artifact = plan.artifact(source)
-                facts = read_facts(artifact.path / file) if artifact else {}
+                facts = number_facts(artifact.path / file) if artifact else {}
                 if facts:
                     spec = GraphSpec.from_json(signature)
                     folder = f"engines/{component}/{source.label}"

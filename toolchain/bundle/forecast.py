@@ -6,7 +6,6 @@ weight files count for every engine, as they do in a process's resident memory, 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -17,9 +16,8 @@ import numpy as np
 
 from toolchain.bundle.bundle import ANY, Bundle
 from toolchain.signature import GraphSpec
+from toolchain.store.facts import ENGINE_FACTS, read_facts
 
-FACTS, GRAPH_FACTS = "engine.json", "memory.json"
-"""What the folders of engines and of graphs hold beside them."""
 RUNTIME_BYTES = 14 << 20
 """ONNX Runtime's library, the imaging library and the rest: Linux on x86-64, after their imports."""
 TOKENIZER_TIMES = 10
@@ -112,7 +110,7 @@ def forecast(bundle: Bundle) -> Forecast:
     engines, unknown = [], []
     for component, entries in bundle.engines.items():
         for bucket, entry in entries.items():
-            facts = read_facts(bundle.path / entry.folder / FACTS)
+            facts = number_facts(bundle.path / entry.folder / ENGINE_FACTS)
             size = sum(bundle.files[name].size for name in entry.weights.values())
             found = engine_memory(component, bucket, entry.spec, facts, size, entry.folder)
             if found.activations is None:
@@ -125,13 +123,9 @@ def forecast(bundle: Bundle) -> Forecast:
     return Forecast(tuple(engines), tuple(unknown), on_gpu, 0 if on_gpu else RUNTIME_BYTES + words)
 
 
-def read_facts(path: Path) -> dict[str, int]:
-    """The numbers in it; nothing where it is not there or is damaged: whether a bundle is whole is asked elsewhere."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {name: n for name, n in found.items() if isinstance(n, int)} if isinstance(found, dict) else {}
+def number_facts(path: Path) -> dict[str, int]:
+    """The numbers among the facts in a file."""
+    return {name: n for name, n in read_facts(path).items() if isinstance(n, int)}
 
 
 def engine_memory(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from toolchain.bundle.bundle import Bundle
-from toolchain.bundle.forecast import FACTS
 from toolchain.cli.output import megabytes
+from toolchain.store.facts import ENGINE_FACTS, read_facts
 from toolchain.terminal import table
 
 TOLD = ("activation_bytes", "precision", "layers")
@@ -20,7 +19,7 @@ def engine_facts(bundle: Bundle) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for component, entries in bundle.engines.items():
         for entry in entries.values():
-            facts = _read(bundle.path / entry.folder / FACTS)
+            facts = read_facts(bundle.path / entry.folder / ENGINE_FACTS)
             if "layers" in facts:
                 found[f"{component} {Path(entry.folder).name}"] = {name: facts.get(name) for name in TOLD}
     return found
@@ -45,12 +44,3 @@ def engine_lines(bundle: Bundle) -> Iterator[str]:
 def _kind(entry: tuple[str, Mapping[str, int]]) -> str:
     kind, counts = entry
     return f"{kind} " + ", ".join(f"{count} {dtype}" for dtype, count in counts.items())
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Nothing where the file is damaged: whether a bundle is whole is asked elsewhere."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -21,7 +21,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from toolchain.bundle.forecast import GRAPH_FACTS
 from toolchain.errors import DiffbuildError, ExportError, ModelError
 from toolchain.garbage import kept_garbage
 from toolchain.graph import IR_VERSION, OPSET
@@ -35,6 +34,7 @@ from toolchain.models.component import Component
 from toolchain.models.source import first_line
 from toolchain.recipe import Bucket, Recipe
 from toolchain.signature import GraphSpec
+from toolchain.store.facts import GRAPH_FACTS
 
 if TYPE_CHECKING:
     from torch import nn

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toolchain.bundle.forecast import FACTS
 from toolchain.engines.buffers import HostMemory
 from toolchain.engines.onnxruntime.package import CPU, EITHER, command, installed, module_version, warn_of_clash
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec, TensorSpec
+from toolchain.store.facts import ENGINE_FACTS
 from toolchain.weights.mapped import MappedWeights, TensorRef
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class OnnxRuntimeBackend:
             if self.forecasts:
                 from toolchain.engines.onnxruntime.activations import memory_facts
 
-                (out / FACTS).write_text(json.dumps(memory_facts(model, cpu_features()), indent=1) + "\n")
+                (out / ENGINE_FACTS).write_text(json.dumps(memory_facts(model, cpu_features()), indent=1) + "\n")
             for mapped in files.values():
                 mapped.close()
 

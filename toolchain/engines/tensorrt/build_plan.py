@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.bundle.forecast import FACTS
 from toolchain.engines.tensorrt.build_monitor import Say, make_logger, make_monitor
 from toolchain.engines.tensorrt.build_summary import report
 from toolchain.engines.tensorrt.library import LIBRARIES_BY_BACKEND, Library
@@ -37,6 +36,7 @@ from toolchain.engines.tensorrt.plan_file import make_plan_file
 from toolchain.engines.tensorrt.rtx_targets import chosen_targets, set_targets
 from toolchain.engines.tensorrt.timing_cache import merge_cache, read_cache
 from toolchain.errors import DiffbuildError, EngineError, StoreError
+from toolchain.store.facts import ENGINE_FACTS
 from toolchain.store.files import file_digest
 from toolchain.weights.mapped import MappedWeights
 
@@ -136,7 +136,7 @@ def build(job: Mapping[str, Any], say: Say, cancelled: threading.Event) -> dict[
         "refit": _refit(model, graph, out) if stripped else None,
         **report(library, model, out / PLAN, logger, graph, say),
     }
-    (out / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    (out / ENGINE_FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     return facts
 
 

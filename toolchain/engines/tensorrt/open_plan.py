@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from toolchain.bundle.forecast import FACTS
 from toolchain.cuda.driver import device_facts
 from toolchain.cuda.forecast import FEWER_BUCKETS, OUT_OF_MEMORY
 from toolchain.cuda.memory import ALLOCATION
@@ -27,6 +26,7 @@ from toolchain.engines.tensorrt.rtx_runtime import ask_validity, runtime_config
 from toolchain.engines.tensorrt.runtime_cache import RuntimeCache
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec, TensorSpec
+from toolchain.store.facts import ENGINE_FACTS
 from toolchain.weights.mapped import MappedWeights
 
 log = logging.getLogger("toolchain")
@@ -44,7 +44,7 @@ DTYPES = {
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """What engine.json says. EngineError when it cannot be read or is of another format."""
-    path = folder / FACTS
+    path = folder / ENGINE_FACTS
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         version = facts["format"]
@@ -145,7 +145,7 @@ class OpenPlan:
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
                 if len(plan) != facts["plan_bytes"]:
-                    raise ValueError(f"{len(plan)} bytes where {FACTS} says {facts['plan_bytes']}")
+                    raise ValueError(f"{len(plan)} bytes where {ENGINE_FACTS} says {facts['plan_bytes']}")
                 if self._library.portable:
                     self._require_valid(plan)
                 engine = self._runtime.deserialize_cuda_engine(plan)
