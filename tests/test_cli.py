@@ -388,7 +388,7 @@ def test_check_prints_the_report_and_exits_3_when_a_gate_fails(verdict: bool, tm
 
 def test_check_as_json(verdict: bool) -> None:
     document = run_json("check", "bundle", "--model", "m", code=0 if verdict else 3)
-    assert document == {"schema": 1, "passed": verdict, "psnr_db": None}
+    assert document == {"schema": 1, "passed": verdict, "psnr_db": "inf"}
 
 
 # --- inspect, doctor, cache -------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from toolchain.engines.registry import backend_of
 from toolchain.models.registry import family_of, named_family
 from toolchain.recipe import Recipe, load_recipe
 from toolchain.store.artifacts import Store, default_store, publish_folder
+from toolchain.store.plain_json import encode
 
 if TYPE_CHECKING:
     from toolchain.check.report import CheckReport
@@ -129,7 +129,7 @@ def export_graphs(
             tensors = find_tensors(uses, checkpoint, folders[component]) if checkpoint is not None else {}
             places = {k: {"file": str(t.file), "offset": t.offset, "nbytes": t.nbytes} for k, t in tensors.items()}
             entries = [{**asdict(use), **places.get(use.name, {})} for use in uses]
-            (folder / f"{name}.weights.json").write_text(json.dumps(entries, indent=1))
+            (folder / f"{name}.weights.json").write_text(encode(entries))
             names.append(f"{name}.onnx")
 
     publish_folder(Path(output), fill, owns=lambda name: "/" not in name and name.endswith((".onnx", ".weights.json")))

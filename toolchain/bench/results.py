@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from toolchain.store.plain_json import plain
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -50,7 +52,8 @@ class BenchReport:
     """Everything that `bench` measured.
 
     ratios       contender -> its time over ours, round by round
-    likeness_db  contender -> PSNR of its first picture against ours; infinite where they are equal
+    likeness_db  contender -> PSNR of its first picture against ours: infinite where they are equal, None where their
+                 sizes differ
     sweeps       what was varied -> points
     forecast_mb  by how much our memory, on a GPU the GPU's, should have grown, as far as the bundle knows
     pictures     contender -> its first picture, 8-bit [H, W, 3]; not in the JSON
@@ -82,10 +85,11 @@ class BenchReport:
         return f"{grown:.0f} MB came with the engines; the forecast was {self.forecast_mb:.0f} MB ({error:+.1%})"
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, by the rule of `toolchain.store.plain_json`."""
         ratios = {name: asdict(spread(values)) | {"rounds": list(values)} for name, values in self.ratios.items()}
         data = asdict(replace(self, pictures={}))
         del data["pictures"]
-        return {**data, "ratios": ratios}
+        return dict(plain({**data, "ratios": ratios}))
 
     def lines(self) -> Iterator[str]:
         """For the terminal."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.store.files import write_atomic
+from toolchain.store.plain_json import encode, plain
 from toolchain.terminal import table
 
 if TYPE_CHECKING:
@@ -87,8 +87,9 @@ class Entry:
         return f"{numbers}; {self.note}" if self.note else numbers
 
     def to_json(self) -> dict[str, Any]:
-        metrics, limits = ({k: _json(v) for k, v in m.named().items()} for m in (self.metrics, self.limits))
-        return {**asdict(self), "metrics": metrics, "limits": limits, "failed": [*self.failed], "passed": self.passed}
+        """Plain JSON values, by the rule of `toolchain.store.plain_json`."""
+        named = {"metrics": self.metrics.named(), "limits": self.limits.named()}
+        return dict(plain({**asdict(self), **named, "passed": self.passed}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,12 +136,13 @@ class Picture:
         return f"picture {self.size}, seed {self.seed}, {self.prompt!r}: {numbers}"
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, by the rule of `toolchain.store.plain_json`."""
         return {
             "prompt": self.prompt,
             "seed": self.seed,
             "size": self.size,
-            "psnr_db": _json(self.psnr_db),
-            "ssim": _json(self.ssim),
+            "psnr_db": plain(self.psnr_db),
+            "ssim": plain(self.ssim),
             "failed": [*self.failed],
             "passed": self.passed,
         }
@@ -200,7 +202,7 @@ class CheckReport:
         return f"FAILED: {failed} of {len(results)} comparisons" if failed else f"passed: {len(results)} comparisons"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values. NaN and infinities, which JSON lacks, are the strings "nan", "inf" and "-inf"."""
+        """Plain JSON values, by the rule of `toolchain.store.plain_json`."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         worst = self.worst_first()[:1]
         return {
@@ -214,13 +216,13 @@ class CheckReport:
             "worst": worst[0].to_json() if worst else None,
             "entries": [e.to_json() for e in self.entries],
             "pictures": [p.to_json() for p in self.pictures],
-            "limits": {k: _json(v) for k, v in self.limits.items()},
+            "limits": plain(self.limits),
             "summary": {name: self._summary(name) for name in ("psnr_db", "ssim")},
         }
 
     def save(self, path: Path) -> None:
         """Writes `to_json` in one step. StoreError when it cannot be written."""
-        write_atomic(path, (json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode())
+        write_atomic(path, f"{encode(self.to_json())}\n".encode())
 
     def lines(self) -> list[str]:
         """For a terminal: the worst of each metric by component, bucket and output, the pictures, and what failed."""
@@ -251,7 +253,7 @@ class CheckReport:
         values = [getattr(p, name) for p in self.pictures]
         if not values:
             return {"min": None, "median": None}
-        return {"min": _json(min(values)), "median": _json(statistics.median(values))}
+        return {"min": plain(min(values)), "median": plain(statistics.median(values))}
 
 
 def worst(entries: Iterable[Entry]) -> dict[str, float]:
@@ -293,7 +295,3 @@ def show(value: float | str) -> str:
     if isinstance(value, str):
         return value
     return f"{value:.7g}" if 0.99 < value < 1 else f"{value:.4g}"
-
-
-def _json(value: float) -> float | str:
-    return value if math.isfinite(value) else str(float(value))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toolchain.errors import DiffbuildError
+from toolchain.store.plain_json import encode
 from toolchain.terminal import lines, table
 
 if TYPE_CHECKING:
@@ -34,17 +33,9 @@ MADE_OF = ("graph", "weights", "packed")
 
 
 def document(data: Mapping[str, Any]) -> None:
-    """Prints the one JSON document of a command. Numbers that JSON does not know become null."""
+    """Prints the one JSON document of a command."""
     own = {key: value for key, value in data.items() if key != "schema"}
-    click.echo(json.dumps({"schema": SCHEMA, **_finite(own)}, indent=1, default=str))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+    click.echo(encode({"schema": SCHEMA, **own}))
 
 
 def failure(error: DiffbuildError, as_json: bool) -> None:

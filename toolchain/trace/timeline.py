@@ -5,13 +5,13 @@ The format: "Trace Event Format" of the Chromium project. Complete events ("X") 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from toolchain.store.files import write_atomic
+from toolchain.store.plain_json import encode
 from toolchain.terminal import table
 from toolchain.trace.operators import Launch, most_expensive
 
@@ -71,7 +71,7 @@ class Trace:
 
     def save(self, path: Path) -> None:
         """Writes the document, whole or not at all. StoreError when the disk refuses."""
-        write_atomic(path, (json.dumps(self.document()) + "\n").encode())
+        write_atomic(path, f"{encode(self.document(), indent=None)}\n".encode())
 
     def summary(self) -> dict[str, Any]:
         """Sums of the spans."""
