@@ -1,18 +1,17 @@
-"""Writes the README's tables of numbers from what lies in benchmarks/results.
+"""Writes the tables of numbers in README.md and docs/measurements.md from the JSON in benchmarks/results.
 
-python benchmarks/table.py        # rewrites README.md between its two marks; a test holds that both agree
+python benchmarks/table.py        # rewrites both pages between their marks; a test fails where they differ
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- numbers -->", "<!-- /numbers -->"
 
 Row = tuple[str, str]
 SPEED = {
@@ -29,7 +28,7 @@ PUBLISHED = {
 
 
 def speed(found: dict[str, Any]) -> Iterator[Row]:
-    """What others take is a multiple of ours, round by round in one run."""
+    """The others' times are multiples of ours, round by round in one run."""
     for name, title in SPEED.items():
         measured = found[name]
         ours = measured["contenders"]["diffbuild"]
@@ -38,22 +37,26 @@ def speed(found: dict[str, Any]) -> Iterator[Row]:
         share = ours["counts"]["loop_overhead_ms"] / ours["stages"]["denoise_ms"]["median"]
         noise = measured["own_noise"]["share"]
         yield (
-            "share of its loop outside the engine; how far the medians of two runs differ",
+            "share of its loop outside the engine; difference between the medians of two runs",
             f"{share:.3%}; {noise:.1%}",
         )
-        came, said = ours["grown_mb"], measured["forecast_mb"]
+        grown, forecast = ours["grown_mb"], measured["forecast_mb"]
         yield (
-            "memory that came with its engines; the forecast",
-            f"{came:.0f} MB; {said:.0f} MB ({said / came - 1:+.1%})",
+            "memory added by its engines; forecast",
+            f"{grown:.0f} MB; {forecast:.0f} MB ({forecast / grown - 1:+.1%})",
         )
 
 
 def options(found: dict[str, Any]) -> Iterator[Row]:
     times = found["ms_per_step"]
     ours = times["as built"]
-    yield "a step of the same SD 1.5 at half width, with one thing otherwise: as built", f"{ours:.0f} ms"
-    yield from ((f"&nbsp; {name}", f"{ms / ours:.2f} times as long") for name, ms in times.items() if ms != ours)
-    yield from ((f"&nbsp; {name}", "cannot be built") for name in found["failed"])
+    yield "one step of the same SD 1.5 at half width, as built", f"{ours:.0f} ms"
+    yield from (
+        (f"&nbsp; with one change: {name}", f"{ms / ours:.2f} times as long")
+        for name, ms in times.items()
+        if ms != ours
+    )
+    yield from ((f"&nbsp; with one change: {name}", "cannot be built") for name in found["failed"])
 
 
 def cpu(found: dict[str, Any]) -> Iterator[Row]:
@@ -61,7 +64,7 @@ def cpu(found: dict[str, Any]) -> Iterator[Row]:
     decibels = {name: value for name, value in found["psnr_db"].items() if isinstance(value, int | float)}
     refused = ", ".join(f"`{name}`" for name in found["psnr_db"] if name not in decibels)
     worst = min(decibels, key=lambda name: decibels[name])
-    own = ", ".join(f"{size / 1e6:.2f} MB" for size in sizes["own_bytes"].values())
+    per_bucket = ", ".join(f"{size / 1e6:.2f} MB" for size in sizes["own_bytes"].values())
     yield (
         "process start to PNG, `shapes`, 20 steps",
         f"{start['diffbuild']['median_s']:.2f} s; diffusers {start['diffusers']['median_s']:.2f} s, "
@@ -71,10 +74,10 @@ def cpu(found: dict[str, Any]) -> Iterator[Row]:
         f"picture against diffusers, float32, {len(decibels)} schedulers, 20 steps",
         f"PSNR >= {decibels[worst]:.0f} dB (worst: `{worst}`)" + (refused and f"; refused: {refused}"),
     )
-    yield "`build` of `shapes` with nothing to do", f"{found['build']['no_op']['median_s']:.2f} s"
+    yield "second `build` of `shapes`, with nothing to do", f"{found['build']['no_op']['median_s']:.2f} s"
     yield "first `build` of `shapes`, two buckets", f"{found['build']['first_s']:.0f} s"
-    yield "verified load of that bundle, two buckets warmed up", f"{found['verified_load']['median_s']:.2f} s"
-    yield "denoiser of `shapes` on disk", f"{sizes['shared_bytes'] / 1e6:.1f} MB shared, and per bucket {own}"
+    yield "load of that bundle, verified, two buckets warmed up", f"{found['verified_load']['median_s']:.2f} s"
+    yield "denoiser of `shapes` on disk", f"{sizes['shared_bytes'] / 1e6:.1f} MB shared, and per bucket {per_bucket}"
 
 
 def exports(found: dict[str, Any]) -> Iterator[Row]:
@@ -109,8 +112,8 @@ def merges(found: dict[str, Any]) -> Iterator[Row]:
     refused = sum(len(m["refused"]) for m in models.values())
     count = {len(m["buckets"]) for m in models.values()}
     yield (
-        f"the denoisers of {' or '.join(map(str, count))} buckets made one graph, real size: {names}",
-        f"{seconds} s; {refused} nodes that TensorRT's parser would refuse by its tables",
+        f"the denoisers of {' or '.join(map(str, count))} buckets merged into one graph, real size: {names}",
+        f"{seconds} s; {refused} nodes that TensorRT's parser would refuse, by its tables",
     )
 
 
@@ -138,8 +141,8 @@ def rtx_builds(found: dict[str, Any]) -> Iterator[Row]:
 def host_work(found: dict[str, Any]) -> Iterator[Row]:
     step, fresh = (found["steps"][kind]["us_per_step"] for kind in ("the same noise", "fresh noise in every step"))
     yield (
-        "host work per step of a GPU's loop, on a pretended GPU whose launches return at once",
-        f"{step:.0f} µs; with fresh noise in every step, drawn for {found['bucket']}, {fresh:.0f} µs",
+        "host work per step of a GPU's loop, on a simulated GPU whose launches return at once",
+        f"{step:.0f} µs; with fresh noise in every step, for {found['bucket']}, {fresh:.0f} µs",
     )
 
 
@@ -162,23 +165,66 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
 """Result -> the script that wrote it, and its rows."""
 
 
+SUMMARY = (
+    "process start to PNG, `shapes`, 20 steps",
+    "a picture, `shapes`, 20 steps with guidance",
+    "a picture, SD 1.5 at half width, random weights, 256x256, 10 steps with guidance",
+    "one step of SD 1.5, random weights, float32, 1x512x512",
+    "picture against diffusers, float32, 27 schedulers, 20 steps",
+    "second `build` of `shapes`, with nothing to do",
+    "export of the real-size SDXL step from its config, float16, 1x1024x1024",
+)
+"""The rows that the README shows."""
+
+
+def results(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def rows() -> list[Row]:
+    return [row for name, (_, make_rows) in SOURCES.items() for row in make_rows(results(name))]
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    return "\n".join(["| what | measured |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)])
+
+
+def summary() -> str:
+    """The README's table. KeyError where a row of SUMMARY is no longer measured."""
+    values = dict(rows())
+    return markdown((what, values[what]) for what in SUMMARY)
+
+
 def table() -> str:
-    lines, machines = ["| what | measured |", "|---|---|"], []
-    for name, (script, rows) in SOURCES.items():
-        found = json.loads((RESULTS / f"{name}.json").read_text())
-        lines += [f"| {what} | {value} |" for what, value in rows(found)]
-        on = found.get("machine")
+    """The table of docs/measurements.md: every row, and the machine behind each script."""
+    machines = []
+    for name, (script, _) in SOURCES.items():
+        on = results(name).get("machine")
         machines.append(f"- `{script}`" + (f": {on['cpu']}, {on['cores']} cores, Python {on['python']}" if on else ""))
-    return "\n".join(
-        [*lines, "", "From top to bottom, by these scripts, whose JSON lies in `benchmarks/results/`:", "", *machines]
-    )
+    intro = "From top to bottom, measured by these scripts, whose JSON is in `benchmarks/results/`:"
+    return "\n".join([markdown(rows()), "", intro, "", *machines])
+
+
+PAGES: dict[str, tuple[str, Callable[[], str]]] = {
+    "README.md": ("summary", summary),
+    "docs/measurements.md": ("numbers", table),
+}
+"""Page -> the mark around its table, and what writes it."""
+
+
+def parts(page: str) -> tuple[str, str, str]:
+    """A page before, in and after its table."""
+    mark = PAGES[page][0]
+    before, rest = (ROOT / page).read_text().split(f"<!-- {mark} -->\n")
+    inside, after = rest.split(f"<!-- /{mark} -->")
+    return before, inside.strip(), after
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    text = path.read_text()
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+    for page, (mark, write) in PAGES.items():
+        before, _, after = parts(page)
+        (ROOT / page).write_text(f"{before}<!-- {mark} -->\n{write()}\n<!-- /{mark} -->{after}")
 
 
 if __name__ == "__main__":
