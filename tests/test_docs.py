@@ -150,6 +150,27 @@ def test_every_recipe_key_is_in_the_reference(kind: type) -> None:
     assert {f.name for f in fields(kind)} - {"name"} <= words
 
 
+def test_the_messages_that_the_gpu_page_explains_are_those_of_the_source() -> None:
+    """By the last four words of each part: a name may stand before them, and a value between the parts."""
+    source = "\n".join(path.read_text() for path in (ROOT / "toolchain").rglob("*.py"))
+    source = re.sub(r'"\n *f?"', "", source)  # a message over two lines
+    page = PAGES["docs/gpu.md"].split("## When something fails")[1]
+    messages = re.findall(r"\*([^*]+)\*", page)
+    assert len(messages) >= 9
+    for part in " ... ".join(messages).replace("\n  ", " ").split("..."):
+        words = part.strip(" ,").split()[-4:]
+        assert " ".join(words) in source, part
+
+
+def test_functions_for_a_new_family_exist() -> None:
+    page = PAGES["CONTRIBUTING.md"].split("## A new family")[1].split("\n## ")[0]
+    named = re.findall(r"`(parts|vae|modules)\.(\w+)`", page)
+    assert len(named) >= 9
+    for module, function in named:
+        source = (ROOT / "toolchain" / "models" / f"{module}.py").read_text()
+        assert re.search(rf"^(def {function}\(|{function}\b.* = )", source, flags=re.MULTILINE), function
+
+
 def test_the_examples_draw_with_tables_of_the_bundle() -> None:
     """So that they run where diffusers is not."""
     tables = load_recipe(ROOT / "recipes" / "sd15-fp32.toml").sampling.tables
