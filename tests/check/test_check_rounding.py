@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPTextModel
 
 from tests.tiny import make_vae, recipe_for
 from toolchain.bundle.bundle import read_bundle
@@ -19,6 +20,7 @@ from toolchain.check.rounding import RoundedComponent
 from toolchain.models.registry import MODELS
 from toolchain.models.source import ModelSource, resolve_model
 from toolchain.recipe import ComponentRecipe, Tolerance
+from toolchain.signature import TensorSpec
 
 TOLERANCE = Tolerance(cosine=0.999, snr_db=30, max_error=0.1)
 WIDE = "decoder.mid_block.resnets.0"
@@ -41,9 +43,12 @@ def rounded(
     component, recipe = MODELS["sd"].component(name), recipe_for(name, **own)
     spec = component.spec(source, recipe.buckets[0], recipe)
     random = np.random.default_rng(0)
-    feeds = [
-        Feed(str(i), {t.name: random.normal(size=t.shape).astype(t.dtype) for t in spec.inputs}) for i in range(count)
-    ]
+
+    def draw(tensor: TensorSpec) -> np.ndarray:
+        values = random.normal(size=tensor.shape)
+        return (abs(values) if tensor.dtype.startswith("int") else values).astype(tensor.dtype)
+
+    feeds = [Feed(str(i), {t.name: draw(t) for t in spec.inputs}) for i in range(count)]
     with reference_module(component, source, recipe) as module:
         references = [call(module, spec, feed.inputs) for feed in feeds]
         return RoundedComponent(component, source, recipe, module).compare("b", spec, feeds, references, tolerance)
@@ -57,6 +62,19 @@ def test_what_leaves_float16_fails_and_is_named(loud: ModelSource) -> None:
     assert entry.output == "image, every value in float16"
     (kept,) = rounded("vae_decoder", loud, dtype="float16", keep_float32=(WIDE,))
     assert kept.passed, kept.describe()
+
+
+def test_a_residual_stream_that_overflows_takes_the_whole_component(tmp_path: Path, tiny_copy: Path) -> None:
+    """What a block adds to is too large as well: to keep the block alone would help nothing."""
+    torch.manual_seed(0)
+    model = CLIPTextModel.from_pretrained(tiny_copy / "text_encoder")
+    with torch.no_grad():
+        for layer in model.text_model.encoder.layers if hasattr(model, "text_model") else model.encoder.layers:
+            layer.mlp.fc2.weight.mul_(6e4 / layer.mlp.fc2.weight.abs().max())
+    model.save_pretrained(tiny_copy / "text_encoder")
+    source = resolve_model(str(tiny_copy))
+    (entry, *_) = (e for e in rounded("text_encoder", source, dtype="float16") if "finite" in e.failed)
+    assert entry.note == 'components.text_encoder.dtype = "float32"'
 
 
 def test_bfloat16_has_the_range_of_float32(loud: ModelSource) -> None:

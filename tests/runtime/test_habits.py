@@ -48,7 +48,8 @@ class TorchGenerator:
         {"seed": np.int64(3), "steps": np.uint8(4), "guidance": np.float32(2), "size": np.array([64, 96])},
         {"seed": [np.int32(3)], "steps": np.array(4), "guidance": np.float64(2), "size": [np.int16(64), 96]},
         {"seed": np.array([3]), "steps": 4, "guidance": 2, "size": [64, 96], "clip_skip": np.int64(0)},
-        RUN | {"output_type": "pil", "num_images_per_prompt": 1, "eta": 0.0, "return_dict": True, "generator": None},
+        RUN | {"output_type": "pil", "num_images_per_prompt": 1, "eta": 0.0, "return_dict": True},
+        RUN | {"cross_attention_kwargs": {}, "generator": None},
         RUN | {"negative_prompt": None, "clip_skip": None, "callback": None, "prompt_embeds": None, "crop": None},
     ],
     ids=["diffusers", "scalars", "zero-dimensional", "arrays", "defaults", "none"],
@@ -77,6 +78,7 @@ def test_arrays_stay_arrays(latents: np.ndarray) -> None:
     [
         ({"generator": TorchGenerator(7)}, "seed=7 "),
         ({"generator": [TorchGenerator(7), TorchGenerator(8)]}, r"seed=\[7, 8\] "),
+        ({"generator": []}, r"seed=\[\] "),
         ({"output_type": "latent"}, "decode=False"),
         ({"output_type": "np"}, r"np\.asarray"),
         ({"prompt_embeds": np.zeros((1, 2, 3))}, "give the prompt itself"),
@@ -96,6 +98,11 @@ def test_what_is_another_thing_here_is_answered(options: dict[str, Any], part: s
         asked(**options)
 
 
+def test_a_callback_is_a_function(pipe: toolchain.Pipeline) -> None:
+    with pytest.raises(RequestError, match="callback cannot be called"):
+        pipe("a", callback=3)
+
+
 def test_every_argument_of_diffusers_is_taken_or_answered() -> None:
     import diffusers
 
@@ -106,9 +113,7 @@ def test_every_argument_of_diffusers_is_taken_or_answered() -> None:
             names = {name for name in call.parameters if not name.endswith("_embeds")}
             assert names - known - {"self", "kwargs"} == set()
             for name in names & DEFAULTS.keys():
-                default = call.parameters[name].default
-                if name != "max_sequence_length":
-                    asked(**{name: default})
+                asked(**{name: call.parameters[name].default})
 
 
 def test_our_names_are_options() -> None:

@@ -166,6 +166,27 @@ def test_python_tells_of_an_image_that_cannot_be_decoded(tmp_path: Path) -> None
         check_images(image, 1)
 
 
+@pytest.mark.parametrize(
+    "image", [np.zeros((0, 0, 3), np.uint8), np.zeros((4, 0, 3), np.uint8), Image.new("RGB", (0, 3))]
+)
+def test_an_image_without_pixels(image: Any) -> None:
+    with pytest.raises(RequestError, match="image has no pixels"):
+        check_images(image, 1)
+
+
+def test_an_image_is_not_fetched() -> None:
+    with pytest.raises(RequestError, match="an image cannot be a URL") as error:
+        check_images("https://example.org/a.png", 1)
+    assert error.value.got == "https://example.org/a.png"
+
+
+def test_a_palette_with_alpha_is_read_without_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    image = rgb().quantize(8)
+    image.save(tmp_path / "palette.png", transparency=bytes(range(8)))
+    read_image(tmp_path / "palette.png")
+    assert not [warning for warning in recwarn if "PIL" in warning.filename]
+
+
 def test_a_photo_on_its_side_is_drawn_upright(tiny_bundle: Path, tmp_path: Path) -> None:
     """Both sides draw what diffusers' own reading of the file gives; on its side it would be another picture."""
     exif = Image.Exif()

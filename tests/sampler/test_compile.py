@@ -131,7 +131,7 @@ def test_zero_terminal_snr_of_an_epsilon_model_is_refused() -> None:
 )
 def test_every_scheduler_that_takes_a_list(spec: str, config: dict[str, Any], steps: int) -> None:
     """Verified against the scheduler that was given the list; its steps are what pipelines count."""
-    for linear_sigmas in (False, config is FLOW):
+    for linear_sigmas in (False, config is FLOW and spec.startswith("flow-")):
         table = compile_table(spec, 20, config, linear_sigmas=linear_sigmas)
         assert table.name == spec
         assert table.steps == table.evaluations == steps
@@ -139,6 +139,12 @@ def test_every_scheduler_that_takes_a_list(spec: str, config: dict[str, Any], st
     with quiet():
         scheduler.set_timesteps(**parse(spec).lists)
     np.testing.assert_array_equal(table.timesteps, scheduler.timesteps.numpy())
+
+
+def test_a_list_that_the_pipeline_of_flux_leaves_out() -> None:
+    """It sets sigmas to None for a scheduler with use_flow_sigmas, and draws with a number of steps instead."""
+    with pytest.raises(RequestError, match="FLUX's pipeline leaves a list of sigmas out for unipc"):
+        compile_table("unipc:sigmas=1 0.7 0.3", 20, FLOW, linear_sigmas=True)
 
 
 def test_a_list_that_diffusers_refuses() -> None:

@@ -83,16 +83,22 @@ class RoundedComponent:
     def _advice(self, spec: GraphSpec, inputs: Mapping[str, Any], overflows: bool) -> str:
         if not overflows:
             return f"no value leaves the range of {self.dtype}: precision is lost, not range"
-        names = self._too_large(spec, inputs) or self._first_not_finite(spec, inputs)
+        names = self._too_large(spec, inputs)
+        if names is None:
+            names = self._first_not_finite(spec, inputs)
         if not names:
             return f'components.{self.component.name}.dtype = "float32"'
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         listed = ", ".join(f'"{name}"' for name in names[:NAMED])
         return f"components.{self.component.name}.keep_float32 = [{listed}]{more}"
 
-    def _too_large(self, spec: GraphSpec, inputs: Mapping[str, Any]) -> list[str]:
+    def _too_large(self, spec: GraphSpec, inputs: Mapping[str, Any]) -> list[str] | None:
         """The smallest modules around the values of the reference that the type cannot hold, which take and give only
-        values that it can: kept in float32, nothing overflows between them."""
+        values that it can: kept in float32, nothing overflows between them.
+
+        Empty where only the whole component encloses them, such as in a residual stream; None where no module gives
+        such a value.
+        """
         limit = torch.finfo(getattr(torch, self.dtype)).max
         network = self._network(self.reference)
         fits: dict[str, bool] = {}
@@ -104,11 +110,12 @@ class RoundedComponent:
 
         with _watched(network, hook):
             call(self.reference, spec, inputs)
-        over = [name for name, fit in gives.items() if not fit]
-        found = {_enclosing(name, fits) for name in over if not any(other.startswith(f"{name}.") for other in over)}
-        if "" in found:
+        enclosing = {_enclosing(name, fits) for name, fit in gives.items() if not fit}
+        if not enclosing:
+            return None
+        if "" in enclosing:
             return []
-        return sorted(name for name in found if not any(name.startswith(f"{other}.") for other in found))
+        return sorted(name for name in enclosing if not any(name.startswith(f"{outer}.") for outer in enclosing))
 
     def _first_not_finite(self, spec: GraphSpec, inputs: Mapping[str, Any]) -> list[str]:
         """The module inside which a value that no module gives becomes too large; none where there is no such."""

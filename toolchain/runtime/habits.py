@@ -20,7 +20,8 @@ DEFAULTS: dict[str, tuple[object, ...]] = {
     "eta": (0, 0.0),
     "return_dict": (True,),
     "callback_on_step_end_tensor_inputs": (["latents"],),
-    "max_sequence_length": (),
+    "cross_attention_kwargs": ({},),
+    "joint_attention_kwargs": ({},),
     "aesthetic_score": (6.0,),
     "negative_aesthetic_score": (2.5,),
     "skip_layer_guidance_scale": (2.8,),
@@ -78,7 +79,7 @@ def _hint(name: str, value: Any) -> str | None:
     if name == "generator":
         given = value if isinstance(value, list | tuple) else [value]
         seeds = [g.initial_seed() if hasattr(g, "initial_seed") else 0 for g in given]
-        seed = seeds if len(seeds) > 1 else seeds[0]
+        seed = seeds[0] if len(seeds) == 1 else seeds
         return f"seed={seed} starts a generator for each picture that draws what torch's draws on the CPU"
     if name.endswith("_embeds"):
         return "the text encoders are part of the bundle: give the prompt itself"

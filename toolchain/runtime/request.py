@@ -8,6 +8,7 @@ import inspect
 import logging
 import math
 import secrets
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -300,6 +301,8 @@ def check_images(image: Picture | Sequence[Picture], count: int) -> list[Image.I
     images = []
     for one in given:
         if isinstance(one, str | Path):
+            if isinstance(one, str) and one.startswith(("http://", "https://")):
+                raise RequestError("an image cannot be a URL", expected="a file", got=one, hint="download it first")
             images.append(read_image(Path(one)))
             continue
         pixels = isinstance(one, np.ndarray) and one.dtype == np.uint8 and one.ndim == 3 and one.shape[2] == 3
@@ -309,6 +312,8 @@ def check_images(image: Picture | Sequence[Picture], count: int) -> list[Image.I
                 expected="a PIL image, its file or a uint8 array [H, W, 3], or a list of them",
                 got=f"{type(one).__name__} {getattr(one, 'dtype', '')} {getattr(one, 'shape', '')}".strip(),
             )
+        if 0 in (one.shape if isinstance(one, np.ndarray) else one.size):
+            raise RequestError("image has no pixels", expected="at least one", got=f"{type(one).__name__} of size 0")
         images.append(Image.fromarray(one) if isinstance(one, np.ndarray) else to_rgb(one))
     if not images or count % len(images):
         expected = f"{count}, or a number that divides it"
@@ -337,7 +342,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     try:
         frames = getattr(image, "n_frames", 1)
         upright = ImageOps.exif_transpose(image)
-        rgb = upright.convert("RGB")
+        with warnings.catch_warnings():  # Pillow advises to keep the alpha of a palette, which is dropped here
+            warnings.simplefilter("ignore", UserWarning)
+            rgb = upright.convert("RGB")
     except Exception as error:  # Pillow's decoders raise anything for a damaged file
         raise RequestError("the image cannot be decoded", got=error) from error
     if frames > 1:

@@ -26,6 +26,9 @@ REBUILD_GUIDED = "set classifier_free_guidance = true in the recipe and build ag
 
 def resolve(bundle: Bundle, options: Options) -> Request:
     """RequestError for anything that the bundle cannot do."""
+    if options.callback is not None and not callable(options.callback):
+        expected = "a function of one Progress"
+        raise RequestError("callback cannot be called", expected=expected, got=type(options.callback).__name__)
     given = [options.prompt, options.prompt_2, options.prompt_3]
     texts = ask.texts_by_encoder(bundle, "prompt", given, None)
     prompts = ask.check_texts("prompt", options.prompt)

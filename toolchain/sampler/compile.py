@@ -96,6 +96,12 @@ def prepare(
             got=steps,
             hint='take more steps, or set "skip_prk_steps": true in the model\'s scheduler_config.json',
         )
+    if linear_sigmas and spec.lists and scheduler.config.get("use_flow_sigmas"):
+        raise RequestError(
+            f"FLUX's pipeline leaves a list of sigmas out for {spec.name}, which computes flow sigmas of its own",
+            expected="the scheduler without a list, or a flow-matching scheduler such as euler",
+            got=spec.canonical,
+        )
     with refusals(f"{spec.canonical} with {steps} steps"):
         scheduler.set_timesteps(**_timing(scheduler, spec.lists or steps, tokens, linear_sigmas))
     timesteps: torch.Tensor = scheduler.timesteps
