@@ -306,8 +306,8 @@ def export(folder: Path, recipe_path: Path, name: str) -> dict[str, Any]:
     import onnx_ir as ir
 
     from toolchain.export.capture import capture
+    from toolchain.models.hub import resolve_model
     from toolchain.models.registry import family_of
-    from toolchain.models.source import resolve_model
     from toolchain.recipe import load_recipe
 
     recipe, source = load_recipe(recipe_path), resolve_model(str(folder))

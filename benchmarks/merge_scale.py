@@ -21,8 +21,8 @@ from toolchain.engines.tensorrt.backend import TensorRtBackend
 from toolchain.export.capture import capture
 from toolchain.graph.parser_rules import refusals
 from toolchain.graph.profiles import merge_buckets, read_profiles
+from toolchain.models.hub import resolve_model
 from toolchain.models.registry import family_of
-from toolchain.models.source import resolve_model
 from toolchain.recipe import Bucket, load_recipe
 
 TENSORRT = (11, 4)

@@ -27,8 +27,8 @@ from speed import half_width_recipe, write_half_width
 from toolchain.engines.buffers import HostMemory
 from toolchain.engines.onnxruntime import backend as ort
 from toolchain.export.capture import capture
+from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS
-from toolchain.models.source import resolve_model
 from toolchain.runtime.engines import BoundEngine
 from toolchain.weights.derived import find_tensors, weight_uses, write_weights
 from toolchain.weights.safetensors import read_folder

@@ -49,8 +49,8 @@ def recipe_of(model: str, *buckets: Bucket) -> Recipe:
 def write_model(model: str, folder: Path) -> dict[str, Any]:
     """Configs, a tokenizer and random weights: in fan-in scale for matrices, ones and zeros for norms."""
     from toolchain.export.capture import capture
+    from toolchain.models.hub import resolve_model
     from toolchain.models.registry import MODELS
-    from toolchain.models.source import resolve_model
     from toolchain.weights.derived import weight_uses
     from toolchain.weights.safetensors import write_safetensors
 
@@ -136,8 +136,8 @@ def step_by_engine(model: str, folder: Path) -> dict[str, Any]:
 def step_by_torch(model: str, folder: Path) -> dict[str, Any]:
     import torch
 
+    from toolchain.models.hub import resolve_model
     from toolchain.models.registry import MODELS
-    from toolchain.models.source import resolve_model
     from toolchain.sampler.compile import compile_table
 
     recipe, source = recipe_of(model, FIRST), resolve_model(str(folder))

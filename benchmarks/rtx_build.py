@@ -47,8 +47,8 @@ def export(model: str, folder: Path, all_buckets: bool) -> int:
     from toolchain.engines.registry import BACKENDS
     from toolchain.export.capture import capture
     from toolchain.graph.profiles import merge_buckets
+    from toolchain.models.hub import resolve_model
     from toolchain.models.registry import family_of
-    from toolchain.models.source import resolve_model
     from toolchain.recipe import load_recipe
 
     PUBLISHED[model].write(folder / "model")

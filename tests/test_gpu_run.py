@@ -347,8 +347,8 @@ def test_a_backend_that_cannot_run_is_skipped_with_the_reason(tiny_recipe: Path,
 def test_models_of_random_weights_are_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.export_scale import PUBLISHED, Published
     from benchmarks.gpu_run import models
+    from toolchain.models.hub import resolve_model
     from toolchain.models.registry import family_of
-    from toolchain.models.source import resolve_model
 
     files = json.loads(json.dumps(PUBLISHED["sd15"].files))
     files["unet/config.json"] |= {"block_out_channels": [32] * 4, "cross_attention_dim": 64, "layers_per_block": 1}

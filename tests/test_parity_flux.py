@@ -15,8 +15,8 @@ from tests.tiny_flux import T5_TOKENS, make_flux, recipe_text
 from toolchain.bundle.forecast import forecast
 from toolchain.check.pictures import compare_pictures, draw
 from toolchain.errors import RequestError
+from toolchain.models.hub import resolve_model
 from toolchain.models.registry import family_of
-from toolchain.models.source import resolve_model
 from toolchain.runtime.resolve import _warn_once
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")

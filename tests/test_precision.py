@@ -13,8 +13,8 @@ from tests.parity import LEAST_PSNR_DB, Build, draw_with_diffusers, least_psnr_d
 from toolchain.engines.buffers import HostMemory
 from toolchain.engines.registry import backend_of
 from toolchain.errors import RequestError
+from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS
-from toolchain.models.source import resolve_model
 from toolchain.runtime.engines import open_engine
 
 RECIPE = """\

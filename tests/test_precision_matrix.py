@@ -26,8 +26,8 @@ from toolchain.graph.parser_rules import refusals
 from toolchain.graph.placeholder import is_weight
 from toolchain.graph.profiles import merge_buckets, read_profiles
 from toolchain.graph.typed import check_types
+from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS
-from toolchain.models.source import resolve_model
 from toolchain.recipe import Bucket, Check, ComponentRecipe, Recipe
 from toolchain.store.artifacts import Store
 

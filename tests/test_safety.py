@@ -23,8 +23,8 @@ from toolchain.cli.main import cli
 from toolchain.engines.registry import backend_of
 from toolchain.errors import ModelError, RecipeError
 from toolchain.models import safety
+from toolchain.models.hub import resolve_model, select_files
 from toolchain.models.registry import MODELS, family_of
-from toolchain.models.source import resolve_model, select_files
 from toolchain.recipe import parse_recipe
 from toolchain.runtime.safety import prepare
 from toolchain.settings import SafetyInput

@@ -24,8 +24,8 @@ from toolchain.check.reference import reference_pipeline
 from toolchain.cli.main import cli
 from toolchain.errors import ModelError, UsageError
 from toolchain.models.component import Family
+from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS, family_for
-from toolchain.models.source import resolve_model
 from toolchain.runtime.prompt import PromptTokenizer
 from toolchain.store.artifacts import Store
 

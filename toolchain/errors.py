@@ -77,3 +77,8 @@ class BundleError(DiffbuildError):
 
 class SignatureError(BundleError):
     """A bundle is not signed by the key that is trusted: do not run it before you know who built it."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the advice that follows; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -34,7 +34,7 @@ RUN_ONLY |= {"engines.tensorrt.open_plan", "engines.tensorrt.runtime_cache", "en
 def entries() -> list[str]:
     """The modules that are called for a stage, for a family, for a backend."""
     stages = [f"builder.stages.{path.stem}" for path in (ROOT / "builder/stages").glob("[!_]*.py")]
-    families = [f"models.{name}" for name in MODELS]
+    families = [f"models.{name}_components" for name in MODELS]
     backends = [type(backend).__module__.removeprefix("toolchain.") for backend in BACKENDS.values()]
     return sorted({*stages, *families, *backends})
 
@@ -93,9 +93,10 @@ def test_what_only_runs_engines_decides_nothing(entry: str) -> None:
 
 @pytest.mark.parametrize("entry", [entry for entry in entries() if entry.startswith("models.")])
 def test_a_family_depends_on_no_other(entry: str) -> None:
-    # SDXL's networks are SD's, with more conditions.
-    others = {f"models.{name}" for name in MODELS} - {entry, "models.sd" if entry == "models.sdxl" else ""}
-    assert not others & set(CLOSURES[entry])
+    others = {f"models.{name}{kind}" for name in MODELS for kind in ("", "_components", "_step")}
+    own = {entry, entry.replace("_components", "_step")}
+    assert (others - own).isdisjoint(CLOSURES[entry])
+    assert own <= set(CLOSURES[entry])
 
 
 def test_backends_do_not_decide_for_each_other() -> None:
@@ -106,7 +107,10 @@ def test_backends_do_not_decide_for_each_other() -> None:
 
 
 def test_the_digest_is_of_all_entries() -> None:
-    assert len({code_digest("models.sd"), code_digest("models.flux"), code_digest("models.sd", "models.flux")}) == 3
+    both = ["models.sd_components", "models.flux_components"]
+    assert (
+        len({code_digest(*families) for families in (["models.sd_components"], ["models.flux_components"], both)}) == 3
+    )
 
 
 def text() -> str:

@@ -26,7 +26,8 @@ from toolchain.check.page import render
 from toolchain.check.report import CheckReport
 from toolchain.check.tables import compare_tables
 from toolchain.errors import BundleError, DiffbuildError, ModelError
-from toolchain.models.source import ModelSource, resolve_model
+from toolchain.models.hub import resolve_model
+from toolchain.models.source import ModelSource
 from toolchain.sampler.table import SamplerTable
 from toolchain.weights.mapped import read_header
 

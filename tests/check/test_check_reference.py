@@ -12,8 +12,8 @@ import torch
 from toolchain.bundle.bundle import read_bundle
 from toolchain.check.pictures import compare_pictures, draw
 from toolchain.check.reference import reference_pipeline
+from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS
-from toolchain.models.source import resolve_model
 from toolchain.recipe import Check, Sampling, load_recipe
 from toolchain.runtime.pipeline import Pipeline
 

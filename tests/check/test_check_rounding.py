@@ -17,8 +17,9 @@ from toolchain.check.measure import Feed, call
 from toolchain.check.reference import reference_module
 from toolchain.check.report import Entry
 from toolchain.check.rounding import RoundedComponent
+from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS
-from toolchain.models.source import ModelSource, resolve_model
+from toolchain.models.source import ModelSource
 from toolchain.recipe import ComponentRecipe, Tolerance
 from toolchain.signature import TensorSpec
 

@@ -17,8 +17,8 @@ from toolchain.engines.onnxruntime.backend import OnnxRuntimeBackend, cpu_featur
 from toolchain.engines.registry import BACKENDS, backend_of
 from toolchain.errors import EngineError, UsageError
 from toolchain.export.capture import capture
+from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS
-from toolchain.models.source import resolve_model
 from toolchain.recipe import Bucket
 from toolchain.signature import GraphSpec, TensorSpec
 from toolchain.weights.derived import find_tensors, weight_uses, write_weights

@@ -21,8 +21,8 @@ from toolchain.export.capture import TRANSLATIONS, capture, check_signature
 from toolchain.graph import OPSET
 from toolchain.graph.placeholder import is_weight
 from toolchain.models.component import Component
+from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS
-from toolchain.models.source import resolve_model
 from toolchain.recipe import Bucket
 from toolchain.signature import GraphSpec, TensorSpec
 from toolchain.weights.derived import find_tensors, weight_uses, write_weights

@@ -12,8 +12,8 @@ from tests.tiny import recipe_for
 from toolchain.errors import ExportError
 from toolchain.export.capture import capture
 from toolchain.models.component import Component
-from toolchain.models.modules import construct
-from toolchain.models.source import resolve_model
+from toolchain.models.construct import construct
+from toolchain.models.hub import resolve_model
 from toolchain.recipe import Bucket
 from toolchain.signature import GraphSpec, TensorSpec
 from toolchain.weights.derived import weight_uses
@@ -49,7 +49,15 @@ def component(*, persistent: bool, dtype: str = "float32", kept: tuple[str, ...]
     def module(*_: object) -> torch.nn.Module:
         return Wrapped(construct(lambda: torch.nn.Sequential(Shifted(persistent)), dtype, kept, "shifted"))
 
-    return Component("shifted", "unet", "inner.", True, True, lambda *_: SPEC, module, module)
+    return Component(
+        name="shifted",
+        folder="unet",
+        prefix="inner.",
+        per_bucket=True,
+        spec=lambda *_: SPEC,
+        module=module,
+        reference=module,
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from toolchain.builder.stages.graph import GRAPH
 from toolchain.builder.stages.weights import prepared
 from toolchain.errors import ExportError
 from toolchain.graph.typed import check_types
+from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS
-from toolchain.models.source import resolve_model
 from toolchain.recipe import Bucket
 
 BF16 = ir.DataType.BFLOAT16

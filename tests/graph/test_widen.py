@@ -18,8 +18,8 @@ from toolchain.graph.parser_rules import refusals
 from toolchain.graph.parser_tables import NO_BFLOAT16, OLDEST, TAKES_RTX
 from toolchain.graph.typed import check_types
 from toolchain.graph.widen import widen_operators
+from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS
-from toolchain.models.source import resolve_model
 from toolchain.recipe import Bucket
 
 BF, HALF, FLOAT = ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.FLOAT

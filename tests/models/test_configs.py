@@ -20,8 +20,8 @@ from tests.parity import LEAST_PSNR_DB, Build, least_psnr_db
 from tests.tiny import TEXT_LENGTH, make_sd, make_vae, recipe_for
 from tests.tiny import write_tokenizer as write_vocabulary
 from toolchain.export.capture import capture
+from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS, family_of
-from toolchain.models.source import resolve_model
 from toolchain.models.tokenizers import write_tokenizer
 from toolchain.models.vae import normalised, scaled, shifted
 from toolchain.runtime.prompt import PromptTokenizer
@@ -229,7 +229,7 @@ def test_latents_that_are_normalised_channel_by_channel(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("value", "embedded"), [(True, True), (1, True), (False, False), (None, False)])
 def test_guidance_embeds_is_whatever_is_true(tmp_path: Path, value: object, embedded: bool) -> None:
-    from toolchain.models.flux import embeds_guidance
+    from toolchain.models.flux_components import embeds_guidance
     from toolchain.models.source import ModelSource
 
     (tmp_path / "transformer").mkdir()

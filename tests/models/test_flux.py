@@ -20,8 +20,9 @@ from toolchain.errors import ModelError, RecipeError
 from toolchain.export.capture import capture
 from toolchain.graph.placeholder import is_weight
 from toolchain.models.flux_step import pack, rotary_tables, unpack
+from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS, family_of
-from toolchain.models.source import ModelSource, resolve_model
+from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, ComponentRecipe, Recipe, load_recipe, parse_recipe
 from toolchain.sampler.table import MAX_EVALUATIONS, MAX_STATES, ROW, split, step_reference
 from toolchain.weights.derived import find_tensors, weight_uses

@@ -11,9 +11,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from tests.tiny import recipe_for
 from toolchain.errors import RecipeError
 from toolchain.export.capture import capture
-from toolchain.models.modules import construct
+from toolchain.models.construct import construct
+from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS
-from toolchain.models.source import ModelSource, resolve_model
+from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, Recipe
 
 BUCKET = Bucket(1, 64, 64)

@@ -11,8 +11,8 @@ import diffusers
 import pytest
 
 from tests.sampler.scheduler_configs import FLOW, SD
-from toolchain.models.sd import scheduler_config
-from toolchain.models.source import resolve_model
+from toolchain.models.hub import resolve_model
+from toolchain.models.sd_components import scheduler_config
 from toolchain.sampler.schedulers import create, parse, quiet
 
 SILENT = {key: value for key, value in SD.items() if key not in ("clip_sample", "steps_offset", "_class_name")}

@@ -22,8 +22,9 @@ from toolchain.builder.plan import check_recipe
 from toolchain.engines.registry import backend_of
 from toolchain.errors import DiffbuildError, ModelError, RecipeError
 from toolchain.export.capture import capture
+from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS, family_of
-from toolchain.models.source import ModelSource, resolve_model
+from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, Recipe, load_recipe, parse_recipe
 from toolchain.sampler.table import MAX_STATES, ROW
 from toolchain.weights.derived import find_tensors, weight_uses, write_weights

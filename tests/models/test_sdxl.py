@@ -19,8 +19,9 @@ from tests.tiny_sdxl import LAYERS, POOLED, TIME_EMBEDDING, WIDTHS, make_sdxl
 from toolchain.errors import DiffbuildError, ModelError, RecipeError
 from toolchain.export.capture import capture
 from toolchain.graph.placeholder import is_weight
+from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS, family_of
-from toolchain.models.source import ModelSource, resolve_model
+from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, Check, ComponentRecipe, Recipe, load_recipe
 from toolchain.sampler.table import MAX_STATES, ROW
 

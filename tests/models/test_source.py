@@ -14,8 +14,9 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 
 from tests.tiny import recipe_for
 from toolchain.errors import ModelError
+from toolchain.models.hub import resolve_model, select_files
 from toolchain.models.registry import MODELS, family_of
-from toolchain.models.source import ModelSource, resolve_model, select_files
+from toolchain.models.source import ModelSource
 
 
 def edit(path: Path, **changes: object) -> None:

@@ -21,8 +21,9 @@ from tests.tiny_t5 import write_t5_tokenizer
 from toolchain.errors import DiffbuildError, ModelError, RecipeError
 from toolchain.export.capture import capture
 from toolchain.graph.placeholder import is_weight
-from toolchain.models import parts
+from toolchain.models.checks import T5_WIDE, check_t5
 from toolchain.models.source import ModelSource
+from toolchain.models.text_encoders import t5_text_encoder
 from toolchain.recipe import Bucket, Recipe
 from toolchain.weights.derived import find_tensors, weight_uses, write_weights
 from toolchain.weights.safetensors import read_folder
@@ -30,8 +31,8 @@ from toolchain.weights.safetensors import read_folder
 BUCKET = Bucket(1, 64, 64)
 FOLDER = "text_encoder_2"
 TOKENS = 24
-COMPONENT = parts.t5_text_encoder(FOLDER, context="context", tokens=TOKENS, optional=False)
-WIDE = parts.T5_WIDE
+COMPONENT = t5_text_encoder(FOLDER, context="context", tokens=TOKENS, optional=False)
+WIDE = T5_WIDE
 PRECISIONS = [("float32", ()), ("float16", (WIDE,)), ("bfloat16", ()), ("bfloat16", (WIDE,))]
 TIED = ("shared.weight", "encoder.embed_tokens.weight")
 IDS = torch.tensor([[5, 17, 3, 40, 41, 1, *[0] * (TOKENS - 6)]])
@@ -206,7 +207,7 @@ def test_its_length_is_the_recipes(source: ModelSource) -> None:
 
 
 def check(source: ModelSource, recipe: Recipe) -> None:
-    parts.check_t5(source, FOLDER, FOLDER, recipe, 512)
+    check_t5(source, FOLDER, FOLDER, recipe, 512)
 
 
 GOOD: list[dict[str, Any]] = [

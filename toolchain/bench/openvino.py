@@ -33,7 +33,7 @@ def plain_graphs(bundle: Bundle, model: Path, out: Path, progress: Callable[[str
     from toolchain.builder.stages.graph import GRAPH
     from toolchain.builder.stages.weights import WEIGHTS, prepared
     from toolchain.builder.steps import StepId
-    from toolchain.models.source import resolve_model
+    from toolchain.models.hub import resolve_model
     from toolchain.store.artifacts import Store, default_store
 
     plan = make_plan(bundle.recipe, resolve_model(str(model)), Store(default_store()))

@@ -106,8 +106,8 @@ def diffusers(bundle: str, model: str, parts: Parts, compiled: bool = False) -> 
 
     from toolchain.bundle.bundle import read_bundle
     from toolchain.check.reference import reference_pipeline, text_length
+    from toolchain.models.hub import resolve_model
     from toolchain.models.registry import family_of
-    from toolchain.models.source import resolve_model
     from toolchain.sampler.schedulers import create, parse, quiet, reference_kwargs
 
     parts.done("imports_ms")

@@ -8,8 +8,9 @@ from pathlib import Path
 from toolchain.builder import stages
 from toolchain.builder.steps import code_digest, tool_versions
 from toolchain.errors import ModelError, UsageError
+from toolchain.models.hub import UNUSED_FOLDERS, resolve_model
 from toolchain.models.registry import family_for
-from toolchain.models.source import UNUSED_FOLDERS, ModelSource, resolve_model
+from toolchain.models.source import ModelSource
 from toolchain.store.artifacts import Json, Store, default_store
 from toolchain.weights.mapped import NOT_QUANTIZED, read_header, require_plain
 

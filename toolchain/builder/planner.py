@@ -122,7 +122,7 @@ class Planner:
         """The modules whose closures decide what a stage writes, for this family and this backend."""
         entries = [f"builder.stages.{stage}"]
         if family:
-            entries.append(f"models.{self.family.name}")
+            entries.append(f"models.{self.family.name}_components")
         if backend:
             entries.append(type(self.backend).__module__.removeprefix("toolchain."))
         return entries

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ModelError
 from toolchain.models.component import Component, Family
+from toolchain.models.hub import SAFETY_FOLDERS, UNUSED_FOLDERS
 from toolchain.models.single_file import quiet_libraries
-from toolchain.models.source import SAFETY_FOLDERS, UNUSED_FOLDERS, ModelSource
+from toolchain.models.source import ModelSource
 from toolchain.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from toolchain.errors import DiffbuildError, ExportError, ModelError
+from toolchain.errors import DiffbuildError, ExportError, ModelError, first_line
 from toolchain.garbage import kept_garbage
 from toolchain.graph import IR_VERSION, OPSET
 from toolchain.graph.liveness import facts
@@ -31,7 +31,6 @@ from toolchain.graph.round_trips import drop_round_trips
 from toolchain.graph.simplify import simplify
 from toolchain.graph.typed import check_types
 from toolchain.models.component import Component
-from toolchain.models.source import first_line
 from toolchain.recipe import Bucket, Recipe
 from toolchain.signature import GraphSpec
 from toolchain.store.facts import GRAPH_FACTS
@@ -64,7 +63,7 @@ def capture(component: Component, source: ModelSource, recipe: Recipe, bucket: B
     does not have the component's signature or breaks ONNX's rules of types and shapes.
     """
     spec = component.spec(source, bucket, recipe)
-    fake = FakeTensorMode(allow_non_fake_inputs=True) if component.weightless else contextlib.nullcontext()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         # A trace makes millions of objects and little garbage: looking for it takes 5 to 10 % of the time.
         with _quiet(), _translations_read_once(), kept_garbage(), fake, torch.no_grad():

@@ -16,14 +16,13 @@ if TYPE_CHECKING:
     from toolchain.models.source import ModelSource
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Component:
     """One compiled part of a model.
 
     folder      subfolder of the diffusers model that holds its config.json and weights
     prefix      attribute path of the checkpoint's module inside the exported wrapper, with a trailing dot
     per_bucket  False where the graph is the same for every bucket (text encoders run one prompt at a time)
-    weightless  captured under fake tensors: no memory for weights; False where the exporter needs real tensors
     spec        (source, bucket, recipe) -> signature
     module      (source, recipe) -> the wrapper to export, built from the config alone
     reference   (source, recipe) -> the same wrapper with the checkpoint's weights in float32
@@ -39,7 +38,6 @@ class Component:
     folder: str
     prefix: str
     per_bucket: bool
-    weightless: bool
     spec: Callable[[ModelSource, Bucket, Recipe], GraphSpec]
     module: Callable[[ModelSource, Recipe], nn.Module]
     reference: Callable[[ModelSource, Recipe], nn.Module]
@@ -47,7 +45,7 @@ class Component:
     optional: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A kind of model: its components in the order in which a picture passes through them.
 

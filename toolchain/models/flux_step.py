@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from toolchain.models.modules import begin, finish, guide, unused
+from toolchain.models.step import begin, finish, guide, unused
 
 
 class FluxStep(nn.Module):

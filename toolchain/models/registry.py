@@ -1,4 +1,4 @@
-"""What is compiled: model families, and where models come from. `MODELS` is the list of supported families."""
+"""The families that are supported, and which of them a model and a recipe belong to."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import logging
 from functools import cache
 
 from toolchain.errors import ModelError
-from toolchain.models.component import Component, Family
+from toolchain.models.component import Family
 from toolchain.models.flux import FLUX
 from toolchain.models.sd import SD
 from toolchain.models.sd3 import SD3
 from toolchain.models.sdxl import SDXL
-from toolchain.models.source import ModelSource, resolve_model
+from toolchain.models.source import ModelSource
 from toolchain.recipe import Recipe
 
 log = logging.getLogger("toolchain")
-__all__ = ["MODELS", "Component", "Family", "ModelSource", "family_for", "family_of", "named_family", "resolve_model"]
 
 MODELS: dict[str, Family] = {"sd": SD, "sdxl": SDXL, "sd3": SD3, "flux": FLUX}
 

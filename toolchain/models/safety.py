@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ModelError
 from toolchain.models.component import Component
-from toolchain.models.refusals import refuse_code
+from toolchain.models.networks import load_weights
 from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, Recipe
 from toolchain.settings import SafetyInput
@@ -40,24 +40,6 @@ def state(source: ModelSource, recipe: Recipe) -> str | None:
         return COMPILED
     has = source.index.get(CHECKER) not in (None, [None, None])
     return LEFT_OUT if has or source.index.get("requires_safety_checker") is True else None
-
-
-def check(source: ModelSource, recipe: Recipe) -> None:
-    """ModelError for a checker that is to be compiled and is not there, or not the one that this compiles."""
-    if not recipe.safety.checker:
-        return
-    for name, classes in ((CHECKER, CLASSES), (EXTRACTOR, EXTRACTORS)):
-        entry = source.index.get(name)
-        if not (isinstance(entry, list) and len(entry) == 2 and entry[1] in classes):
-            raise ModelError(
-                f"the model has no {name.replace('_', ' ')} that could be compiled",
-                where=source.path / "model_index.json",
-                expected=" or ".join(classes),
-                got=repr(entry),
-                hint="remove safety.checker from the recipe, or take a model that comes with one",
-            )
-    refuse_code(source, CHECKER)
-    extracted(source)
 
 
 def extracted(source: ModelSource) -> SafetyInput:
@@ -98,34 +80,34 @@ def _spec(source: ModelSource, bucket: Bucket, recipe: Recipe) -> GraphSpec:
 def _module(source: ModelSource, recipe: Recipe) -> nn.Module:
     from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 
-    from toolchain.models.modules import construct
+    from toolchain.models.construct import construct
     from toolchain.models.safety_module import SafetyChecker
 
     own = recipe.component(CHECKER)
     config = _config(source)
     config.vision_config.dtype = own.dtype
-    made = construct(lambda: StableDiffusionSafetyChecker(config), own.dtype, own.keep_float32, CHECKER)
-    return SafetyChecker(made, own.dtype)
+    checker = construct(lambda: StableDiffusionSafetyChecker(config), own.dtype, own.keep_float32, CHECKER)
+    return SafetyChecker(checker, own.dtype)
 
 
 def _reference(source: ModelSource, recipe: Recipe) -> nn.Module:
-    import torch
     from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 
     from toolchain.models.safety_module import SafetyChecker
 
-    made = StableDiffusionSafetyChecker.from_pretrained(
-        source.path / CHECKER,
-        dtype=torch.float32,
-        use_safetensors=True,
-        variant=source.variant(CHECKER),
-        attn_implementation=ATTENTION,
-    )
-    return SafetyChecker(made.eval(), "float32")
+    checker = load_weights(StableDiffusionSafetyChecker, source, CHECKER, attn_implementation=ATTENTION)
+    return SafetyChecker(checker, "float32")
 
 
 def safety_checker() -> Component:
     """What a CLIP image processor made of a picture [1, 3, S, S] -> scores [1, 17], above 0 for what is unsafe, and
     `flagged` [1] int64: 1 where any is, rounded as diffusers does."""
-    # Not weightless: the vision model's position ids are a buffer that is in no checkpoint, and it is small.
-    return Component(CHECKER, CHECKER, "checker.", False, False, _spec, _module, _reference)
+    return Component(
+        name=CHECKER,
+        folder=CHECKER,
+        prefix="checker.",
+        per_bucket=False,
+        spec=_spec,
+        module=_module,
+        reference=_reference,
+    )

@@ -16,11 +16,20 @@ class SafetyChecker(nn.Module):
     def __init__(self, checker: nn.Module, dtype: str) -> None:
         super().__init__()
         self.checker = checker
+        # Where the vision model keeps its positions differs between releases of transformers.
+        self.embeddings = next(name for name, m in checker.named_modules() if "position_ids" in m._buffers)
+        vision = checker.get_submodule(self.embeddings)
+        self.positions = vision.get_buffer("position_ids").shape[-1]
+        del vision.position_ids
         self.dtype: torch.dtype = getattr(torch, dtype)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         checker: Any = self.checker
+        embeddings: Any = checker.get_submodule(self.embeddings)
+        # Set here, because the model's own are a buffer outside the checkpoint, which has no values under fake tensors.
+        embeddings.position_ids = torch.arange(self.positions)[None]
         pooled = checker.vision_model(image.to(self.dtype))[1]
+        embeddings.position_ids = None
         embedded = nn.functional.normalize(checker.visual_projection(pooled))
         special = _cosine(embedded, checker.special_care_embeds) - checker.special_care_embeds_weights.float()
         care = _above_zero(special).float()[:, None] * SPECIAL_ADJUSTMENT

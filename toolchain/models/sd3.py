@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 from toolchain.errors import ModelError, RecipeError
-from toolchain.models import parts, vae
-from toolchain.models.component import Component, Family
+from toolchain.models import checks, vae
+from toolchain.models.component import Family
+from toolchain.models.sd3_components import CLIPS, COMPONENTS, PENULTIMATE, T5
 from toolchain.models.source import ModelSource
-from toolchain.recipe import Bucket, Recipe
+from toolchain.models.text_encoders import clip_layers
+from toolchain.recipe import Recipe
 from toolchain.settings import ModelSettings
-from toolchain.signature import GraphSpec
 
-if TYPE_CHECKING:
-    from torch import nn
-
-CLIPS = ("text_encoder", "text_encoder_2")
-T5 = "text_encoder_3"
 CLASSES = {
     "text_encoder": ("CLIPTextModelWithProjection",),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
     "transformer": ("SD3Transformer2DModel",),
     "vae": ("AutoencoderKL",),
-    "tokenizer": parts.CLIP_TOKENIZERS,
-    "tokenizer_2": parts.CLIP_TOKENIZERS,
+    "tokenizer": checks.CLIP_TOKENIZERS,
+    "tokenizer_2": checks.CLIP_TOKENIZERS,
 }
-T5_CLASSES = {T5: ("T5EncoderModel",), "tokenizer_3": parts.T5_TOKENIZERS}
-# The hidden state that both CLIP text encoders give, counted from the last.
-PENULTIMATE = 2
-T5_TOKENS = 256
-"""The pipeline's default, and how many zeros stand for T5's tokens where it is left out."""
+T5_CLASSES = {T5: ("T5EncoderModel",), "tokenizer_3": checks.T5_TOKENIZERS}
 T5_MOST_TOKENS = 512
 """The most that the pipeline allows."""
 # What diffusers takes where the transformer's config is silent.
@@ -40,57 +31,22 @@ HEADS = 18
 HEAD_SIZE = 64
 
 
-def step_spec(source: ModelSource, bucket: Bucket, recipe: Recipe) -> GraphSpec:
-    rows = bucket.batch * (2 if recipe.classifier_free_guidance else 1)
-    length = parts.clip_length(source, CLIPS[0])
-    widths = [int(source.setting(folder, "hidden_size")) for folder in CLIPS]
-    projections = [int(source.setting(folder, "projection_dim")) for folder in CLIPS]
-    inputs: dict[str, tuple[int, ...]] = {
-        "context": (rows, length, widths[0]),
-        "context_2": (rows, length, widths[1]),
-        "pooled": (rows, projections[0]),
-        "pooled_2": (rows, projections[1]),
-    }
-    if T5 not in recipe.without:
-        tokens = recipe.component(T5).tokens or T5_TOKENS
-        inputs["context_3"] = (rows, tokens, int(source.setting(T5, "d_model")))
-    return parts.step_spec(parts.latent_shape(source, bucket), inputs, source.config("scheduler"))
-
-
-def step_module(source: ModelSource, recipe: Recipe) -> nn.Module:
-    transformer = parts.make_network(source, "transformer", "SD3Transformer2DModel", recipe, "denoiser")
-    return _wrap(transformer, source, recipe, recipe.component("denoiser").dtype)
-
-
-def step_reference(source: ModelSource, recipe: Recipe) -> nn.Module:
-    transformer = parts.load_network(source, "transformer", "SD3Transformer2DModel")
-    return _wrap(transformer, source, recipe, "float32")
-
-
-def _wrap(transformer: nn.Module, source: ModelSource, recipe: Recipe, dtype: str) -> nn.Module:
-    from toolchain.models.sd3_step import SD3Step
-
-    width = int(source.setting("transformer", "joint_attention_dim"))
-    guided = recipe.classifier_free_guidance
-    return SD3Step(transformer, guided=guided, width=width, empty=T5_TOKENS, dtype=dtype)
-
-
 def check(source: ModelSource, recipe: Recipe) -> None:
     """Refuses what the graphs do not cover, from the configs alone."""
     _check_t5_is_there(source, recipe)
-    parts.check_classes(source, CLASSES if T5 in recipe.without else CLASSES | T5_CLASSES)
+    checks.check_classes(source, CLASSES if T5 in recipe.without else CLASSES | T5_CLASSES)
     latent_channels = source.setting("vae", "latent_channels")
-    vae.check(source, vae.shifted)
+    checks.check_vae(source, vae.shifted)
     for folder in CLIPS:
-        parts.check_clip(source, folder, "transformer")
+        checks.check_clip(source, folder, "transformer")
         projection = source.setting(folder, "projection_dim")
-        parts.check_sizes(
+        checks.check_sizes(
             source,
-            {(folder, "projection_dim"): projection, (folder, "num_hidden_layers"): parts.clip_layers(source, folder)},
+            {(folder, "projection_dim"): projection, (folder, "num_hidden_layers"): clip_layers(source, folder)},
         )
-    parts.check_lengths(source, CLIPS)
+    checks.check_lengths(source, CLIPS)
     if T5 not in recipe.without:
-        parts.check_t5(source, T5, "transformer", recipe, T5_MOST_TOKENS)
+        checks.check_t5(source, T5, "transformer", recipe, T5_MOST_TOKENS)
     _check_transformer(source, recipe, latent_channels)
     _check_widths(source, recipe)
 
@@ -116,8 +72,8 @@ def _check_transformer(source: ModelSource, recipe: Recipe, latent_channels: int
         "num_attention_heads": config.get("num_attention_heads", HEADS),
         "attention_head_dim": config.get("attention_head_dim", HEAD_SIZE),
     }
-    parts.check_sizes(source, {("transformer", key): value for key, value in sizes.items()})
-    parts.check_channels(source, "transformer", latent_channels)
+    checks.check_sizes(source, {("transformer", key): value for key, value in sizes.items()})
+    checks.check_channels(source, "transformer", latent_channels)
     if config.get("out_channels") not in (None, latent_channels):
         raise ModelError(
             "the transformer gives other channels than it takes",
@@ -126,22 +82,22 @@ def _check_transformer(source: ModelSource, recipe: Recipe, latent_channels: int
             got=config["out_channels"],
         )
     inner = sizes["num_attention_heads"] * sizes["attention_head_dim"]
-    parts.check_equal(
+    checks.check_equal(
         source, "transformer", "caption_projection_dim", inner, "num_attention_heads times attention_head_dim"
     )
-    pixels = sizes["pos_embed_max_size"] * sizes["patch_size"] * parts.vae_factor(source)
-    parts.check_positions(recipe, pixels, f"pos_embed_max_size = {sizes['pos_embed_max_size']} in {where}")
+    pixels = sizes["pos_embed_max_size"] * sizes["patch_size"] * vae.vae_factor(source)
+    checks.check_positions(recipe, pixels, f"pos_embed_max_size = {sizes['pos_embed_max_size']} in {where}")
 
 
 def _check_widths(source: ModelSource, recipe: Recipe) -> None:
     joint = source.setting("transformer", "joint_attention_dim")
-    parts.check_sizes(source, {("transformer", "joint_attention_dim"): joint})
+    checks.check_sizes(source, {("transformer", "joint_attention_dim"): joint})
     pooled = sum(source.setting(folder, "projection_dim") for folder in CLIPS)
-    parts.check_equal(
+    checks.check_equal(
         source, "transformer", "pooled_projection_dim", pooled, "both CLIP text encoders' projection_dim together"
     )
     if T5 not in recipe.without:
-        parts.check_equal(
+        checks.check_equal(
             source, "transformer", "joint_attention_dim", source.setting(T5, "d_model"), f"{T5}'s d_model"
         )
     clip = sum(source.setting(folder, "hidden_size") for folder in CLIPS)
@@ -162,7 +118,7 @@ def _patch_size(source: ModelSource) -> int:
 
 
 def settings(source: ModelSource) -> ModelSettings:
-    factor = parts.vae_factor(source)
+    factor = vae.vae_factor(source)
     token = factor * _patch_size(source)
     return ModelSettings(
         scheduler=source.config("scheduler"),
@@ -170,13 +126,8 @@ def settings(source: ModelSource) -> ModelSettings:
         multiple=token,
         token_pixels=token,
         early_start=True,
-        max_clip_skip=min(parts.clip_layers(source, folder) for folder in CLIPS) - (PENULTIMATE - 1),
+        max_clip_skip=min(clip_layers(source, folder) for folder in CLIPS) - (PENULTIMATE - 1),
     )
-
-
-def _clip(folder: str, context: str, pooled: str) -> Component:
-    cls = "CLIPTextModelWithProjection"
-    return parts.clip_text_encoder(folder, cls=cls, layer=PENULTIMATE, context=context, pooled=pooled)
 
 
 SD3 = Family(
@@ -190,14 +141,7 @@ SD3 = Family(
         "StableDiffusion3PAGPipeline",
         "StableDiffusion3PAGImg2ImgPipeline",
     ),
-    components=(
-        _clip("text_encoder", "context", "pooled"),
-        _clip("text_encoder_2", "context_2", "pooled_2"),
-        parts.t5_text_encoder(T5, context="context_3", tokens=T5_TOKENS, optional=True),
-        Component("denoiser", "transformer", "transformer.", True, True, step_spec, step_module, step_reference),
-        vae.vae_decoder(vae.shifted),
-        vae.vae_encoder(vae.shifted),
-    ),
+    components=COMPONENTS,
     check=check,
     settings=settings,
     inversion=False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from toolchain.models.modules import begin, finish, guide, unused
+from toolchain.models.step import begin, finish, guide, unused
 
 
 class SD3Step(nn.Module):

@@ -3,74 +3,37 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 from toolchain.errors import ModelError, RecipeError
-from toolchain.models import parts, vae
-from toolchain.models.component import Component, Family
-from toolchain.models.sd import FOREIGN_UNET_SETTINGS, check_output, refuse_settings
+from toolchain.models import checks, vae
+from toolchain.models.component import Family
+from toolchain.models.sdxl_components import COMPONENTS, ENCODERS, PENULTIMATE, TIME_IDS
 from toolchain.models.source import ModelSource
-from toolchain.recipe import Bucket, Recipe
+from toolchain.models.text_encoders import clip_layers
+from toolchain.recipe import Recipe
 from toolchain.settings import ModelSettings
-from toolchain.signature import GraphSpec
 
-if TYPE_CHECKING:
-    from torch import nn
-
-ENCODERS = ("text_encoder", "text_encoder_2")
 CLASSES = {
     "text_encoder": ("CLIPTextModel",),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
-    "tokenizer": parts.CLIP_TOKENIZERS,
-    "tokenizer_2": parts.CLIP_TOKENIZERS,
+    "tokenizer": checks.CLIP_TOKENIZERS,
+    "tokenizer_2": checks.CLIP_TOKENIZERS,
 }
-FOREIGN_SETTINGS = {key: why for key, why in FOREIGN_UNET_SETTINGS.items() if key != "addition_embed_type"}
-# Original height and width, top and left of the crop, target height and width.
-TIME_IDS = 6
-# The hidden state that both text encoders give, counted from the last.
-PENULTIMATE = 2
-
-
-def step_spec(source: ModelSource, bucket: Bucket, recipe: Recipe) -> GraphSpec:
-    rows = bucket.batch * (2 if recipe.classifier_free_guidance else 1)
-    length = parts.clip_length(source, "text_encoder")
-    widths = [int(source.setting(folder, "hidden_size")) for folder in ENCODERS]
-    inputs = {
-        "guidance_rescale": (1,),
-        "context": (rows, length, widths[0]),
-        "context_2": (rows, length, widths[1]),
-        "pooled": (rows, int(source.setting("text_encoder_2", "projection_dim"))),
-        "time_ids": (rows, TIME_IDS),
-    }
-    return parts.step_spec(parts.latent_shape(source, bucket), inputs, source.config("scheduler"))
-
-
-def step_module(source: ModelSource, recipe: Recipe) -> nn.Module:
-    from toolchain.models.sdxl_step import SDXLStep
-
-    unet = parts.make_network(source, "unet", "UNet2DConditionModel", recipe, "denoiser")
-    return SDXLStep(unet, recipe.classifier_free_guidance, recipe.component("denoiser").dtype)
-
-
-def step_reference(source: ModelSource, recipe: Recipe) -> nn.Module:
-    from toolchain.models.sdxl_step import SDXLStep
-
-    unet = parts.load_network(source, "unet", "UNet2DConditionModel")
-    return SDXLStep(unet, recipe.classifier_free_guidance, "float32")
+FOREIGN_SETTINGS = {key: why for key, why in checks.FOREIGN_UNET_SETTINGS.items() if key != "addition_embed_type"}
 
 
 def check(source: ModelSource, recipe: Recipe) -> None:
     """Refuses what the graphs do not cover, from the configs alone."""
     _refuse_refiner(source)
-    parts.check_classes(source, CLASSES)
+    checks.check_classes(source, CLASSES)
     latent_channels = source.setting("vae", "latent_channels")
-    vae.check(source, vae.normalised)
+    checks.check_vae(source, vae.normalised)
     for folder in ENCODERS:
-        parts.check_clip(source, folder, "unet")
-        parts.check_sizes(source, {(folder, "num_hidden_layers"): parts.clip_layers(source, folder)})
-    parts.check_lengths(source, ENCODERS)
+        checks.check_clip(source, folder, "unet")
+        checks.check_sizes(source, {(folder, "num_hidden_layers"): clip_layers(source, folder)})
+    checks.check_lengths(source, ENCODERS)
     _check_unet(source, latent_channels)
     _check_vae(source, recipe)
 
@@ -95,17 +58,17 @@ def _check_unet(source: ModelSource, latent_channels: int) -> None:
             expected='addition_embed_type = "text_time"',
             got=repr(config.get("addition_embed_type")),
         )
-    refuse_settings(source, FOREIGN_SETTINGS, "sdxl")
-    parts.check_channels(source, "unet", latent_channels)
-    check_output(source, latent_channels)
+    checks.refuse_unet_settings(source, FOREIGN_SETTINGS, "sdxl")
+    checks.check_channels(source, "unet", latent_channels)
+    checks.check_unet_output(source, latent_channels)
     pooled = source.setting("text_encoder_2", "projection_dim")
     embedded = source.setting("unet", "addition_time_embed_dim")
-    parts.check_sizes(
+    checks.check_sizes(
         source, {("text_encoder_2", "projection_dim"): pooled, ("unet", "addition_time_embed_dim"): embedded}
     )
     context = sum(source.setting(folder, "hidden_size") for folder in ENCODERS)
-    parts.check_equal(source, "unet", "cross_attention_dim", context, "both text encoders' hidden_size together")
-    parts.check_equal(
+    checks.check_equal(source, "unet", "cross_attention_dim", context, "both text encoders' hidden_size together")
+    checks.check_equal(
         source,
         "unet",
         "projection_class_embeddings_input_dim",
@@ -131,8 +94,8 @@ def _check_vae(source: ModelSource, recipe: Recipe) -> None:
 
 
 def settings(source: ModelSource) -> ModelSettings:
-    factor = parts.vae_factor(source)
-    layers = min(parts.clip_layers(source, folder) for folder in ENCODERS)
+    factor = vae.vae_factor(source)
+    layers = min(clip_layers(source, folder) for folder in ENCODERS)
     return ModelSettings(
         scheduler=source.config("scheduler"),
         vae_factor=factor,
@@ -162,19 +125,7 @@ SDXL = Family(
         "StableDiffusionXLControlNetPAGPipeline",
         "StableDiffusionXLControlNetPAGImg2ImgPipeline",
     ),
-    components=(
-        parts.clip_text_encoder("text_encoder", cls="CLIPTextModel", layer=PENULTIMATE, context="context"),
-        parts.clip_text_encoder(
-            "text_encoder_2",
-            cls="CLIPTextModelWithProjection",
-            layer=PENULTIMATE,
-            context="context_2",
-            pooled="pooled",
-        ),
-        Component("denoiser", "unet", "unet.", True, True, step_spec, step_module, step_reference),
-        vae.vae_decoder(vae.normalised),
-        vae.vae_encoder(vae.normalised),
-    ),
+    components=COMPONENTS,
     check=check,
     settings=settings,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from toolchain.models.modules import begin, finish, guide_unet
+from toolchain.models.step import begin, finish, guide_unet
 
 
 class SDXLStep(nn.Module):

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from toolchain.errors import ModelError
-from toolchain.models.source import ModelSource, first_line
+from toolchain.errors import ModelError, first_line
+from toolchain.models.source import ModelSource
 from toolchain.sampler.schedulers import quiet
 from toolchain.weights.mapped import read_header
 

@@ -1,4 +1,4 @@
-"""Components that families share: text encoders and both halves of a VAE, and checks of their configs."""
+"""Checks of a model's configs that families share: what no graph covers is refused before any work."""
 
 from __future__ import annotations
 
@@ -7,194 +7,28 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ModelError, RecipeError
-from toolchain.models.component import Component
+from toolchain.models import safety
 from toolchain.models.refusals import refuse_code, refuse_quantized
 from toolchain.models.source import ModelSource
+from toolchain.models.text_encoders import CLIP_LENGTH, clip_length
 from toolchain.models.tokenizers import GENERIC, require_right, require_vocabulary
-from toolchain.recipe import Bucket, Recipe
-from toolchain.sampler.schedulers import layout_for
-from toolchain.sampler.table import MAX_EVALUATIONS
-from toolchain.signature import GraphSpec, TensorSpec
+from toolchain.recipe import Recipe
 
 if TYPE_CHECKING:
-    from torch import nn
+    from toolchain.models.vae import Factors
 
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", GENERIC)
 T5_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", GENERIC)
-# A config's own attention may be a kernel that transformers would fetch from the hub and run; its other settings of
-# these names choose what a call gives beside the tensors that are used.
-OWN_OPTIONS = {"attn_implementation": "sdpa", "output_attentions": False, "return_dict": True}
-CLIP_LENGTH = 77
 # Where T5 exceeds float16 first: https://github.com/huggingface/transformers/issues/5651
 T5_WIDE = "encoder.block.*.layer.1.DenseReluDense.wo"
-
-
-def vae_factor(source: ModelSource) -> int:
-    """Pixels per latent along each side."""
-    return int(2 ** (len(source.setting("vae", "block_out_channels")) - 1))
-
-
-def latent_shape(source: ModelSource, bucket: Bucket) -> tuple[int, int, int, int]:
-    """[B, C, h, w]"""
-    factor = vae_factor(source)
-    return bucket.batch, int(source.setting("vae", "latent_channels")), bucket.height // factor, bucket.width // factor
-
-
-def clip_length(source: ModelSource, folder: str) -> int:
-    """Tokens that a CLIP text encoder takes."""
-    return int(source.config(folder).get("max_position_embeddings", CLIP_LENGTH))
-
-
-def clip_layers(source: ModelSource, folder: str) -> int:
-    """Layers of a CLIP text encoder."""
-    layers: int = source.config(folder).get("num_hidden_layers", 12)
-    return layers
-
-
-def step_spec(
-    latents: tuple[int, ...],
-    inputs: Mapping[str, tuple[int, ...]],
-    scheduler: Mapping[str, Any],
-    noise: tuple[int, ...] = (),
-) -> GraphSpec:
-    """The signature of a step graph: the sampler's tensors, then the family's own `inputs`, all float32.
-
-    `scheduler` is the model's config of it, which decides what the step must have room for.
-    `noise` is the layout in which the diffusers pipeline draws it, where that is not the latents' [B, C, h, w].
-    """
-    layout = layout_for(scheduler)
-    state = TensorSpec("state", "float32", (layout.states, *latents))
-    own = {
-        "timesteps": (MAX_EVALUATIONS,),
-        "table": (MAX_EVALUATIONS, layout.width),
-        "noise": noise or latents,
-        "guidance": (1,),
-        **inputs,
-    }
-    return GraphSpec(
-        (state, TensorSpec("step", "int64", (1,)), *(TensorSpec(n, "float32", shape) for n, shape in own.items())),
-        (TensorSpec("next_state", "float32", state.shape), TensorSpec("next_step", "int64", (1,))),
-    )
-
-
-def clip_text_encoder(
-    folder: str,
-    *,
-    cls: str,
-    layer: int | None,
-    normed: bool = False,
-    context: str = "",
-    pooled: str = "",
-    masks: bool = False,
-) -> Component:
-    """A CLIP text encoder whose outputs are called `context` [1, L, E] and `pooled` [1, P]; "" leaves one out.
-
-    cls    CLIPTextModel or CLIPTextModelWithProjection
-    layer  see `modules.ClipTextEncoder`
-    masks  whether the family's pipeline reads the config's use_attention_mask, which hides padding
-    """
-
-    def spec(source: ModelSource, bucket: Bucket, recipe: Recipe) -> GraphSpec:
-        length = clip_length(source, folder)
-        width = int(source.setting(folder, "hidden_size"))
-        projected = int(source.setting(folder, "projection_dim")) if "Projection" in cls else width
-        skip = (TensorSpec("clip_skip", "int64", (1,)),) if layer is not None else ()
-        mask = (TensorSpec("mask", "int64", (1, length)),) if masks and _hides_padding(source, folder) else ()
-        outputs = {context: (1, length, width), pooled: (1, projected)}
-        return GraphSpec(
-            (TensorSpec("ids", "int64", (1, length)), *skip, *mask),
-            tuple(TensorSpec(name, "float32", shape) for name, shape in outputs.items() if name),
-        )
-
-    def wrap(text: nn.Module) -> nn.Module:
-        from toolchain.models.modules import ClipTextEncoder
-
-        return ClipTextEncoder(text, layer=layer, normed=normed, pooled=bool(pooled))
-
-    def module(source: ModelSource, recipe: Recipe) -> nn.Module:
-        import transformers
-
-        from toolchain.models.modules import construct
-
-        own = recipe.component(folder)
-        # The model with projection builds its inner model in the config's dtype, whatever the default is.
-        own_keys = ("dtype", "torch_dtype", "attn_implementation", "_attn_implementation")
-        given = {key: value for key, value in source.config(folder).items() if key not in own_keys}
-        config = transformers.CLIPTextConfig(**given | OWN_OPTIONS | {"dtype": own.dtype})
-        return wrap(construct(lambda: getattr(transformers, cls)(config), own.dtype, own.keep_float32, folder))
-
-    def reference(source: ModelSource, recipe: Recipe) -> nn.Module:
-        return wrap(load_text_encoder(source, folder, cls))
-
-    tokenizer = folder.replace("text_encoder", "tokenizer")
-    return Component(folder, folder, "text.", False, True, spec, module, reference, tokenizer)
-
-
-def _hides_padding(source: ModelSource, folder: str) -> bool:
-    return bool(source.config(folder).get("use_attention_mask"))
-
-
-def t5_text_encoder(folder: str, *, context: str, tokens: int, optional: bool) -> Component:
-    """A T5 encoder whose output is called `context` [1, L, E]; `tokens` is L where the recipe does not say."""
-
-    def spec(source: ModelSource, bucket: Bucket, recipe: Recipe) -> GraphSpec:
-        length = recipe.component(folder).tokens or tokens
-        return GraphSpec(
-            (TensorSpec("ids", "int64", (1, length)),),
-            (TensorSpec(context, "float32", (1, length, int(source.setting(folder, "d_model")))),),
-        )
-
-    def module(source: ModelSource, recipe: Recipe) -> nn.Module:
-        from transformers import T5Config, T5EncoderModel
-
-        from toolchain.models.modules import T5TextEncoder, construct
-
-        config = T5Config(**source.config(folder))
-        own = recipe.component(folder)
-        return T5TextEncoder(construct(lambda: T5EncoderModel(config), own.dtype, own.keep_float32, folder))
-
-    def reference(source: ModelSource, recipe: Recipe) -> nn.Module:
-        from toolchain.models.modules import T5TextEncoder
-
-        return T5TextEncoder(load_text_encoder(source, folder, "T5EncoderModel"))
-
-    tokenizer = folder.replace("text_encoder", "tokenizer")
-    return Component(folder, folder, "text.", False, True, spec, module, reference, tokenizer, optional)
-
-
-def load_text_encoder(source: ModelSource, folder: str, cls: str) -> nn.Module:
-    """A transformers model with the checkpoint's weights in float32."""
-    import transformers
-
-    return _load(getattr(transformers, cls), source, folder, **({} if cls.startswith("T5") else OWN_OPTIONS))
-
-
-def load_network(source: ModelSource, folder: str, cls: str) -> nn.Module:
-    """A diffusers model with the checkpoint's weights in float32."""
-    import diffusers
-
-    return _load(getattr(diffusers, cls), source, folder)
-
-
-def _load(cls: Any, source: ModelSource, folder: str, **options: Any) -> nn.Module:
-    import torch
-
-    variant = source.variant(folder)
-    made = cls.from_pretrained(
-        source.path / folder, dtype=torch.float32, use_safetensors=True, variant=variant, **options
-    )
-    module: nn.Module = made.eval()
-    return module
-
-
-def make_network(source: ModelSource, folder: str, cls: str, recipe: Recipe, component: str) -> nn.Module:
-    """A diffusers model from its config alone, in the recipe's precision."""
-    import diffusers
-
-    from toolchain.models.modules import construct
-
-    config, own = source.config(folder), recipe.component(component)
-    return construct(lambda: getattr(diffusers, cls).from_config(config), own.dtype, own.keep_float32, component)
+# Settings of a UNet that change its inputs: each belongs to another kind of model than this family compiles.
+FOREIGN_UNET_SETTINGS = {
+    "addition_embed_type": "SDXL-like models condition on text and time ids",
+    "class_embed_type": "class-conditional UNets take labels",
+    "num_class_embeds": "class-conditional UNets take labels",
+    "time_cond_proj_dim": "guidance-distilled (LCM) UNets take an embedded guidance",
+    "encoder_hid_dim_type": "image-prompt UNets take projected image embeddings",
+}
 
 
 def check_classes(source: ModelSource, classes: Mapping[str, tuple[str, ...]]) -> None:
@@ -335,3 +169,66 @@ def check_positions(recipe: Recipe, most_pixels: int, where: str) -> None:
                 got=bucket,
                 hint="remove the bucket from the recipe",
             )
+
+
+def check_vae(source: ModelSource, factors: Factors) -> None:
+    """ModelError for a VAE of other channels than pictures have, and without what the pipeline reads of its config."""
+    config, where = source.config("vae"), source.path / "vae" / "config.json"
+    latents = source.setting("vae", "latent_channels")
+    check_sizes(source, {("vae", "latent_channels"): latents})
+    for key in ("in_channels", "out_channels"):
+        if config.get(key, 3) != 3:
+            what = "the VAE's pictures have other channels than red, green and blue"
+            raise ModelError(what, where=where, expected=f"{key} = 3", got=config[key])
+    try:
+        scale_and_shift = factors(config)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(
+            "the VAE's config does not say how latents are scaled",
+            where=where,
+            expected="numbers: scaling_factor; shift_factor of SD3 and FLUX; latents_mean and latents_std, if any",
+            got=f"{type(error).__name__}: {error}",
+        ) from error
+    for factor in scale_and_shift:
+        if isinstance(factor, tuple) and len(factor) != latents:
+            what = "the VAE's latents are normalised in other channels than they have"
+            expected = f"latents_mean and latents_std of {latents} numbers, its latent_channels"
+            raise ModelError(what, where=where, expected=expected, got=f"{len(factor)} numbers")
+
+
+def check_unet_output(source: ModelSource, latent_channels: int) -> None:
+    """ModelError for a UNet that gives other channels than it takes, such as a variance beside the noise."""
+    got = source.config("unet").get("out_channels", 4)
+    if got != latent_channels:
+        where = source.path / "unet" / "config.json"
+        expected = f"out_channels = {latent_channels}"
+        raise ModelError("the UNet gives other channels than it takes", where=where, expected=expected, got=got)
+
+
+def refuse_unet_settings(source: ModelSource, foreign: dict[str, str], family: str) -> None:
+    """ModelError for a UNet with a setting that belongs to another kind of model."""
+    for setting, reason in foreign.items():
+        value = source.config("unet").get(setting)
+        if value is not None:
+            where = source.path / "unet" / "config.json"
+            raise ModelError(
+                f"family {family} does not cover this UNet: {reason}", where=where, got=f"{setting} = {value!r}"
+            )
+
+
+def check_safety_checker(source: ModelSource, recipe: Recipe) -> None:
+    """ModelError for a checker that is to be compiled and is not there, or not the one that this compiles."""
+    if not recipe.safety.checker:
+        return
+    for name, classes in ((safety.CHECKER, safety.CLASSES), (safety.EXTRACTOR, safety.EXTRACTORS)):
+        entry = source.index.get(name)
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[1] in classes):
+            raise ModelError(
+                f"the model has no {name.replace('_', ' ')} that could be compiled",
+                where=source.path / "model_index.json",
+                expected=" or ".join(classes),
+                got=repr(entry),
+                hint="remove safety.checker from the recipe, or take a model that comes with one",
+            )
+    refuse_code(source, safety.CHECKER)
+    safety.extracted(source)
