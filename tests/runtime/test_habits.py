@@ -52,7 +52,7 @@ class TorchGenerator:
         RUN | {"cross_attention_kwargs": {}, "generator": None},
         RUN | {"negative_prompt": None, "clip_skip": None, "callback": None, "prompt_embeds": None, "crop": None},
     ],
-    ids=["diffusers", "scalars", "zero-dimensional", "arrays", "defaults", "none"],
+    ids=["diffusers", "scalars", "zero-dimensional", "arrays", "defaults", "empty", "none"],
 )
 def test_it_draws_the_same_picture(pipe: toolchain.Pipeline, options: dict[str, Any]) -> None:
     expected = pipe(PROMPT, **RUN)
