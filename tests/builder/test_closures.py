@@ -5,19 +5,14 @@ python -m tests.builder.test_closures > closures.py && mv closures.py toolchain/
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
-
 import pytest
 
+from tests.imports import modules, neighbours, room
 from toolchain.builder.closures import CLOSURES
 from toolchain.builder.steps import code_digest
 from toolchain.engines.registry import BACKENDS
 from toolchain.models.registry import MODELS
 
-ROOT = Path(__file__).parents[2] / "toolchain"
 NEUTRAL = {
     "errors": "what failed leaves no artifact",
     "recipe": "the values that a stage uses are in its key",
@@ -33,45 +28,21 @@ RUN_ONLY |= {"engines.tensorrt.open_plan", "engines.tensorrt.runtime_cache", "en
 
 def entries() -> list[str]:
     """The modules that are called for a stage, for a family, for a backend."""
-    stages = [f"builder.stages.{path.stem}" for path in (ROOT / "builder/stages").glob("[!_]*.py")]
+    stages = [module for module in modules() if module.startswith("builder.stages.")]
     families = [f"models.{name}_components" for name in MODELS]
     backends = [type(backend).__module__.removeprefix("toolchain.") for backend in BACKENDS.values()]
     return sorted({*stages, *families, *backends})
 
 
-def file_of(module: str) -> Path | None:
-    path = ROOT / module.replace(".", "/")
-    candidates = (path.with_suffix(".py"), path / "__init__.py")
-    return next((file for file in candidates if file.is_file()), None)
-
-
-def imported(node: ast.AST) -> Iterator[str]:
-    """Dotted names below `toolchain` that run when a module or its functions do: not those for type checkers alone."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
-            continue
-        if isinstance(child, ast.Import):
-            yield from (alias.name for alias in child.names)
-        elif isinstance(child, ast.ImportFrom) and child.module:
-            for alias in child.names:
-                submodule = f"{child.module}.{alias.name}"
-                known = submodule.startswith("toolchain.") and file_of(submodule.removeprefix("toolchain."))
-                yield submodule if known else child.module
-        yield from imported(child)
-
-
-@cache
-def direct(module: str) -> frozenset[str]:
-    file = file_of(module)
-    assert file is not None, module
-    names = {name.removeprefix("toolchain.") for name in imported(ast.parse(file.read_text())) if "toolchain." in name}
-    return frozenset(name for name in names if name not in NEUTRAL and name.split(".")[0] not in NEUTRAL)
+def decisive(module: str) -> frozenset[str]:
+    """What a module imports to run, not for type checkers alone, and that may decide something."""
+    return frozenset(name for name in neighbours(module, types=False) if room(name) not in NEUTRAL)
 
 
 def closure(entry: str) -> tuple[str, ...]:
     reached, waiting = {entry}, [entry]
     while waiting:
-        new = direct(waiting.pop()) - reached
+        new = decisive(waiting.pop()) - reached
         reached |= new
         waiting += new
     return tuple(sorted(reached))
