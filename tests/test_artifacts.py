@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from toolchain.errors import StoreError
-from toolchain.store import artifacts, files, manifest
+from toolchain.store import collect, files, manifest, stamps
 from toolchain.store.artifacts import Artifact, Json, Store, content_key, file_digest, publish_folder, write_atomic
 
 REPO = Path(__file__).parents[1]
@@ -450,7 +450,7 @@ def test_gc_leaves_an_artifact_that_is_being_built(store: Store) -> None:
 def test_gc_puts_back_what_is_reused_at_the_last_moment(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = built(store)
     age(artifact.path, 5000)
-    real, calls = artifacts._age_s, []
+    real, calls = collect.age_s, []
 
     def reused_after_the_first_look(path: Path) -> float:
         seconds = real(path)
@@ -459,7 +459,7 @@ def test_gc_puts_back_what_is_reused_at_the_last_moment(store: Store, monkeypatc
         calls.append(path)
         return seconds
 
-    monkeypatch.setattr(artifacts, "_age_s", reused_after_the_first_look)
+    monkeypatch.setattr(collect, "age_s", reused_after_the_first_look)
     assert store.gc().removed == {}
     assert len(calls) == 2
     artifact.verify()
@@ -489,8 +489,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         seen.append(path)
         return file_digest(path)
 
-    monkeypatch.setattr(artifacts, "file_digest", counted)
-    monkeypatch.setattr(artifacts, "_SETTLED_NS", -1)
+    monkeypatch.setattr(stamps, "file_digest", counted)
+    monkeypatch.setattr(stamps, "_SETTLED_NS", -1)
     return seen
 
 

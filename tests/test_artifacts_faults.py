@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from toolchain.errors import StoreError
-from toolchain.store import artifacts, files, manifest
+from toolchain.store import artifacts, bundles, collect, files, manifest, stamps, tree
 from toolchain.store.artifacts import Json, Store, content_key, file_digest, publish_folder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -37,7 +37,7 @@ OPTIONAL = {
     ("open", "_parent_lock"),
     ("open", "_recover"),
 }
-OURS = {artifacts.__file__, files.__file__, manifest.__file__}
+OURS = {module.__file__ for module in (artifacts, bundles, collect, files, manifest, stamps, tree)}
 INPUTS: dict[str, Json] = {"a": 1}
 KEY = content_key("export", INPUTS)
 
@@ -263,7 +263,7 @@ def whole(bundle: Path) -> int:
 
 def test_stamps(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stamps are a convenience: whatever fails, a digest that is returned is right."""
-    monkeypatch.setattr(artifacts, "_SETTLED_NS", -1)
+    monkeypatch.setattr(stamps, "_SETTLED_NS", -1)
     points = 0
     for way in ("crash", "torn", "ENOSPC", "EIO"):
         for at in range(1, 100):
@@ -288,7 +288,7 @@ def test_the_harness_notices_a_store_that_is_wrong(root: Path, monkeypatch: pyte
     """Publishing in place, without a rename, must not pass: the proof that these tests can fail."""
 
     def in_place(self: Store, folder: Path, stage: str, subject: str, key: str, inputs: dict[str, Json]) -> None:
-        final = self._folder(stage, key)
+        final = self._tree.folder(stage, key)
         files.make_folder(final)
         files.write_new(final / "manifest.json", artifacts.manifest_of(folder, stage, subject, key, inputs))
         for name in ("sub/engine", "bundle.json"):

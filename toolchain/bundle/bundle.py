@@ -20,6 +20,7 @@ from toolchain.errors import BundleError, RecipeError
 from toolchain.recipe import Bucket, Recipe
 from toolchain.settings import ModelSettings
 from toolchain.signature import GraphSpec
+from toolchain.store.files import file_digest
 
 FORMAT = 4
 MANIFEST = "bundle.json"
@@ -158,8 +159,7 @@ class Bundle:
                 got=f"{size} bytes",
                 hint=AGAIN,
             )
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = file_digest(path)
         if digest != entry.sha256:
             return BundleError(
                 "a file of the bundle was changed",
