@@ -23,8 +23,8 @@ from PIL import Image
 import toolchain
 import toolchain.api
 from tests.manifests import edit_manifest
-from toolchain.cli import output as report
 from toolchain.cli import progress
+from toolchain.cli.build import build_lines
 from toolchain.cli.console import numbers
 from toolchain.cli.main import cli
 from toolchain.errors import EngineError
@@ -374,20 +374,22 @@ def verdict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         progress("denoiser")
         return FakeReport(passed)
 
-    monkeypatch.setattr(toolchain.api, "check_bundle", compare)
+    monkeypatch.setattr("toolchain.check.compare.compare", compare)
     return passed
 
 
-def test_check_prints_the_report_and_exits_3_when_a_gate_fails(verdict: bool, tmp_path: Path) -> None:
+def test_check_prints_the_report_and_exits_3_when_a_gate_fails(
+    verdict: bool, tiny_bundle: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "report.json"
-    result = run("check", "bundle", "--model", "m", "--report", target, code=0 if verdict else 3)
+    result = run("check", tiny_bundle, "--model", tiny_model, "--report", target, code=0 if verdict else 3)
     assert result.stdout == f"denoiser 70.1 dB\n{'passed' if verdict else 'failed'}\n"
     assert "denoiser ..." in result.stderr
     assert json.loads(target.read_text()) == {"passed": verdict}
 
 
-def test_check_as_json(verdict: bool) -> None:
-    document = run_json("check", "bundle", "--model", "m", code=0 if verdict else 3)
+def test_check_as_json(verdict: bool, tiny_bundle: Path, tiny_model: Path) -> None:
+    document = run_json("check", tiny_bundle, "--model", tiny_model, code=0 if verdict else 3)
     assert document == {"schema": 1, "passed": verdict, "psnr_db": "inf"}
 
 
@@ -421,9 +423,10 @@ def test_inspect_of_a_foreign_bundle_says_that_it_cannot_run_here(bundle_copy: P
 
 def test_a_build_for_elsewhere_is_not_told_to_draw_here(tiny_bundle: Path) -> None:
     bundle = toolchain.read_bundle(tiny_bundle)
-    assert list(report.build_lines(bundle, [], 1.0))[-1].startswith("next: diffbuild generate")
+    shown = progress.Steps(None)
+    assert list(build_lines(bundle, shown))[-1].startswith("next: diffbuild generate")
     foreign = dataclasses.replace(bundle, backend="tensorrt_rtx")
-    *_, reason, following = report.build_lines(foreign, [], 1.0)
+    *_, reason, following = build_lines(foreign, shown)
     assert reason.startswith("it does not run here: ")
     assert following.startswith(f"next: diffbuild inspect {tiny_bundle}")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from toolchain.bundle.bundle import read_bundle
-from toolchain.cli.output import bundle_json, bundle_lines
+from toolchain.bundle.inspection import Inspection
+from toolchain.cli.inspect import bundle_json, bundle_lines
 
 
 def test_every_size_of_every_encoder(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,10 +22,11 @@ def test_every_size_of_every_encoder(tiny_bundle: Path, monkeypatch: pytest.Monk
     engines = bundle.engines | {"text_encoder_2": {"any": entry}, "text_encoder_3": {"any": long}}
     tokenizers = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), bundle.tokenizers["text_encoder"])
     several = replace(bundle, engines=engines, tokenizers=tokenizers)
-    lines = list(bundle_lines(several, None, False))
+    inspection = Inspection(several, None, False)
+    lines = list(bundle_lines(inspection))
     told = "text_encoder 24 tokens, text_encoder_2 24 tokens, text_encoder_3 256 tokens"
     assert any(line.startswith("prompts") and told in line for line in lines)
-    assert bundle_json(several, None, False)["prompts"] == {
+    assert bundle_json(inspection)["prompts"] == {
         "text_encoder": 24,
         "text_encoder_2": 24,
         "text_encoder_3": 256,

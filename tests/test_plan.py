@@ -12,6 +12,7 @@ import pytest
 import toolchain
 from tests.tiny import RECIPE
 from toolchain.builder.assemble import assemble, sampler_file
+from toolchain.builder.plan import Plan
 from toolchain.builder.steps import StepId
 from toolchain.errors import RecipeError, SamplerError, StoreError, UsageError
 from toolchain.store.artifacts import Store
@@ -22,7 +23,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def misses(plan: toolchain.api.Plan) -> list[str]:  # type: ignore[name-defined]
+def misses(plan: Plan) -> list[str]:
     return [step.name for step in plan.steps if not step.hit]
 
 
@@ -177,7 +178,7 @@ def flip_last_byte(path: Path) -> None:
     path.write_bytes(data)
 
 
-def damage_weights(own: Path, plan: toolchain.api.Plan) -> None:  # type: ignore[name-defined]
+def damage_weights(own: Path, plan: Plan) -> None:
     flip_last_byte(next((own / "weights" / plan.step(StepId("weights", "denoiser")).key).glob("*.safetensors")))
 
 

@@ -15,7 +15,7 @@ from tests.test_plan import built, own_store, write
 from tests.tiny import RECIPE
 from toolchain.builder.plan import Plan
 from toolchain.builder.steps import StepId
-from toolchain.cli.output import plan_json, plan_lines
+from toolchain.cli.build import plan_json, plan_lines
 from toolchain.errors import RecipeError
 
 __all__ = ["built", "own_store"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from toolchain.builder.plan import Plan
 from toolchain.builder.steps import Step, StepId
 from toolchain.cli import progress
 from toolchain.runtime.pipeline import Progress as Evaluation
@@ -20,6 +22,7 @@ class Bar:
         self.shown: list[str] = []
 
     def add_task(self, description: str, total: int) -> int:
+        self.total = total
         return 0
 
     def update(self, task: int, **what: Any) -> None:
@@ -31,9 +34,17 @@ def step() -> Step:
     return Step(StepId("engine", "denoiser", "1x64x64"), "tiny", "key", {}, False, (), lambda *_: None)
 
 
+def steps_of(bar: Bar | None) -> progress.Steps:
+    """Of a plan with three steps."""
+    steps = progress.Steps(bar)
+    steps.begin(cast(Plan, SimpleNamespace(steps=(None, None, None))))
+    return steps
+
+
 def test_a_bar_shows_the_phase(step: Step) -> None:
     bar = Bar()
-    steps = progress.Steps(3, bar)
+    steps = steps_of(bar)
+    assert bar.total == 3
     steps(step, "start")
     steps.within(step, "Tactic selection", 0.256)
     assert bar.shown == ["engine denoiser 1x64x64", "engine denoiser 1x64x64: Tactic selection 26%"]
@@ -42,9 +53,9 @@ def test_a_bar_shows_the_phase(step: Step) -> None:
 def test_a_log_gets_a_line_now_and_then(
     step: Step, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    now = iter([0.0, 0.0, 0.0, 61.0, 62.0, 122.0])
+    now = iter([0.0, 0.0, 0.0, 0.0, 61.0, 62.0, 122.0])
     monkeypatch.setattr(progress.time, "perf_counter", lambda: next(now))
-    steps = progress.Steps(3, None)
+    steps = steps_of(None)
     steps(step, "start")
     for share in (0.1, 0.2, 0.3, 0.4):
         steps.within(step, "Tactic selection", share)
@@ -108,5 +119,5 @@ def test_denoising_tells_what_is_left(clock: dict[str, float], capsys: pytest.Ca
 
 def test_verbose_names_every_step(step: Step, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "toolchain"):
-        progress.Steps(3, None)(step, "start")
+        steps_of(None)(step, "start")
     assert [record.getMessage() for record in caplog.records] == ["engine denoiser 1x64x64"]

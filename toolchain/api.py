@@ -1,34 +1,100 @@
-"""The build side of the Python interface: one function per command of the command line."""
+"""One function for each command of the command line, for use in Python too.
+
+Paths may be given as text. A `recipe` is a Recipe, a file, or the name of one that comes with diffbuild; a `model` is a
+diffusers folder, a hub id, or a .safetensors file that holds all of a model, with `config` for what such a file does
+not say (see `toolchain.builder.open_model`); a `store` that is not given is $DIFFBUILD_STORE, or ./artifacts.
+
+Importing this module imports nothing heavy: each function imports what it needs.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from toolchain.builder.open_model import open_model
-from toolchain.builder.plan import Plan, check_recipe, execute, make_plan
-from toolchain.builder.stages.graph import GRAPH
-from toolchain.builder.steps import Step
-from toolchain.bundle.bundle import Bundle
-from toolchain.engines.registry import backend_of
-from toolchain.models.registry import family_of, named_family
-from toolchain.recipe import Recipe, load_recipe
-from toolchain.store.artifacts import Store, default_store, publish_folder
-from toolchain.store.plain_json import encode
+from toolchain.errors import UsageError
 
 if TYPE_CHECKING:
+    from toolchain.bench.results import BenchReport
+    from toolchain.builder.plan import Plan
+    from toolchain.builder.steps import Step
+    from toolchain.bundle.bundle import Bundle
+    from toolchain.bundle.forecast import EngineMemory
+    from toolchain.bundle.inspection import Inspection
+    from toolchain.bundle.signing import Signature, Verdict
     from toolchain.check.report import CheckReport
+    from toolchain.recipe import Recipe
+    from toolchain.runtime.pictures import SavedPictures
+    from toolchain.runtime.progress import Callback
+    from toolchain.store.artifacts import Store
+    from toolchain.store.upkeep import CleanUp, Listing, StoreVerdict
+    from toolchain.trace.timeline import Trace
 
 log = logging.getLogger("toolchain")
 
-Progress = Callable[[Step, str], None]
+StepProgress = Callable[["Step", str], None]
+"""Called with a step of a build and "start", "built" or "hit"."""
+StepShare = Callable[["Step", str, float | None], None]
+"""Called with a long step, the name of its phase and how much of that is done, 0 to 1; None where nobody knows."""
 
 
-def _recipe(recipe: Recipe | str | Path) -> Recipe:
-    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+@dataclass(frozen=True)
+class ShippedRecipe:
+    """A recipe that comes with diffbuild, and the sentence that it begins with."""
+
+    recipe: Recipe
+    about: str
+
+
+@dataclass(frozen=True)
+class WrittenRecipe:
+    """A recipe that `write_recipe` wrote; `like` is the name of the shipped one that it comes from."""
+
+    path: Path
+    recipe: Recipe
+    like: str
+
+
+def shipped_recipes() -> list[ShippedRecipe]:
+    """The recipes that come with diffbuild, by name."""
+    from toolchain.recipe import load_recipe, shipped
+
+    return [ShippedRecipe(load_recipe(Path(name)), shipped.about(name)) for name in shipped.names()]
+
+
+def write_recipe(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    backend: str | None = None,
+    revision: str | None = None,
+    config: str | Path | None = None,
+) -> WrittenRecipe:
+    """Writes a first recipe for a model and this machine. Needs the model's config files alone.
+
+    output   None: the model's name, .toml, in the working directory
+    backend  None: the fastest that runs here
+
+    Raises UsageError for an output that is there already or cannot be written, ModelError.
+    """
+    from toolchain.builder.open_model import open_model
+    from toolchain.builder.starter import best_backend, write_starter
+    from toolchain.store.files import write_atomic
+    from toolchain.store.outputs import check_output
+
+    target = Path(output or f"{Path(model).resolve().name}.toml")
+    check_output(target)
+    if target.exists():
+        raise UsageError("the recipe is there already", where=target, hint="choose another --output, or delete it")
+    source = open_model(model, revision, config=config, weights=False)
+    starter = write_starter(source, backend or best_backend(), target.stem)
+    write_atomic(target, starter.text.encode())
+    return WrittenRecipe(target, starter.recipe, starter.like)
 
 
 def check_recipe_file(
@@ -38,14 +104,21 @@ def check_recipe_file(
     revision: str | None = None,
     config: str | Path | None = None,
 ) -> Recipe:
-    """The recipe, after all that can be held against it without its engines' library: with `model` also whether it fits
-    that, of which the config files are enough. Raises RecipeError with every problem, ModelError and UsageError."""
-    found = _recipe(recipe)
-    wanted = found.safety.checker
-    source = None if model is None else open_model(model, revision, config=config, weights=False, safety=wanted)
-    family = named_family(found.family) if source is None else family_of(source, found)
-    check_recipe(found, family, backend_of(found.backend), source)
-    return found
+    """Checks a recipe and returns it; with `model` also whether it fits that, of which the config files are enough.
+
+    Needs no library of the engines. Raises RecipeError with every problem, ModelError and UsageError.
+    """
+    from toolchain.builder.open_model import open_model
+    from toolchain.builder.plan import check_recipe
+    from toolchain.engines.registry import backend_of
+    from toolchain.models.registry import family_of, named_family
+
+    loaded = _load(recipe)
+    safety = loaded.safety.checker
+    source = None if model is None else open_model(model, revision, config=config, weights=False, safety=safety)
+    family = named_family(loaded.family) if source is None else family_of(source, loaded)
+    check_recipe(loaded, family, backend_of(loaded.backend), source)
+    return loaded
 
 
 def plan_build(
@@ -59,15 +132,26 @@ def plan_build(
 ) -> Plan:
     """What a build would do: every step, hit or miss, and the field that changed.
 
-    `recipe` is a Recipe, a file, or the name of one that comes with diffbuild. Needs no library of the engines'.
+    Needs no library of the engines. Raises RecipeError, ModelError, WeightsError and UsageError.
     """
-    found = _recipe(recipe)
+    from toolchain.builder.open_model import open_model
+    from toolchain.builder.plan import make_plan
+
+    loaded = _load(recipe)
     log.debug("model %s", model)
-    # Of one file even the graphs tell where each weight lies, and for that it is converted.
-    weights, wanted = not graphs_only or Path(model).is_file(), found.safety.checker
-    source = open_model(model, revision, config=config, store=store, weights=weights, safety=wanted)
+    # Graphs of a single file also tell where each weight lies, and for that it is converted.
+    weights = not graphs_only or Path(model).expanduser().is_file()
+    safety = loaded.safety.checker
+    source = open_model(model, revision, config=config, store=store, weights=weights, safety=safety)
     log.debug("planning, with the digests of %s", source.path)
-    return make_plan(found, source, Store(Path(store or default_store())), graphs_only=graphs_only)
+    return make_plan(loaded, source, _store(store), graphs_only=graphs_only)
+
+
+def plan_memory(plan: Plan) -> list[EngineMemory]:
+    """What the engines of a plan will take, as far as they are built, or at least exported."""
+    from toolchain.builder.forecast import planned
+
+    return planned(plan)
 
 
 def build(
@@ -78,17 +162,21 @@ def build(
     revision: str | None = None,
     config: str | Path | None = None,
     store: str | Path | None = None,
-    progress: Progress = lambda step, what: None,
+    on_plan: Callable[[Plan], None] = lambda plan: None,
+    progress: StepProgress = lambda step, what: None,
+    within: StepShare = lambda step, phase, share: None,
 ) -> Bundle:
     """Builds what the store lacks and writes a bundle.
 
-    `model` is a diffusers folder, a hub id, or a .safetensors file that holds all of a model, with `config` for what
-    the file does not say: see `toolchain.builder.open_model.open_model`.
+    `on_plan` is called once, before the first step. Raises UsageError for an output that cannot be written, before any
+    work is done, what `plan_build` raises, and the errors of every stage.
     """
     from toolchain.builder.assemble import assemble, check_output
 
     check_output(Path(output))
-    return assemble(plan_build(recipe, model, revision=revision, config=config, store=store), Path(output), progress)
+    plan = plan_build(recipe, model, revision=revision, config=config, store=store)
+    on_plan(plan)
+    return assemble(plan, Path(output), progress, within)
 
 
 def export_graphs(
@@ -99,41 +187,50 @@ def export_graphs(
     revision: str | None = None,
     config: str | Path | None = None,
     store: str | Path | None = None,
-    progress: Progress = lambda step, what: None,
+    on_plan: Callable[[Plan], None] = lambda plan: None,
+    progress: StepProgress = lambda step, what: None,
 ) -> list[Path]:
-    """Writes the graphs alone; needs no weights on disk.
+    """Writes the graphs alone, without weights, which need not be there. Returns their paths.
 
-    Beside every `COMPONENT-BUCKET.onnx` lies a `.weights.json`: which checkpoint tensor each initializer is, and, where
-    the checkpoint is there, in which file, at which offset and how long. Returns the graphs.
+    See `toolchain.builder.graphs.write_graphs`. Raises what `plan_build` raises, ExportError and StoreError.
     """
-    import onnx_ir as ir
+    from toolchain.builder.graphs import write_graphs
 
-    from toolchain.weights.derived import find_tensors, weight_uses
-    from toolchain.weights.safetensors import read_folder
+    plan = plan_build(recipe, model, revision=revision, config=config, store=store, graphs_only=True)
+    on_plan(plan)
+    return write_graphs(plan, Path(output), progress)
 
-    plan_ = plan_build(recipe, model, revision=revision, config=config, store=store, graphs_only=True)
-    folders = {c.name: plan_.source.path / c.folder for c in plan_.family.components}
-    # Read now, so that a damaged file is found before the graphs are built and not after.
-    checkpoints = {name: read_folder(f) for name, f in folders.items() if plan_.source.has_weights(f.name)}
-    built = execute(plan_, progress)
-    names: list[str] = []
 
-    def fill(folder: Path) -> None:
-        for step in plan_.steps:
-            component = step.id.component
-            graph = built[step.id].file(GRAPH)
-            name = f"{component}-{step.id.label}"
-            (folder / f"{name}.onnx").write_bytes(graph.read_bytes())
-            uses = weight_uses(ir.load(graph))
-            checkpoint = checkpoints.get(component)
-            tensors = find_tensors(uses, checkpoint, folders[component]) if checkpoint is not None else {}
-            places = {k: {"file": str(t.file), "offset": t.offset, "nbytes": t.nbytes} for k, t in tensors.items()}
-            entries = [{**asdict(use), **places.get(use.name, {})} for use in uses]
-            (folder / f"{name}.weights.json").write_text(encode(entries))
-            names.append(f"{name}.onnx")
+def generate(
+    bundle: str | Path,
+    prompts: Sequence[str],
+    output: str | Path | None = None,
+    *,
+    verify: bool = True,
+    trust: str | Path | None = None,
+    progress: Callback | None = None,
+    **options: Any,
+) -> SavedPictures:
+    """Draws a picture for each prompt and writes it as PNG, with its settings as text.
 
-    publish_folder(Path(output), fill, owns=lambda name: "/" not in name and name.endswith((".onnx", ".weights.json")))
-    return [Path(output) / name for name in names]
+    output   several pictures become NAME-1.png and so on; None: diffbuild-SEED.png in the working directory
+    verify   compare every file of the bundle with its sha256 first
+    trust    a public key that must have signed the bundle; $DIFFBUILD_TRUST where it is not given
+    options  of a call of `toolchain.Pipeline`; None leaves the choice to the bundle
+
+    To draw more than once, open the bundle with `toolchain.load`. Raises UsageError for the output, BundleError and
+    RequestError.
+    """
+    from toolchain.runtime.pictures import SavedPictures, check_picture_output, draw, save
+    from toolchain.runtime.pipeline import load
+
+    target = None if output is None else Path(output)
+    check_picture_output(target)
+    started = time.perf_counter()
+    with closing(load(bundle, verify=verify, trust=trust, warm_up=False, open_buckets=1)) as pipe:
+        load_ms = (time.perf_counter() - started) * 1e3
+        result, settings = draw(pipe, prompts, options, progress)
+    return SavedPictures(save(result, settings, target), result.timings, load_ms)
 
 
 def check_bundle(
@@ -142,14 +239,163 @@ def check_bundle(
     *,
     revision: str | None = None,
     config: str | Path | None = None,
+    report: str | Path | None = None,
+    html: str | Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> CheckReport:
-    """Compares a bundle with the model that it was built from. See `toolchain.check`."""
+    """Compares a bundle with the model that it was built from: see `toolchain.check`. A failed gate is a result.
+
+    report, html  files to write the report to as well, as JSON and as a page
+
+    Raises UsageError for outputs that cannot be written, BundleError, ModelError and EngineError.
+    """
+    from toolchain.builder.open_model import open_model
     from toolchain.bundle.bundle import read_bundle
     from toolchain.bundle.signing import require_trusted
     from toolchain.check.compare import compare
+    from toolchain.check.page import save_page
+    from toolchain.store.outputs import check_output
 
-    found = read_bundle(bundle)
-    require_trusted(found)
-    source = open_model(model, revision, config=config, safety=found.recipe.safety.checker)
-    return compare(found, source, progress=progress)
+    check_output(report)
+    check_output(html)
+    if report is not None and html is not None and Path(report).resolve() == Path(html).resolve():
+        raise UsageError("--report and --html name the same file", where=html, expected="two files")
+    opened = read_bundle(bundle)
+    require_trusted(opened)
+    source = open_model(model, revision, config=config, safety=opened.recipe.safety.checker)
+    compared = compare(opened, source, progress=progress)
+    if report is not None:
+        compared.save(Path(report))
+    if html is not None:
+        save_page(Path(html), compared, opened)
+    return compared
+
+
+def bench_bundle(
+    bundle: str | Path,
+    *,
+    html: str | Path | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+    **options: Any,
+) -> BenchReport:
+    """Measures where the time of a picture goes.
+
+    html     a file to write the report to as well, as a page
+    options  of `toolchain.bench.run.measure`
+
+    Raises UsageError, BundleError, ModelError, and DiffbuildError for a contender that fails.
+    """
+    from toolchain.bench.page import page
+    from toolchain.bench.run import measure
+    from toolchain.store.files import write_atomic
+    from toolchain.store.outputs import check_output
+
+    check_output(html)
+    measured = measure(Path(bundle), progress, **options)
+    if html is not None:
+        write_atomic(Path(html), page(measured).encode())
+    return measured
+
+
+def trace_bundle(
+    bundle: str | Path, output: str | Path, *, prompt: str | None = None, operators: bool = False, **options: Any
+) -> Trace:
+    """Records one generation on a timeline and writes it as Chrome's trace events.
+
+    prompt     None: the recipe's first
+    operators  profile the operators inside each engine as well; ONNX Runtime on the CPU alone
+    options    of a call of `toolchain.Pipeline`; None leaves the choice to the bundle
+
+    Raises UsageError, BundleError and RequestError.
+    """
+    from toolchain.bundle.signing import open_bundle
+    from toolchain.store.outputs import check_output
+    from toolchain.trace.record import trace
+
+    check_output(output)
+    opened = open_bundle(Path(bundle))
+    chosen = {key: value for key, value in options.items() if value is not None}
+    recorded = trace(opened, {"prompt": prompt or opened.recipe.check.prompts[0], **chosen}, operators=operators)
+    recorded.save(Path(output))
+    return recorded
+
+
+def inspect_bundle(bundle: str | Path, *, verify: bool = False) -> Inspection:
+    """What a bundle holds, and whether it can run here; `verify` compares every file with its sha256.
+
+    Raises BundleError for what is no bundle or, with `verify`, for a damaged one.
+    """
+    from toolchain.bundle.bundle import read_bundle
+    from toolchain.bundle.inspection import Inspection
+    from toolchain.engines.registry import backend_of
+
+    opened = read_bundle(bundle)
+    if verify:
+        opened.verify()
+    backend = backend_of(opened.backend)
+    refused = backend.available() or backend.refuse(opened.device, opened.recipe.to_json()[opened.backend])
+    if refused and (command := backend.install(opened.device)):
+        refused += f"; {command}"
+    return Inspection(opened, refused, verify)
+
+
+def backend_refusal(bundle: Bundle) -> str | None:
+    """Why the backend of a bundle cannot run on this machine; None where it can."""
+    from toolchain.engines.registry import backend_of
+
+    return backend_of(bundle.backend).available()
+
+
+def sign_bundle(bundle: str | Path, key: str | Path) -> Signature:
+    """See `toolchain.bundle.signing.sign_bundle`."""
+    from toolchain.bundle import signing
+
+    return signing.sign_bundle(bundle, key)
+
+
+def verify_bundle(bundle: str | Path, key: str | Path | None = None) -> Verdict:
+    """See `toolchain.bundle.signing.verify_bundle`."""
+    from toolchain.bundle import signing
+
+    return signing.verify_bundle(bundle, key)
+
+
+def list_artifacts(store: str | Path | None = None) -> Listing:
+    """Every artifact of a store, with its size and its last use. StoreError."""
+    from toolchain.store import upkeep
+
+    return upkeep.list_artifacts(_store(store))
+
+
+def verify_store(store: str | Path | None = None, *, quarantine: bool = False) -> StoreVerdict:
+    """Reads every byte of a store; `quarantine` moves damaged artifacts aside. StoreError."""
+    from toolchain.store import upkeep
+
+    return upkeep.verify(_store(store), quarantine=quarantine)
+
+
+def clean_store(store: str | Path | None = None, *, dry_run: bool = False, min_age_s: float = 3600) -> CleanUp:
+    """Removes artifacts that no bundle was built from: see `Store.gc`. StoreError."""
+    from toolchain.store import upkeep
+
+    return upkeep.clean(_store(store), dry_run=dry_run, min_age_s=min_age_s)
+
+
+def examine_machine(store: str | Path | None = None) -> dict[str, Any]:
+    """What this machine can do, as `diffbuild doctor --json` prints it; `works` is whether a backend can run here."""
+    from toolchain.engines.machine import examine
+    from toolchain.store.artifacts import default_store
+
+    return examine(Path(store or default_store()))
+
+
+def _load(recipe: Recipe | str | Path) -> Recipe:
+    from toolchain.recipe import Recipe, load_recipe
+
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
+def _store(store: str | Path | None) -> Store:
+    from toolchain.store.artifacts import Store, default_store
+
+    return Store(Path(store or default_store()))

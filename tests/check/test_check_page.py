@@ -15,8 +15,6 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-import toolchain.api
-import toolchain.bundle.bundle
 from tests.check.page_samples import DIGEST, HOSTILE, RECIPE, bundle, entry, failing, passing, picture, report
 from toolchain.check import page
 from toolchain.check.charts import Scale, curve_chart
@@ -246,8 +244,9 @@ def test_only_markup_by_type_is_markup() -> None:
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[CheckReport]:
     """What `check` finds; the test may put another report there. Empty when nothing may be compared."""
     found: list[CheckReport] = []
-    monkeypatch.setattr(toolchain.api, "check_bundle", lambda *_, **__: found[0])
-    monkeypatch.setattr(toolchain.bundle.bundle, "read_bundle", lambda path: bundle())
+    monkeypatch.setattr("toolchain.check.compare.compare", lambda *_, **__: found[0])
+    monkeypatch.setattr("toolchain.builder.open_model.open_model", lambda *_, **__: None)
+    monkeypatch.setattr("toolchain.bundle.bundle.read_bundle", lambda path: bundle())
     return found
 
 

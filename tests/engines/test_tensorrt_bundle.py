@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 import toolchain
 from tests.pretend import pretended
-from toolchain.api import Plan
+from toolchain.builder.plan import Plan
 from toolchain.cli.main import cli
 from toolchain.errors import EngineError, RecipeError
 from toolchain.store.artifacts import Store

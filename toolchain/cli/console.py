@@ -16,8 +16,8 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from toolchain import terminal
-from toolchain.cli import output as report
 from toolchain.cli import progress
+from toolchain.cli.document import print_document, print_error
 from toolchain.errors import DiffbuildError, UsageError
 
 log = logging.getLogger("toolchain")
@@ -118,12 +118,12 @@ def _exit_code(run: Callable[[], Any], as_json: bool) -> int:
         return error.exit_code
     except Exception as error:
         log.debug("the traceback of the error below", exc_info=error)
-        told = _told(error)
-        report.failure(told, as_json)
-        return told.exit_code
+        explained = _explain(error)
+        print_error(explained, as_json)
+        return explained.exit_code
 
 
-def _told(error: Exception) -> DiffbuildError:
+def _explain(error: Exception) -> DiffbuildError:
     """Any error as one that says what to do."""
     if isinstance(error, DiffbuildError):
         return error
@@ -204,6 +204,6 @@ json_option = click.option(
 def answer(as_json: bool, document: Callable[[], Any], text: Callable[[], Any]) -> None:
     """Prints a command's result in the form that was asked for."""
     if as_json:
-        report.document(document())
+        print_document(document())
     else:
         terminal.lines(text())

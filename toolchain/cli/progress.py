@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain.terminal import echo, painted
 
 if TYPE_CHECKING:
+    from toolchain.builder.plan import Plan
     from toolchain.builder.steps import Step
     from toolchain.runtime.progress import Progress as Evaluation
 
@@ -43,22 +44,37 @@ def left(elapsed_s: float, share: float) -> str:
 
 @dataclass(frozen=True)
 class Finished:
-    """A step of a build that is done; `what` is "built" or "hit"."""
+    """A step of a build that is done; `result` is "built" or "hit"."""
 
     step: Step
-    what: str
+    result: str
     seconds: float
 
 
 class Steps:
-    """Shows the steps of a build and remembers them. Call it with (step, "start" | "built" | "hit")."""
+    """Shows the steps of a build and remembers them: `begin` gets its plan, a call (step, "start" | "built" | "hit").
 
-    def __init__(self, total: int, bar: Any) -> None:
+    `seconds` is what the whole build took, planning included, once `steps` is left.
+    """
+
+    def __init__(self, bar: Any) -> None:
         self.finished: list[Finished] = []
-        self._total, self._bar = total, bar
-        self._task = bar.add_task("", total=total) if bar else None
-        self._started = self._told = time.perf_counter()
+        self.seconds = 0.0
+        self._total, self._bar = 0, bar
+        self._task: Any = None
+        self._started = self._shown_at = time.perf_counter()
         self._phase, self._phase_began = "", 0.0
+
+    def begin(self, plan: Plan) -> None:
+        """Tells how many steps there will be."""
+        self._total = len(plan.steps)
+        self._task = self._bar.add_task("", total=self._total) if self._bar else None
+        self._started = self._shown_at = time.perf_counter()
+
+    @property
+    def built(self) -> int:
+        """How many of the finished steps were not in the store."""
+        return sum(f.result == "built" for f in self.finished)
 
     def within(self, step: Step, phase: str, share: float | None) -> None:
         """Shows how far a long step is, as a share of 1; None where nobody can tell."""
@@ -69,14 +85,14 @@ class Steps:
         line += "" if share is None else f" {share:.0%}{left(now - self._phase_began, share)}"
         if self._bar:
             self._bar.update(self._task, description=line)
-        elif _shown() and now - self._told >= BUILD_EVERY_S:
-            self._told = now
+        elif _shown() and now - self._shown_at >= BUILD_EVERY_S:
+            self._shown_at = now
             echo(line, err=True)
 
-    def __call__(self, step: Step, what: str) -> None:
+    def __call__(self, step: Step, event: str) -> None:
         name = str(step.id)
-        if what == "start":
-            self._started = self._told = time.perf_counter()
+        if event == "start":
+            self._started = self._shown_at = time.perf_counter()
             self._phase = ""
             log.debug("%s", name)
             if self._bar:
@@ -84,14 +100,14 @@ class Steps:
             return
         # A build with nothing to do reports its hits without a start.
         now = time.perf_counter()
-        done = Finished(step, what, now - self._started)
+        done = Finished(step, event, now - self._started)
         self._started = now
         self.finished.append(done)
-        took = f" {done.seconds:.1f} s" if what == "built" else ""
-        line = f"[{len(self.finished)}/{self._total}] {name} ... {what}{took}"
+        took = f" {done.seconds:.1f} s" if event == "built" else ""
+        line = f"[{len(self.finished)}/{self._total}] {name} ... {event}{took}"
         if self._bar:
             self._bar.update(self._task, advance=1)
-            if what == "built" or log.isEnabledFor(logging.DEBUG):
+            if event == "built" or log.isEnabledFor(logging.DEBUG):
                 echo(painted(line), err=True)
         elif _shown():
             echo(painted(line), err=True)
@@ -104,13 +120,6 @@ class Evaluations:
         self._bar = bar
         self._task: Any = None
         self._began = self._last = time.perf_counter()
-
-    def stage(self, text: str) -> None:
-        """For what takes long before the first step."""
-        if self._bar:
-            self._bar.console.print(f"{text} ...", markup=False, highlight=False)
-        elif _shown():
-            echo(f"{text} ...", err=True)
 
     def __call__(self, progress: Evaluation) -> None:
         done, now = progress.index + 1, time.perf_counter()
@@ -127,10 +136,13 @@ class Evaluations:
 
 
 @contextmanager
-def steps(total: int) -> Iterator[Steps]:
+def steps() -> Iterator[Steps]:
     """For the steps of a build. What libraries print on stdout goes to stderr: stdout is the command's answer."""
+    began = time.perf_counter()
     with redirect_stdout(sys.stderr), _bar() as bar:
-        yield Steps(total, bar)
+        shown = Steps(bar)
+        yield shown
+        shown.seconds = time.perf_counter() - began
 
 
 @contextmanager

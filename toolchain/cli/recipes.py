@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from toolchain.cli import pictures
+from toolchain import api
 from toolchain.cli.console import (
     answer,
     examples,
@@ -18,7 +18,6 @@ from toolchain.cli.console import (
     recipe_argument,
     verbosity,
 )
-from toolchain.errors import UsageError
 from toolchain.terminal import table
 
 if TYPE_CHECKING:
@@ -35,10 +34,8 @@ def recipes(as_json: bool) -> None:
 
     For each its family, backend, precision, and whether its engines run on a CPU or a GPU.
     """
-    from toolchain.recipe import load_recipe, shipped
-
-    found = [(load_recipe(Path(name)), shipped.about(name)) for name in shipped.names()]
-    answer(as_json, lambda: _recipes_json(found), lambda: _recipes_lines(found))
+    listed = api.shipped_recipes()
+    answer(as_json, lambda: _recipes_json(listed), lambda: _recipes_lines(listed))
 
 
 @click.command(
@@ -52,27 +49,15 @@ def recipes(as_json: bool) -> None:
 )
 @json_option
 @verbosity
-def init(model: str, backend: str | None, output: Path | None, as_json: bool, **origin: Any) -> None:
+def init(model: str, output: Path | None, as_json: bool, **options: Any) -> None:
     """Write a recipe for this machine and a model.
 
     The recipe that comes nearest is cut to the model's own size and to what the backend computes in. Needs the model's
     config files and nothing else.
     """
-    from toolchain.builder.open_model import open_model
-    from toolchain.builder.starter import best_backend, write_starter
-    from toolchain.store.files import write_atomic
-
-    target = output or Path(f"{Path(model).resolve().name}.toml")
-    pictures.check_output(target)
-    if target.exists():
-        raise UsageError("the recipe is there already", where=target, hint="choose another --output, or delete it")
-    made = write_starter(open_model(model, **origin, weights=False), backend or best_backend(), target.stem)
-    write_atomic(target, made.text.encode())
-    answer(
-        as_json,
-        lambda: {"recipe": str(target), "like": made.like, **made.recipe.to_json()},
-        lambda: _init_lines(target, made.like, made.recipe, model),
-    )
+    written = api.write_recipe(model, output, **options)
+    document = {"recipe": str(written.path), "like": written.like, **written.recipe.to_json()}
+    answer(as_json, lambda: document, lambda: _init_lines(written, model))
 
 
 @click.group("recipe", epilog=examples("diffbuild recipe check mine.toml --model ./model"))
@@ -93,10 +78,8 @@ def recipe_check(recipe: Path, model: str | None, as_json: bool, **origin: Any) 
 
     Names every problem at once. With --model, whose config files are enough, also what does not fit the model.
     """
-    from toolchain.api import check_recipe_file
-
-    found = check_recipe_file(recipe, model, **origin)
-    answer(as_json, lambda: {"model": model, "recipe": found.to_json()}, lambda: _sound_lines(found, model))
+    checked = api.check_recipe_file(recipe, model, **origin)
+    answer(as_json, lambda: {"model": model, "recipe": checked.to_json()}, lambda: _sound_lines(checked, model))
 
 
 def _runs_on(recipe: Recipe) -> str:
@@ -105,23 +88,27 @@ def _runs_on(recipe: Recipe) -> str:
 
 def _precisions(recipe: Recipe) -> str:
     """The denoiser's type, then what differs from it."""
-    own = recipe.component("denoiser").dtype
-    others = [f"{name} {part.dtype}" for name, part in recipe.components.items() if part.dtype != own]
-    return ", ".join([own, *others])
+    dtype = recipe.component("denoiser").dtype
+    others = [f"{name} {part.dtype}" for name, part in recipe.components.items() if part.dtype != dtype]
+    return ", ".join([dtype, *others])
 
 
-def _recipes_json(found: Sequence[tuple[Recipe, str]]) -> dict[str, Any]:
-    return {"recipes": [{"about": about, "runs_on": _runs_on(r), **r.to_json()} for r, about in found]}
+def _recipes_json(listed: Sequence[api.ShippedRecipe]) -> dict[str, Any]:
+    entries = [{"about": s.about, "runs_on": _runs_on(s.recipe), **s.recipe.to_json()} for s in listed]
+    return {"recipes": entries}
 
 
-def _recipes_lines(found: Sequence[tuple[Recipe, str]]) -> Iterator[str]:
-    rows = [[r.name, r.family, r.backend, _runs_on(r), _precisions(r)] for r, _ in found]
+def _recipes_lines(listed: Sequence[api.ShippedRecipe]) -> Iterator[str]:
+    recipes = [entry.recipe for entry in listed]
+    rows = [[r.name, r.family, r.backend, _runs_on(r), _precisions(r)] for r in recipes]
     yield from table(rows, head=["recipe", "family", "backend", "runs on", "precision"], indent="")
     yield "next: diffbuild plan RECIPE --model DIR_OR_HUB_ID"
 
 
-def _init_lines(path: Path, like: str, recipe: Recipe, model: str) -> Iterator[str]:
-    yield f"{path}: family {recipe.family}, {recipe.backend}, {_precisions(recipe)}, {recipe.buckets[0]}; after {like}"
+def _init_lines(written: api.WrittenRecipe, model: str) -> Iterator[str]:
+    path, recipe = written.path, written.recipe
+    facts = ", ".join([f"family {recipe.family}", recipe.backend, _precisions(recipe), str(recipe.buckets[0])])
+    yield f"{path}: {facts}; after {written.like}"
     yield f"next: diffbuild plan {path} --model {model}"
 
 

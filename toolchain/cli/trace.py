@@ -1,4 +1,4 @@
-"""`diffbuild trace` on the command line."""
+"""`diffbuild trace`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from toolchain.cli import pictures, progress
+from toolchain import api
+from toolchain.cli import progress
 from toolchain.cli.console import answer, bundle_argument, examples, json_option, size, verbosity
 
 
@@ -33,19 +34,12 @@ from toolchain.cli.console import answer, bundle_argument, examples, json_option
 @click.option("--operators", is_flag=True, help="Also profile every operator, which slows each a little. CPU alone.")
 @json_option
 @verbosity
-def trace(bundle: Path, output: Path, prompt: str | None, operators: bool, as_json: bool, **request: Any) -> None:
+def trace(bundle: Path, output: Path, as_json: bool, **options: Any) -> None:
     """Record one generation on a timeline.
 
     Shows stages, evaluations and engine calls, with --operators what each engine does inside, and prints where the time
     went. On a GPU, launches are NVTX ranges too where nvtx is installed.
     """
-    from toolchain.bundle.signing import open_bundle
-    from toolchain.trace.record import trace as record
-
-    pictures.check_output(output)
-    opened = open_bundle(bundle)
-    wanted = {key: value for key, value in request.items() if value is not None}
     with progress.working(f"tracing {bundle}"):
-        recorded = record(opened, {"prompt": prompt or opened.recipe.check.prompts[0], **wanted}, operators=operators)
-    recorded.save(output)
+        recorded = api.trace_bundle(bundle, output, **options)
     answer(as_json, lambda: {"trace": str(output), **recorded.summary()}, lambda: [f"{output}:", *recorded.lines()])

@@ -1,0 +1,23 @@
+"""Where a command may write a file: asked before any work is done."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from toolchain.errors import UsageError
+
+
+def check_output(path: str | Path | None) -> None:
+    """Raises UsageError for a path at which no file can be written; None stands for a file in the working directory."""
+    target = None if path is None else Path(path)
+    folder = Path() if target is None else target.parent
+    if target is not None and target.is_dir():
+        raise UsageError("the output is a folder", where=path, expected="a file", hint=f"give {target / 'a.png'}, say")
+    if target is not None and target.exists() and not target.is_file():
+        # Replaced by a rename, a device or a pipe would be gone.
+        raise UsageError("the output is no regular file", where=path, expected="a new or a regular file")
+    if not folder.is_dir():
+        raise UsageError("the folder of the output is missing", where=folder, hint=f"mkdir -p {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError("the folder of the output is not writable", where=folder, hint="choose another --output")
