@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from toolchain.bundle.signing import sign_bundle, verify_bundle
     from toolchain.errors import DiffbuildError
     from toolchain.recipe import Bucket, Recipe, load_recipe
+    from toolchain.runtime.observer import Observer
     from toolchain.runtime.pipeline import Pipeline, load
     from toolchain.runtime.progress import Progress
     from toolchain.runtime.result import Result
@@ -37,6 +38,7 @@ _HOME = {
     "Bucket": "toolchain.recipe",
     "Recipe": "toolchain.recipe",
     "load_recipe": "toolchain.recipe",
+    "Observer": "toolchain.runtime.observer",
     "Pipeline": "toolchain.runtime.pipeline",
     "Progress": "toolchain.runtime.progress",
     "Result": "toolchain.runtime.result",
@@ -50,6 +52,7 @@ __all__ = [
     "Bucket",
     "Bundle",
     "DiffbuildError",
+    "Observer",
     "Pipeline",
     "Progress",
     "Recipe",

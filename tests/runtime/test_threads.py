@@ -77,7 +77,7 @@ def test_every_thread_gets_its_own_pictures(tiny_bundle: Path, monkeypatch: pyte
     for module in ("pipeline", "text"):
         monkeypatch.setattr(
             f"toolchain.runtime.{module}.open_engine",
-            lambda bundle, backend, name, bucket, memory: Sums(bundle.engine(name, bucket).spec),
+            lambda bundle, backend, name, bucket, memory, observer: Sums(bundle.engine(name, bucket).spec),
         )
     pipe = toolchain.load(tiny_bundle, open_buckets=1)
 

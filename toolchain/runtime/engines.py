@@ -9,22 +9,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from toolchain.bundle.bundle import MACHINE_CODE, Bundle
+from toolchain.bundle.bundle import ANY, MACHINE_CODE, Bundle
 from toolchain.bundle.signing import vouch
 from toolchain.engines.backend import Backend, Engine
 from toolchain.engines.buffers import Memory
 from toolchain.engines.registry import backend_of
 from toolchain.errors import BundleError
 from toolchain.recipe import Bucket
+from toolchain.runtime.observer import NOBODY, ObservedEngine, Observer
 from toolchain.signature import TensorSpec
 
 F32 = NDArray[np.float32]
 
 
-def usable_backend(bundle: Bundle) -> Backend:
-    """The bundle's backend. BundleError where it cannot run, for engines of another device or version, and for machine
-    code that nobody vouches for."""
-    backend = backend_of(bundle.backend)
+def usable_backend(bundle: Bundle, backend: Backend | None = None) -> Backend:
+    """The bundle's backend, or the one that stands in for it. BundleError where it cannot run, for engines of another
+    device or version, and for machine code that nobody vouches for."""
+    backend = backend or backend_of(bundle.backend)
     reason, otherwise = backend.available(), "diffbuild doctor tells what each backend needs"
     if reason is None:
         reason = backend.refuse(bundle.device, bundle.recipe.to_json()[backend.name])
@@ -43,12 +44,23 @@ def open_memory(bundle: Bundle, backend: Backend, open_buckets: int | None = Non
     return backend.memory(sorted(folders), bundle.recipe.to_json()[backend.name], open_buckets)
 
 
-def open_engine(bundle: Bundle, backend: Backend, component: str, bucket: Bucket, memory: Memory) -> Engine:
-    """Raises BundleError and EngineError."""
+def open_engine(
+    bundle: Bundle,
+    backend: Backend,
+    component: str,
+    bucket: Bucket,
+    memory: Memory,
+    observer: Observer = NOBODY,
+) -> Engine:
+    """The engine of a component for a bucket. Raises BundleError and EngineError."""
     entry = bundle.engine(component, bucket)
     options = bundle.recipe.to_json()[backend.name]
     weights = {role: bundle.path / name for role, name in entry.weights.items()}
-    return backend.open(bundle.path / entry.folder, weights, entry.spec, options, memory)
+    engine = backend.open(bundle.path / entry.folder, weights, entry.spec, options, memory)
+    if observer is NOBODY:
+        return engine
+    name = component if ANY in bundle.engines[component] else f"{component} {bucket}"
+    return ObservedEngine(engine, name, observer)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from PIL import Image
 
 from toolchain.bundle.bundle import Bundle
 from toolchain.bundle.signing import open_bundle
-from toolchain.engines.backend import Engine
+from toolchain.engines.backend import Backend, Engine
 from toolchain.engines.buffers import Memory
 from toolchain.errors import RequestError
 from toolchain.recipe import Bucket
@@ -26,6 +26,7 @@ from toolchain.runtime.engines import F32, BucketEngines, open_engine, open_memo
 from toolchain.runtime.lock import FairLock
 from toolchain.runtime.loop import denoise
 from toolchain.runtime.noise import Generator
+from toolchain.runtime.observer import NOBODY, Observer, observed
 from toolchain.runtime.progress import Callback, Look, Progress
 from toolchain.runtime.request import Options, Picture, Request, Size, check_images, check_latents, takes
 from toolchain.runtime.resolve import resolve
@@ -46,8 +47,19 @@ class Pipeline:
     and shared on a CPU. A callback may not use the pipeline that is calling it: RequestError.
     """
 
-    def __init__(self, bundle: Bundle, *, warm_up: bool = True, open_buckets: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        warm_up: bool = True,
+        open_buckets: int | None = None,
+        observer: Observer | None = None,
+        backend: Backend | None = None,
+    ) -> None:
         """Opens the text encoders and, with `warm_up`, every bucket that may be open, and runs each engine once.
+
+        observer  as for `load`
+        backend   opens the engines in place of the bundle's own
 
         Raises BundleError when the engines were built for another device or version, and RequestError.
         """
@@ -57,17 +69,18 @@ class Pipeline:
         self._lock = FairLock()
         self._closed = False
         self.bundle = bundle
-        self._backend = usable_backend(bundle)
+        self._backend = usable_backend(bundle, backend)
+        self._observer = observer or NOBODY
         self._buckets: OrderedDict[Bucket, BucketEngines] = OrderedDict()  # the one used longest ago first
         self._tables = Tables(bundle)
         with ExitStack() as opened:
             self._memory = open_memory(bundle, self._backend, open_buckets)
             opened.callback(self._memory.close)
-            self._texts = TextEncoders(bundle, self._backend, self._memory)
+            self._texts = TextEncoders(bundle, self._backend, self._memory, self._observer)
             opened.callback(self._texts.close)
             self._safety = None
             if safety.COMPONENT in bundle.engines:
-                self._safety = safety.SafetyChecker(bundle, self._backend, self._memory)
+                self._safety = safety.SafetyChecker(bundle, self._backend, self._memory, self._observer)
                 opened.callback(self._safety.close)
             opened.callback(self._close_buckets)
             if warm_up:
@@ -133,6 +146,11 @@ class Pipeline:
         return np.concatenate(parts)
 
     @property
+    def memory(self) -> Memory:
+        """Where the engines' buffers lie. An observer that wants a GPU's times makes marks in it, as `trace` does."""
+        return self._memory
+
+    @property
     def sizes(self) -> list[Size]:
         """(height, width) of what was built, in pixels; the first is the default."""
         return list(dict.fromkeys((bucket.height, bucket.width) for bucket in self.bundle.buckets))
@@ -190,9 +208,10 @@ class Pipeline:
             pixels, result = self._run(engines, request, table, chosen, decode, callback, timings)
             parts.append(result[:count])
             if self._safety is not None and decode:
-                found = self._safety(pixels[:count])
-                pixels[:count][found] = 0
-                flagged += found
+                with self._observer.stage("safety"):
+                    black = self._safety(pixels[:count])
+                pixels[:count][black] = 0
+                flagged += black
                 timings.launches += count
             images += [_crop(Image.fromarray(p), request.size) for p in pixels[:count]]
         timings.total_ms = (time.perf_counter() - started) * 1e3
@@ -226,7 +245,7 @@ class Pipeline:
                 self._buckets.popitem(last=False)[1].close()
 
             def opened(name: str) -> Engine:
-                return open_engine(self.bundle, self._backend, name, bucket, self._memory)
+                return open_engine(self.bundle, self._backend, name, bucket, self._memory, self._observer)
 
             log.debug("opening the engines of %s", bucket)
             with_encoder = "vae_encoder" in self.bundle.engines
@@ -257,28 +276,32 @@ class Pipeline:
         timings: Timings,
     ) -> tuple[NDArray[np.uint8], F32]:
         """One pass through a bucket for the pictures `chosen`: pixels [B, H, W, 3] and latents [B, C, h, w]."""
-        memory = self._memory
+        memory, stage = self._memory, self._observer.stage
         before = self._texts.tokenize_ms, self._texts.launches
         marks = [memory.mark()]
         log.debug("text encoders: %d pictures", len(chosen))
-        place(memory, engines.inputs, *self._conditions(request, chosen))
+        with stage("text"):
+            place(memory, engines.inputs, *self._conditions(request, chosen))
         marks.append(memory.mark())
-        generators = [Generator(request.seeds[i]) for i in chosen]
-        upload(engines, table, request, chosen, generators)
+        with stage("upload"):
+            generators = [Generator(request.seeds[i]) for i in chosen]
+            upload(engines, table, request, chosen, generators)
         marks.append(memory.mark())
         log.debug("denoising: %d evaluations of %s", table.evaluations, request.scheduler)
-        done, evaluated = self._denoise(engines, table, generators, callback, timings)
+        with stage("denoise"):
+            done, evaluated = self._denoise(engines, table, generators, callback, timings)
         marks.append(evaluated[-1])
         latents = engines.states[done % 2][0]
         if decode:
             log.debug("decoding")
-            engines.decoders[done % 2]()
+            with stage("decode"):
+                engines.decoders[done % 2]()
         marks.append(memory.mark())
-        found = memory.read(latents, *([engines.pixels] if decode else []))
+        arrays = memory.read(latents, *([engines.pixels] if decode else []))
         timings.tokenize_ms += self._texts.tokenize_ms - before[0]
         timings.launches += self._texts.launches - before[1] + done + decode + (request.images is not None)
         timings.add(memory, marks, evaluated)
-        return (found[1] if decode else np.empty((0, *engines.pixels.shape[1:]), np.uint8)), found[0]
+        return (arrays[1] if decode else np.empty((0, *engines.pixels.shape[1:]), np.uint8)), arrays[0]
 
     def _denoise(
         self,
@@ -297,7 +320,10 @@ class Pipeline:
                 _timed(partial(engines.run, min(MAX_EVALUATIONS, table.evaluations - first)), timings)()
             return table.evaluations, [memory.mark()]
         steps = (_timed(engines.steps[0], timings), _timed(engines.steps[1], timings))
-        for index in denoise(steps, table.noise_draws, lambda: draw(memory, engines.inputs["noise"], generators)):
+        evaluations = denoise(steps, table.noise_draws, lambda: draw(memory, engines.inputs["noise"], generators))
+        if self._observer is not NOBODY:
+            evaluations = observed(evaluations, table.timesteps.tolist(), self._observer)
+        for index in evaluations:
             marks.append(memory.mark())
             if (index + 1) % MAX_EVALUATIONS == 0 and index + 1 < table.evaluations:
                 place_next(engines, table, index + 1)
@@ -342,6 +368,7 @@ def load(
     trust: str | Path | None = None,
     warm_up: bool = True,
     open_buckets: int | None = None,
+    observer: Observer | None = None,
 ) -> Pipeline:
     """Opens a bundle.
 
@@ -350,12 +377,13 @@ def load(
     warm_up       open every bucket and run each engine once, so that the first request is as fast as the others
     open_buckets  how many may be open at once: where memory is short, the one used longest ago is closed when another
                   is asked for, and opened anew when its turn comes again; None: all of them
+    observer      sees the stages, evaluations and engine calls of everything that the pipeline does
 
     Raises BundleError for a bundle that is damaged, of a newer format, not signed by the trusted key, or built for
     another device or version.
     """
     bundle = open_bundle(Path(path), verify=verify, trust=trust)
-    return Pipeline(bundle, warm_up=warm_up, open_buckets=open_buckets)
+    return Pipeline(bundle, warm_up=warm_up, open_buckets=open_buckets, observer=observer)
 
 
 def _crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -12,6 +12,7 @@ from toolchain.bundle.bundle import Bundle
 from toolchain.engines.backend import Backend
 from toolchain.engines.buffers import Memory
 from toolchain.runtime.engines import F32, BoundEngine, open_engine
+from toolchain.runtime.observer import NOBODY, Observer
 from toolchain.settings import SafetyInput
 
 COMPONENT = "safety_checker"
@@ -21,10 +22,11 @@ log = logging.getLogger("toolchain")
 class SafetyChecker:
     """The checker of a bundle that has one."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, memory: Memory) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, memory: Memory, observer: Observer = NOBODY) -> None:
         assert bundle.settings.safety is not None
         self._settings, self._memory = bundle.settings.safety, memory
-        self._engine = BoundEngine(open_engine(bundle, backend, COMPONENT, bundle.buckets[0], memory), memory)
+        engine = open_engine(bundle, backend, COMPONENT, bundle.buckets[0], memory, observer)
+        self._engine = BoundEngine(engine, memory)
 
     def __call__(self, pixels: NDArray[np.uint8]) -> list[bool]:
         """Which of the pictures [N, H, W, 3] are flagged."""

@@ -14,6 +14,7 @@ from toolchain.bundle.bundle import Bundle
 from toolchain.engines.backend import Backend
 from toolchain.engines.buffers import Memory
 from toolchain.runtime.engines import BoundEngine, closed_on_error, open_engine
+from toolchain.runtime.observer import NOBODY, Observer
 from toolchain.runtime.prompt import PromptTokenizer
 
 log = logging.getLogger("toolchain")
@@ -30,7 +31,7 @@ class TextEncoders:
     tokenize_ms, launches  what tokenizing took and how often an engine ran, since this was opened
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, memory: Memory) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, memory: Memory, observer: Observer = NOBODY) -> None:
         self._memory = memory
         # One batch's conditions must not push each other out before they are used.
         least = 2 * max(bucket.batch for bucket in bundle.buckets) + 1
@@ -39,8 +40,8 @@ class TextEncoders:
         with closed_on_error(self.close):
             for name, place in bundle.tokenizers.items():
                 tokenizer = PromptTokenizer(bundle.path / place)
-                engine = BoundEngine(open_engine(bundle, backend, name, bundle.buckets[0], memory), memory)
-                self._encoders[name] = _Encoder(name, tokenizer, engine, memory, least)
+                engine = open_engine(bundle, backend, name, bundle.buckets[0], memory, observer)
+                self._encoders[name] = _Encoder(name, tokenizer, BoundEngine(engine, memory), memory, least, observer)
 
     @property
     def tokenize_ms(self) -> float:
@@ -76,8 +77,17 @@ class TextEncoders:
 class _Encoder:
     """One tokenizer and text encoder. What they made is kept; the longest unused makes room, its buffers used again."""
 
-    def __init__(self, name: str, tokenizer: PromptTokenizer, engine: BoundEngine, memory: Memory, least: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        tokenizer: PromptTokenizer,
+        engine: BoundEngine,
+        memory: Memory,
+        least: int,
+        observer: Observer,
+    ) -> None:
         self._name, self._tokenizer, self._engine, self._memory = name, tokenizer, engine, memory
+        self._observer = observer
         self._known: OrderedDict[tuple[str, int], Conditions] = OrderedDict()
         self._free: list[Conditions] = []
         row_bytes = sum(int(np.prod(o.shape)) * o.dtype.itemsize for o in engine.outputs.values())
@@ -96,7 +106,8 @@ class _Encoder:
             self._known.move_to_end(key)
             return self._known[key]
         started = time.perf_counter()
-        encoded = self._tokenizer.encode(text)
+        with self._observer.stage("tokenize"):
+            encoded = self._tokenizer.encode(text)
         self.tokenize_ms += (time.perf_counter() - started) * 1e3
         if encoded.cut:
             length = encoded.ids.shape[1]
