@@ -18,7 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from toolchain.bench.run import bench, workload
+from toolchain.bench.run import bench
+from toolchain.bench.workload import workload
 from toolchain.bundle.bundle import read_bundle
 from toolchain.engines.machine import machine
 from toolchain.recipe import Bucket, Check, Recipe, Sampling, load_recipe

@@ -14,13 +14,13 @@ from click.testing import CliRunner
 from toolchain.bench.openvino import plain_graphs
 from toolchain.bench.page import page
 from toolchain.bench.results import BenchReport, Result, Spread, spread, summarize
-from toolchain.bench.run import _forecast_mb, bench, measure, workload
+from toolchain.bench.run import _forecast_mb, bench, measure
 from toolchain.bench.worker import CONTENDERS, Parts
+from toolchain.bench.workload import workload
 from toolchain.bundle.bundle import read_bundle
 from toolchain.bundle.forecast import forecast
 from toolchain.check.report import Pair
 from toolchain.cli.main import cli
-from toolchain.engines.registry import BACKENDS
 from toolchain.errors import BundleError, DiffbuildError, UsageError
 
 ROUNDS = [
@@ -177,7 +177,6 @@ def test_openvino_opens_none_of_the_bundles_engines(
 ) -> None:
     pytest.importorskip("openvino")
     monkeypatch.setenv("DIFFBUILD_STORE", str(store))
-    monkeypatch.setattr("toolchain.engines.BACKENDS", dict(BACKENDS))
     opened = read_bundle(bundle_copy)
     work = vars(workload(opened, None, 1, None, 2))
     _, ours = CONTENDERS["diffbuild"](str(bundle_copy), "", Parts())(work)
@@ -227,3 +226,18 @@ def test_diffusers_loads_what_a_build_loads(tiny_bundle: Path, tiny_copy: Path) 
     stages, picture = draw(vars(workload(read_bundle(tiny_bundle), None, 1, None, 1)))
     assert picture.size == (64, 64)
     assert 0 < stages["denoise_ms"] < stages["total_ms"]
+
+
+def test_diffusers_draws_with_the_scheduler_of_its_model(tiny_bundle: Path, tiny_copy: Path) -> None:
+    """model_index.json names its class, whatever the scheduler's config says: as diffusers loads it."""
+    work = vars(workload(read_bundle(tiny_bundle), None, 1, None, 2)) | {"scheduler": "model"}
+
+    def drawn(scheduler: str) -> np.ndarray:
+        path = tiny_copy / "model_index.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"scheduler": ["diffusers", scheduler]}))
+        draw = CONTENDERS["diffusers"](str(tiny_bundle), str(tiny_copy), Parts())
+        first, again = (np.asarray(draw(work)[1]) for _ in range(2))
+        assert np.array_equal(first, again)
+        return first
+
+    assert not np.array_equal(drawn("PNDMScheduler"), drawn("EulerDiscreteScheduler"))

@@ -13,7 +13,7 @@ from tests.imports import ROOT, imports, modules, neighbours, room
 
 # Each row may import from the rows above it and from itself.
 LAYERS = (
-    ("errors", "garbage", "terminal", "wrapping"),
+    ("errors", "garbage", "terminal"),
     ("recipe", "settings", "signature", "store", "graph", "sampler"),
     ("weights",),
     ("cuda", "models", "bundle"),

@@ -20,7 +20,8 @@ import toolchain
 from benchmarks.export_scale import PUBLISHED
 from benchmarks.gpu_run.record import ROOT, Record
 from toolchain.api import check_bundle, export_graphs
-from toolchain.bench.run import bench, workload
+from toolchain.bench.run import bench
+from toolchain.bench.workload import workload
 from toolchain.bundle.bundle import read_bundle
 from toolchain.cuda.driver import free_memory_bytes
 from toolchain.engines.registry import BACKENDS

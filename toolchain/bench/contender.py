@@ -7,12 +7,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from toolchain.bench.workload import Workload
 from toolchain.errors import DiffbuildError
-
-if TYPE_CHECKING:
-    from toolchain.bench.run import Workload
 
 
 class Contender:

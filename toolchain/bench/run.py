@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain.bench.contender import Contender
 from toolchain.bench.openvino import plain_graphs
 from toolchain.bench.results import BenchReport, summarize
+from toolchain.bench.workload import Workload, workload
 from toolchain.builder.open_model import open_model
 from toolchain.bundle.bundle import Bundle, read_bundle
 from toolchain.bundle.forecast import forecast
@@ -42,39 +43,6 @@ AGAINST = {
 graphs of the bundle in OpenVINO."""
 SWEEP_STEPS = (5, 10, 20, 40)
 VERSIONS = ("diffbuild", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "diffusers", "transformers")
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What every contender draws: `batch` pictures of one prompt at `size` (height, width), seeds counting up."""
-
-    prompt: str
-    batch: int
-    size: tuple[int, int]
-    steps: int
-    scheduler: str
-    guidance: float
-    seed: int = 0
-
-
-def workload(
-    bundle: Bundle, prompt: str | None, batch: int, size: tuple[int, int] | None, steps: int | None
-) -> Workload:
-    """The recipe's defaults where nothing is said. UsageError for a size that was not built."""
-    first, sampling = bundle.buckets[0], bundle.recipe.sampling
-    chosen = size or (first.height, first.width)
-    built = sorted({(b.height, b.width) for b in bundle.buckets})
-    if chosen not in built:
-        sizes = ", ".join(f"{h}x{w}" for h, w in built)
-        raise UsageError("no engine was built for this size", expected=sizes, got=f"{chosen[0]}x{chosen[1]}")
-    return Workload(
-        prompt=prompt or bundle.recipe.check.prompts[0],
-        batch=batch,
-        size=chosen,
-        steps=steps or sampling.steps,
-        scheduler=sampling.scheduler,
-        guidance=bundle.default_guidance,
-    )
 
 
 def measure(

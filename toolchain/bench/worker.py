@@ -11,10 +11,10 @@ import time
 
 BEGAN = time.time()  # before anything else is imported
 
+import copy  # noqa: E402
 import json  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable  # noqa: E402
-from contextlib import AbstractContextManager  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -45,7 +45,8 @@ class Parts:
         self._last = now
 
 
-def diffbuild(bundle: str, _: str, parts: Parts, *, verify: bool = True) -> Draw:
+def diffbuild(bundle: str, _: str, parts: Parts, backend: Any = None) -> Draw:
+    """The runtime; `backend` opens its engines in place of the bundle's own, whose files are then not verified."""
     from toolchain.bundle.bundle import read_bundle
     from toolchain.bundle.signing import admit
     from toolchain.runtime.engines import usable_backend
@@ -54,10 +55,10 @@ def diffbuild(bundle: str, _: str, parts: Parts, *, verify: bool = True) -> Draw
     parts.done("imports_ms")
     opened = read_bundle(Path(bundle))
     parts.done("manifest_ms")
-    if verify:
+    if backend is None:
         opened = admit(opened)
         parts.done("verify_ms")
-    usable_backend(opened)  # imports the backend's library, whose memory is none of the engines'
+    usable_backend(opened, backend)  # imports the backend's library, whose memory is none of the engines'
     parts.base_bytes = resident_bytes()[0]
     on_host = opened.device["kind"] == "cpu"  # elsewhere a launch returns before the work is done
     if not on_host:
@@ -66,7 +67,7 @@ def diffbuild(bundle: str, _: str, parts: Parts, *, verify: bool = True) -> Draw
         parts.watch_gpu(free_memory_bytes)
     # A GPU may not hold every bucket: there the first picture opens what it needs.
     batches = len({bucket.batch for bucket in opened.buckets})
-    pipe = Pipeline(opened, warm_up=False, open_buckets=None if on_host else batches)
+    pipe = Pipeline(opened, warm_up=False, open_buckets=None if on_host else batches, backend=backend)
     if on_host:
         pipe.warm_up()
     parts.done("open_and_warm_up_ms")
@@ -105,10 +106,10 @@ def diffusers(bundle: str, model: str, parts: Parts, compiled: bool = False) -> 
     import torch
 
     from toolchain.bundle.bundle import read_bundle
-    from toolchain.check.reference import reference_pipeline, text_length
+    from toolchain.check.reference import reference_pipeline, reference_scheduler, text_length
     from toolchain.models.hub import resolve_model
     from toolchain.models.registry import family_of
-    from toolchain.sampler.schedulers import create, parse, quiet, reference_kwargs
+    from toolchain.sampler.schedulers import parse, quiet, reference_kwargs
 
     parts.done("imports_ms")
     opened, source = read_bundle(Path(bundle)), resolve_model(model)
@@ -124,16 +125,18 @@ def diffusers(bundle: str, model: str, parts: Parts, compiled: bool = False) -> 
     if compiled:
         setattr(pipeline, network, torch.compile(getattr(pipeline, network)))
         pipeline.vae.decode = torch.compile(pipeline.vae.decode)
-    config, length = family.settings(source).scheduler, text_length(source, family, recipe)
+    stages: Stages = {}
+    pipeline.encode_prompt = _timed(pipeline.encode_prompt, stages, "text_ms", wait)
+    pipeline.vae.decode = _timed(pipeline.vae.decode, stages, "decode_ms", wait)
+    loaded, length = pipeline.scheduler, text_length(source, family, recipe)
     parts.done("load_ms")
 
     def draw(work: dict[str, Any]) -> tuple[Stages, Any]:
         spec = parse(work["scheduler"])
-        pipeline.scheduler = create(spec, config)
-        own: Stages = {}
+        pipeline.scheduler = copy.deepcopy(reference_scheduler(loaded, spec))  # a trajectory uses a scheduler up
+        stages.clear()
         started = time.perf_counter()
-        text = _timed(pipeline, "encode_prompt", own, "text_ms", wait)
-        with quiet(), text, _timed(pipeline.vae, "decode", own, "decode_ms", wait):
+        with quiet():
             result = pipeline(
                 [work["prompt"]] * work["batch"],
                 num_inference_steps=work["steps"],
@@ -145,26 +148,25 @@ def diffusers(bundle: str, model: str, parts: Parts, compiled: bool = False) -> 
                 **length,
             )
         total = (time.perf_counter() - started) * 1e3
-        own["denoise_ms"] = total - sum(own.values())
-        return {**own, "total_ms": total}, result.images[0]
+        denoise = total - sum(stages.values())
+        return {**stages, "denoise_ms": denoise, "total_ms": total}, result.images[0]
 
     return draw
 
 
-def _timed(owner: Any, name: str, found: Stages, key: str, wait: Callable[[], None]) -> AbstractContextManager[None]:
-    """Adds the time of every call of a method to `found`; `wait` waits for work that was only enqueued."""
-    from toolchain.wrapping import wrapped
+def _timed(call: Callable[..., Any], stages: Stages, key: str, wait: Callable[[], None]) -> Callable[..., Any]:
+    """`call`, whose time is added to `stages`; `wait` waits for work that was only enqueued."""
 
-    def around(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def timed(*args: Any, **kwargs: Any) -> Any:
         wait()
         started = time.perf_counter()
         try:
-            return plain(*args, **kwargs)
+            return call(*args, **kwargs)
         finally:
             wait()
-            found[key] = found.get(key, 0.0) + (time.perf_counter() - started) * 1e3
+            stages[key] = stages.get(key, 0.0) + (time.perf_counter() - started) * 1e3
 
-    return wrapped(owner, name, around)
+    return timed
 
 
 def compile_(bundle: str, model: str, parts: Parts) -> Draw:
@@ -177,12 +179,8 @@ def openvino(bundle: str, graphs: str, parts: Parts) -> Draw:
 
     from toolchain.bench.openvino import OpenVino
     from toolchain.bundle.bundle import read_bundle
-    from toolchain.engines.registry import BACKENDS
 
-    opened = read_bundle(Path(bundle))
-    stand_in: Any = OpenVino(opened, Path(graphs))  # it has nothing to build with, which a backend has
-    BACKENDS[opened.backend] = stand_in
-    return diffbuild(bundle, graphs, parts, verify=False)  # none of the bundle's engines is opened
+    return diffbuild(bundle, graphs, parts, OpenVino(read_bundle(Path(bundle)), Path(graphs)))
 
 
 CONTENDERS: dict[str, Callable[[str, str, Parts], Draw]] = {

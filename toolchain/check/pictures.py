@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
 
 from toolchain.bundle.bundle import Bundle
-from toolchain.check.reference import reference_pipeline, text_length
+from toolchain.check.reference import reference_pipeline, reference_scheduler, text_length
 from toolchain.check.report import Pair, Picture
 from toolchain.models.component import Family
 from toolchain.models.source import ModelSource
 from toolchain.runtime.pipeline import Pipeline
-from toolchain.sampler.schedulers import MODEL, create, parse, quiet, reference_kwargs
+from toolchain.sampler.schedulers import parse, quiet, reference_kwargs
 
 Pixels = NDArray[np.uint8]
 BLANK_LEVELS = 2
@@ -57,11 +57,11 @@ def compare_pictures(
     pipeline, changes = reference_pipeline(source, family, recipe)
     spec = parse(recipe.sampling.scheduler)
     changes.append(f"{recipe.sampling.steps} steps at guidance {bundle.default_guidance:g}, the recipe's")
-    scheduler = pipeline.scheduler
-    if spec.canonical != MODEL:  # as a user does it, from what diffusers loaded, whatever is compiled from
-        own = type(scheduler).__name__
-        scheduler = create(spec, {**scheduler.config, "_class_name": own})
-        changes.append(f"the scheduler {spec.canonical}, a {type(scheduler).__name__}, in place of the model's {own}")
+    loaded = pipeline.scheduler
+    scheduler = reference_scheduler(loaded, spec)
+    if scheduler is not loaded:
+        names = [type(s).__name__ for s in (scheduler, loaded)]
+        changes.append(f"the scheduler {spec.canonical}, a {names[0]}, in place of the model's {names[1]}")
     tokens = text_length(source, family, recipe)
     changes += [f"{name} = {value}, the recipe's" for name, value in tokens.items()]
     kwargs = reference_kwargs(spec) | tokens

@@ -14,6 +14,8 @@ from toolchain.models.hub import SAFETY_FOLDERS, UNUSED_FOLDERS
 from toolchain.models.single_file import quiet_libraries
 from toolchain.models.source import ModelSource
 from toolchain.recipe import Recipe
+from toolchain.sampler.schedulers import MODEL, create
+from toolchain.sampler.spec import SchedulerSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,6 +70,14 @@ def reference_pipeline(source: ModelSource, family: Family, recipe: Recipe) -> t
     if "add_watermarker" in kwargs:
         changes.append("without a watermark, which diffusers adds where invisible-watermark is installed")
     return pipeline, changes
+
+
+def reference_scheduler(loaded: Any, spec: SchedulerSpec) -> Any:
+    """The diffusers scheduler for `spec`, made as a user makes it: from `loaded`, which came with the pipeline. It is
+    `loaded` itself where the spec is the model's own. SamplerError where diffusers cannot make it."""
+    if spec.canonical == MODEL:
+        return loaded
+    return create(spec, {**loaded.config, "_class_name": type(loaded).__name__})
 
 
 def text_length(source: ModelSource, family: Family, recipe: Recipe) -> dict[str, int]:

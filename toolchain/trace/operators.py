@@ -47,15 +47,15 @@ def read_profile(path: Path) -> list[Launch]:
     events = json.loads(path.read_text())
     launches = sorted((e for e in events if e["name"] == LAUNCH), key=_start)
     kernels = sorted((e for e in events if e.get("cat") == "Node" and e["name"].endswith(KERNEL)), key=_start)
-    found, index = [], 0
+    read, index = [], 0
     for number, launch in enumerate(launches):
         ends = launches[number + 1]["ts"] if number + 1 < len(launches) else float("inf")
-        own = []
+        operators = []
         while index < len(kernels) and kernels[index]["ts"] < ends:
-            own.append(_operator(kernels[index], launch))
+            operators.append(_operator(kernels[index], launch))
             index += 1
-        found.append(Launch(float(launch["dur"]), tuple(own)))
-    return found
+        read.append(Launch(float(launch["dur"]), tuple(operators)))
+    return read
 
 
 def _start(event: dict[str, Any]) -> float:
@@ -66,8 +66,8 @@ def _operator(event: dict[str, Any], launch: dict[str, Any]) -> Operator:
     about = event["args"]
     start = float(event["ts"] - launch["ts"])
     end = min(start + event["dur"], float(launch["dur"]))
-    given, made = (_shapes(about.get(f"{side}_type_shape", [])) for side in ("input", "output"))
-    return Operator(event["name"].removesuffix(KERNEL), about["op_name"], start, end, f"{given} -> {made}")
+    inputs, outputs = (_shapes(about.get(f"{side}_type_shape", [])) for side in ("input", "output"))
+    return Operator(event["name"].removesuffix(KERNEL), about["op_name"], start, end, f"{inputs} -> {outputs}")
 
 
 def _shapes(tensors: Sequence[dict[str, list[int]]]) -> str:
