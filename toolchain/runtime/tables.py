@@ -6,6 +6,7 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from toolchain.bundle.bundle import Bundle
@@ -42,7 +43,8 @@ class Tables:
             if name in self._bundle.samplers:
                 self._known[name] = load_table(self._bundle, name)
             else:
-                tell(f"compiling the sampler table {name}")
+                if find_spec("diffusers") is not None:  # else the next line raises
+                    tell(f"compiling the sampler table {name}")
                 self._known[name] = _compile(self._bundle, name, spec.canonical, steps, tokens, skip)
                 took = (time.perf_counter() - started) * 1e3
             if len(self._known) > CACHED:
