@@ -17,7 +17,7 @@ from typing import Any
 
 from export_scale import PUBLISHED, ROOT, measured_on
 
-from toolchain.engines.tensorrt.backend import TensorRtBackend
+from toolchain.engines.tensorrt.build import TensorRtBuilder
 from toolchain.export.capture import capture
 from toolchain.graph.parser_rules import refusals
 from toolchain.graph.profiles import merge_buckets, read_profiles
@@ -47,7 +47,7 @@ def merge(model: str) -> dict[str, Any]:
         "seconds": round(seconds, 2),
         "nodes": [sum(n.op_type != "Constant" for n in graph.graph) for graph in (*graphs, merged)],
         "profiles": len(read_profiles(merged)),
-        "refused": refusals(TensorRtBackend().prepare(merged), TENSORRT),
+        "refused": refusals(TensorRtBuilder().prepare(merged), TENSORRT),
     }
 
 

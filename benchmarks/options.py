@@ -25,15 +25,17 @@ from export_scale import measured_on
 from speed import half_width_recipe, write_half_width
 
 from toolchain.engines.buffers import HostMemory
-from toolchain.engines.onnxruntime import backend as ort
+from toolchain.engines.onnxruntime import build as ort_build
+from toolchain.engines.onnxruntime import run as ort_run
+from toolchain.engines.onnxruntime.session import PACKED, session_options
 from toolchain.export.capture import capture
 from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS
+from toolchain.recipe.options import OnnxRuntimeOptions
 from toolchain.runtime.engines import BoundEngine
 from toolchain.weights.derived import find_tensors, weight_uses, write_weights
 from toolchain.weights.safetensors import read_folder
 
-DEFAULTS = {"optimization": "all", "threads": 0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "as built": {},
     "attention as exported": {"fused": False},
@@ -47,23 +49,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @contextlib.contextmanager
 def without_packing() -> Iterator[None]:
-    plain = ort._session_options
+    def options(threads: int) -> Any:
+        return session_options(threads, {"session.disable_prepacking": "1"})
 
-    def options(chosen: Any) -> Any:
-        settings = plain(chosen)
-        settings.add_session_config_entry("session.disable_prepacking", "1")
-        return settings
-
-    with mock.patch.object(ort, "_session_options", options):
+    with contextlib.ExitStack() as stack:
+        for module in (ort_build, ort_run):
+            stack.enter_context(mock.patch.object(module, "session_options", options))
         yield
 
 
 def opened(
-    model: Path, folder: Path, *, fused: bool = True, packed: bool = True, opset: int | None = None, **options: Any
+    model: Path, folder: Path, *, fused: bool = True, packed: bool = True, opset: int | None = None, **changed: Any
 ) -> BoundEngine:
     """The denoiser, built in `folder` with one thing otherwise, on inputs that are not all zero."""
-    recipe, source, backend = half_width_recipe(), resolve_model(str(model)), ort.OnnxRuntimeBackend()
-    component, bucket, options = MODELS["sd"].component("denoiser"), recipe.buckets[0], {**DEFAULTS, **options}
+    recipe, source, builder = half_width_recipe(), resolve_model(str(model)), ort_build.OnnxRuntimeBuilder()
+    component, bucket, options = MODELS["sd"].component("denoiser"), recipe.buckets[0], OnnxRuntimeOptions(**changed)
     with contextlib.ExitStack() as stack:
         if not fused:
             stack.enter_context(mock.patch("toolchain.graph.attention.fuse_attention", lambda graph: graph))
@@ -71,18 +71,20 @@ def opened(
             stack.enter_context(without_packing())
         if opset is not None:
             stack.enter_context(mock.patch("toolchain.export.capture.OPSET", opset))
-        graph = backend.prepare(capture(component, source, recipe, bucket))
+        graph = builder.prepare(capture(component, source, recipe, bucket))
         folder.mkdir()
         ir.save(graph, folder / "exported.onnx")
         files = {"weights": folder / "weights.safetensors"}
         uses, checkpoint = weight_uses(graph), model / component.folder
         write_weights(uses, find_tensors(uses, read_folder(checkpoint), checkpoint), files["weights"])
-        if backend.packs(options):
-            backend.pack(folder / "exported.onnx", files, folder, options)
-            files["packed"] = folder / ort.PACKED
-        backend.build(folder / "exported.onnx", files, folder, options)
+        pack = builder.packer(options)
+        if pack is not None:
+            pack(folder / "exported.onnx", files, folder)
+            files["packed"] = folder / PACKED
+        builder.build(folder / "exported.onnx", files, folder, options)
         memory = HostMemory()
-        engine = backend.open(folder, files, component.spec(source, bucket, recipe), options, memory)
+        spec = component.spec(source, bucket, recipe)
+        engine = ort_run.OnnxRuntimeRunner().open(folder, files, spec, options, memory)
     bound = BoundEngine(engine, memory)
     rng = np.random.default_rng(0)
     for tensor in engine.spec.inputs:

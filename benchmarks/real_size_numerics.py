@@ -117,14 +117,14 @@ def inputs_of(spec: Any, table: Any) -> dict[str, Any]:
 def step_by_engine(model: str, folder: Path) -> dict[str, Any]:
     from toolchain.bundle.bundle import read_bundle
     from toolchain.engines.buffers import HostMemory
-    from toolchain.engines.registry import backend_of
+    from toolchain.engines.runners import runner_of
     from toolchain.runtime.engines import BoundEngine, open_engine
     from toolchain.sampler.compile import compile_table
 
     bundle = read_bundle(folder.parent / "bundle")
     started = time.perf_counter()
     memory = HostMemory()
-    engine = open_engine(bundle, backend_of(bundle.backend), "denoiser", FIRST, memory)
+    engine = open_engine(bundle, runner_of(bundle.backend), "denoiser", FIRST, memory)
     opened = time.perf_counter() - started
     bound = BoundEngine(engine, memory)
     inputs = inputs_of(engine.spec, compile_table("euler", 20, bundle.settings.scheduler))

@@ -44,7 +44,7 @@ def export(model: str, folder: Path, all_buckets: bool) -> int:
     """Writes graph.onnx of the denoiser as the backend takes it, and returns the number of its buckets."""
     import onnx_ir as ir
 
-    from toolchain.engines.registry import BACKENDS
+    from toolchain.engines.builders import builder_of
     from toolchain.export.capture import capture
     from toolchain.graph.profiles import merge_buckets
     from toolchain.models.hub import resolve_model
@@ -58,7 +58,7 @@ def export(model: str, folder: Path, all_buckets: bool) -> int:
     buckets = recipe.buckets if all_buckets else recipe.buckets[:1]
     graphs = [capture(denoiser, source, recipe, bucket) for bucket in buckets]
     graph = graphs[0] if len(graphs) == 1 else merge_buckets(graphs)
-    ir.save(BACKENDS["tensorrt_rtx"].prepare(graph), folder / "graph.onnx")
+    ir.save(builder_of("tensorrt_rtx").prepare(graph), folder / "graph.onnx")
     return len(graphs)
 
 
@@ -117,16 +117,14 @@ def _write_hole(path: Path, tensors: Sequence[tuple[str, str, Sequence[int]]]) -
 
 def build(folder: Path) -> dict[str, Any]:
     """Has the backend build. The builder is the only child of this process, whose usage is that of its children."""
-    from dataclasses import asdict
-
-    from toolchain.engines.registry import BACKENDS
+    from toolchain.engines.builders import builder_of
     from toolchain.recipe.options import TensorRtRtxOptions
 
     out = folder / "engine"
     out.mkdir()
     started = time.perf_counter()
-    BACKENDS["tensorrt_rtx"].build(
-        folder / "graph.onnx", {"weights": folder / "weights.safetensors"}, out, asdict(TensorRtRtxOptions())
+    builder_of("tensorrt_rtx").build(
+        folder / "graph.onnx", {"weights": folder / "weights.safetensors"}, out, TensorRtRtxOptions()
     )
     seconds, usage = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     facts = json.loads((out / "engine.json").read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from toolchain.recipe.options import TensorRtOptions, TensorRtRtxOptions
+from toolchain.recipe.options import BackendOptions, TensorRtOptions, TensorRtRtxOptions
 from toolchain.signature import GraphSpec, TensorSpec
 from toolchain.weights.safetensors import write_safetensors
 
@@ -26,9 +25,10 @@ WEIGHTS = {name: np.roll(np.diag(np.float32([1, 2, 0.5, 1])), shift, 1) for shif
 Y = X @ WEIGHTS["a"] @ WEIGHTS["b"] @ WEIGHTS["c"].T
 
 
-def options(backend: str = "tensorrt", **given: Any) -> dict[str, Any]:
+def options(backend: str = "tensorrt", **given: Any) -> Any:
     """The table of a backend in a recipe."""
-    return asdict({"tensorrt": TensorRtOptions, "tensorrt_rtx": TensorRtRtxOptions}[backend](**given))
+    made: BackendOptions = {"tensorrt": TensorRtOptions, "tensorrt_rtx": TensorRtRtxOptions}[backend](**given)
+    return made
 
 
 def write_network(folder: Path, dtype: str = "float16", *, idle: int = 0) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from toolchain.cuda import memory as device_memory
+from toolchain.cuda.driver import ALLOCATION
 from toolchain.errors import EngineError
 
 Make = Callable[..., Any]
@@ -32,9 +33,9 @@ def others_may_allocate() -> bool:
     got: list[bool] = []
 
     def ask() -> None:
-        got.append(device_memory.ALLOCATION.acquire(blocking=False))
+        got.append(ALLOCATION.acquire(blocking=False))
         if got[0]:
-            device_memory.ALLOCATION.release()
+            ALLOCATION.release()
 
     thread = threading.Thread(target=ask)
     thread.start()

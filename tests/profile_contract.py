@@ -9,23 +9,23 @@ import numpy as np
 import pytest
 
 from tests.build_graph import WEIGHTS, options, write_two_buckets
-from toolchain.engines.tensorrt.backend import TensorRtBackend
+from toolchain.engines.builders import builder_of
+from toolchain.engines.runners import runner_of
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec, TensorSpec
 
-BACKEND = TensorRtBackend()
 
-
-def check_two_buckets(folder: Path, backend: TensorRtBackend = BACKEND, **given: Any) -> None:
+def check_two_buckets(folder: Path, backend: str = "tensorrt", **given: Any) -> None:
     """Builds one, opens both buckets at once and in turns, and compares what they compute."""
     specs = write_two_buckets(folder)
-    chosen = options(backend.name, profile_per_bucket=True, **given)
+    builder, runner = builder_of(backend), runner_of(backend)
+    chosen = options(backend, profile_per_bucket=True, **given)
     weights = {"weights": folder / "weights.safetensors"}
     out = folder / "engine"
     out.mkdir()
-    backend.build(folder / "graph.onnx", weights, out, chosen)
-    memory = backend.memory([out], chosen)
-    engines = [backend.open(out, weights, spec, chosen, memory) for spec in specs]
+    builder.build(folder / "graph.onnx", weights, out, chosen)
+    memory: Any = runner.memory([out], chosen)
+    engines = [runner.open(out, weights, spec, chosen, memory) for spec in specs]
     (plan,) = memory._plans.values()
     assert plan.profiles == len(specs)
     launches = []
@@ -41,10 +41,10 @@ def check_two_buckets(folder: Path, backend: TensorRtBackend = BACKEND, **given:
             np.testing.assert_allclose(memory.read(y)[0], expected, rtol=1e-2)
     wrong = GraphSpec(*((TensorSpec(name, "float32", (5, 4)),) for name in "xy"))
     with pytest.raises(EngineError, match="other inputs or outputs than its manifest"):
-        backend.open(out, weights, wrong, chosen, memory)
+        runner.open(out, weights, wrong, chosen, memory)
     for engine in engines:
         engine.close()
-    again = backend.open(out, weights, specs[1], chosen, memory)
+    again = runner.open(out, weights, specs[1], chosen, memory)
     assert list(memory._plans.values()) == [plan]  # it stayed open: another bucket is likely to come
     memory.close()
     again.close()

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from toolchain.engines.tensorrt.run import TensorRtEngine, TensorRtMemory
+from toolchain.engines.tensorrt.engine import TensorRtEngine, TensorRtMemory
 from toolchain.signature import GraphSpec, TensorSpec
 
-OPTIONS = {"cuda_graph": "step"}
 WEIGHT = np.float32([[0, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1], [0.5, 0, 0, 0]])
 STATE = np.arange(8, dtype=np.float32).reshape(2, 4)
 SPEC = GraphSpec(

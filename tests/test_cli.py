@@ -443,9 +443,9 @@ def test_doctor(tmp_path: Path) -> None:
 
 
 def test_doctor_fails_when_no_backend_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    from toolchain.engines.registry import BACKENDS
+    from toolchain.engines.runners import RUNNERS
 
-    for backend in BACKENDS.values():
+    for backend in RUNNERS.values():
         monkeypatch.setattr(type(backend), "available", lambda self: "the library is missing")
     assert "cannot run: the library is missing" in run("doctor", code=1).stdout
     assert run_json("doctor", code=1)["works"] is False

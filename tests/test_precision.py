@@ -11,7 +11,7 @@ import torch
 import toolchain
 from tests.parity import LEAST_PSNR_DB, Build, draw_with_diffusers, least_psnr_db
 from toolchain.engines.buffers import HostMemory
-from toolchain.engines.registry import backend_of
+from toolchain.engines.runners import runner_of
 from toolchain.errors import RequestError
 from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS
@@ -64,7 +64,7 @@ def snr_db(pipe: toolchain.Pipeline, model: Path, name: str) -> float:
         floats = t.dtype == "float32"
         inputs[t.name] = generator.standard_normal(t.shape, np.float32) if floats else np.ones(t.shape, t.dtype)
     outputs = {t.name: np.zeros(t.shape, t.dtype) for t in entry.spec.outputs}
-    backend = backend_of(pipe.bundle.backend)
+    backend = runner_of(pipe.bundle.backend)
     open_engine(pipe.bundle, backend, name, pipe.bundle.buckets[0], HostMemory()).bind({**inputs, **outputs})()
     with torch.no_grad():
         expected = (

@@ -20,7 +20,7 @@ from tests.test_recipes import BUCKETS
 from tests.test_recipes import MODELS as MAKERS
 from toolchain.builder.plan import make_plan
 from toolchain.builder.stages.graph import GRAPH
-from toolchain.engines.registry import BACKENDS
+from toolchain.engines.builders import BUILDERS
 from toolchain.engines.tensorrt.network import add_profiles
 from toolchain.graph.parser_rules import refusals
 from toolchain.graph.placeholder import is_weight
@@ -107,13 +107,13 @@ def require_session(model: ir.Model) -> None:
 @pytest.mark.parametrize(("family", "name", "dtype", "guided"), CELLS, ids=identity)
 def test_a_graph(graph: Graph, family: str, name: str, dtype: str, guided: bool) -> None:
     exported = graph(family, name, dtype, guided, 0)
-    prepared = BACKENDS["tensorrt_rtx"].prepare(exported)
+    prepared = BUILDERS["tensorrt_rtx"].prepare(exported)
     check_types(prepared)
     assert refusals(prepared) == []
     newer = NEWER & {node.op_type for node in exported.graph}
     assert {line.split()[0] for line in refusals(exported)} == (newer if dtype == "bfloat16" else set())
     if dtype != "bfloat16":
-        require_session(BACKENDS["onnxruntime"].prepare(exported))
+        require_session(BUILDERS["onnxruntime"].prepare(exported))
     real_trt()
     parsed = Parsed(prepared)
     assert parsed.refused == []
@@ -123,7 +123,7 @@ def test_a_graph(graph: Graph, family: str, name: str, dtype: str, guided: bool)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", MAKERS)
 def test_the_denoisers_of_two_buckets_as_one_graph(graph: Graph, family: str, dtype: str) -> None:
-    backend = BACKENDS["tensorrt_rtx"]
+    backend = BUILDERS["tensorrt_rtx"]
     merged = backend.prepare(merge_buckets([graph(family, "denoiser", dtype, True, number) for number in (0, 1)]))
     check_types(merged)
     assert len(read_profiles(merged)) == 2

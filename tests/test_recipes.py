@@ -29,7 +29,7 @@ from tests.tiny_sd3 import make_sd3
 from tests.tiny_sdxl import make_sdxl
 from toolchain.builder.starter import best_backend
 from toolchain.cli.main import cli
-from toolchain.engines.registry import BACKENDS
+from toolchain.engines.runners import RUNNERS
 from toolchain.errors import DiffbuildError
 from toolchain.recipe import Bucket, Recipe, load_recipe
 
@@ -202,9 +202,9 @@ def test_a_first_recipe_leaves_out_what_the_model_lacks(models: Callable[[Recipe
 def test_the_backend_is_the_fastest_that_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """None of the others may run on the machine of the test, nor may it have a GPU."""
     runs = {"tensorrt_rtx", "onnxruntime_cuda", "onnxruntime"}
-    for name, backend in BACKENDS.items():
+    for name, runner in RUNNERS.items():
         reason = lambda name=name: None if name in runs else "no"  # noqa: E731
-        monkeypatch.setattr(backend, "available", reason, raising=False)
+        monkeypatch.setattr(runner, "available", reason, raising=False)
     found = []
     for name in ("tensorrt_rtx", "onnxruntime_cuda", "onnxruntime"):
         found.append(best_backend())

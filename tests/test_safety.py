@@ -20,7 +20,7 @@ from toolchain.check.components import _Comparison
 from toolchain.check.measure import Feed
 from toolchain.check.reference import reference_pipeline
 from toolchain.cli.main import cli
-from toolchain.engines.registry import backend_of
+from toolchain.engines.builders import builder_of
 from toolchain.errors import ModelError, RecipeError
 from toolchain.models import safety
 from toolchain.models.hub import resolve_model, select_files
@@ -182,7 +182,7 @@ def test_a_checker_that_is_not_there(tiny_model: Path) -> None:
 def test_a_family_without_one_says_so() -> None:
     recipe = parse_recipe(ASKED.replace('"sd"', '"sdxl"'), "asked", "asked.toml")
     with pytest.raises(RecipeError, match="no safety checker for family sdxl"):
-        check_recipe(recipe, MODELS["sdxl"], backend_of("onnxruntime"), None)
+        check_recipe(recipe, MODELS["sdxl"], builder_of("onnxruntime"), None)
 
 
 @pytest.mark.parametrize(

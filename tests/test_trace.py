@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from toolchain.bundle.bundle import read_bundle
 from toolchain.cli.main import cli
 from toolchain.engines.buffers import HostMemory
-from toolchain.engines.registry import BACKENDS
+from toolchain.engines.runners import RUNNERS
 from toolchain.errors import RequestError, UsageError
 from toolchain.trace.operators import most_expensive, read_profile
 from toolchain.trace.record import trace
@@ -160,7 +160,7 @@ def test_on_a_gpu_launches_have_a_track_and_ranges(tiny_bundle: Path, monkeypatc
         ranges.append(name)
         yield
 
-    monkeypatch.setattr(BACKENDS["onnxruntime"], "memory", lambda *_: Elsewhere(), raising=False)
+    monkeypatch.setattr(RUNNERS["onnxruntime"], "memory", lambda *_: Elsewhere(), raising=False)
     monkeypatch.setitem(sys.modules, "nvtx", SimpleNamespace(annotate=annotate))
     found = trace(read_bundle(tiny_bundle), {**REQUEST, "steps": 4})
     launched = [span for span in found.spans if span.kind == "launch"]

@@ -110,14 +110,14 @@ def check_recipe_file(
     """
     from toolchain.builder.open_model import open_model
     from toolchain.builder.plan import check_recipe
-    from toolchain.engines.registry import backend_of
+    from toolchain.engines.builders import builder_of
     from toolchain.models.registry import family_of, named_family
 
     loaded = _load(recipe)
     safety = loaded.safety.checker
     source = None if model is None else open_model(model, revision, config=config, weights=False, safety=safety)
     family = named_family(loaded.family) if source is None else family_of(source, loaded)
-    check_recipe(loaded, family, backend_of(loaded.backend), source)
+    check_recipe(loaded, family, builder_of(loaded.backend), source)
     return loaded
 
 
@@ -327,13 +327,13 @@ def inspect_bundle(bundle: str | Path, *, verify: bool = False) -> Inspection:
     """
     from toolchain.bundle.bundle import read_bundle
     from toolchain.bundle.inspection import Inspection
-    from toolchain.engines.registry import backend_of
+    from toolchain.engines.runners import runner_of
 
     opened = read_bundle(bundle)
     if verify:
         opened.verify()
-    backend = backend_of(opened.backend)
-    refused = backend.available() or backend.refuse(opened.device, opened.recipe.to_json()[opened.backend])
+    backend = runner_of(opened.backend)
+    refused = backend.available() or backend.refuse(opened.device, opened.recipe.options(opened.backend))
     if refused and (command := backend.install(opened.device)):
         refused += f"; {command}"
     return Inspection(opened, refused, verify)
@@ -341,9 +341,9 @@ def inspect_bundle(bundle: str | Path, *, verify: bool = False) -> Inspection:
 
 def backend_refusal(bundle: Bundle) -> str | None:
     """Why the backend of a bundle cannot run on this machine; None where it can."""
-    from toolchain.engines.registry import backend_of
+    from toolchain.engines.runners import runner_of
 
-    return backend_of(bundle.backend).available()
+    return runner_of(bundle.backend).available()
 
 
 def sign_bundle(bundle: str | Path, key: str | Path) -> Signature:

@@ -24,7 +24,7 @@ from toolchain.bench.run import bench
 from toolchain.bench.workload import workload
 from toolchain.bundle.bundle import read_bundle
 from toolchain.cuda.driver import free_memory_bytes
-from toolchain.engines.registry import BACKENDS
+from toolchain.engines.runners import runner_of
 from toolchain.recipe import Bucket, ComponentRecipe, Recipe, load_recipe
 from toolchain.trace.record import trace
 
@@ -128,7 +128,7 @@ def measure_backend(
 ) -> None:
     """Builds a bundle and records what it does, in order of worth."""
     backend = recipe.backend
-    reason = BACKENDS[backend].available()
+    reason = runner_of(backend).available()
     if reason is not None:
         record(backend, {"skipped": reason})
         return

@@ -19,7 +19,7 @@ from toolchain.bundle.provenance import note_built
 from toolchain.bundle.signing import admit
 from toolchain.check.report import Pair
 from toolchain.cuda.driver import device_facts
-from toolchain.engines.registry import BACKENDS
+from toolchain.engines.runners import runner_of
 from toolchain.engines.tensorrt.library import TENSORRT_RTX
 from toolchain.engines.tensorrt.rtx_runtime import ask_validity, runtime_config
 from toolchain.recipe import Recipe
@@ -39,8 +39,8 @@ def measure_folder(record: Record, folder: Path) -> None:
     """What the library says of each plan first: it is known even where opening one kills the process."""
     bundle = read_bundle(folder / BUNDLE)
     bundle.verify()
-    backend = BACKENDS[bundle.backend]
-    options = bundle.recipe.to_json()[bundle.backend]
+    backend = runner_of(bundle.backend)
+    options = bundle.recipe.options(bundle.backend)
     record("bundle", {"built_on": dict(bundle.device), "tools": dict(bundle.tools)})
     record.stage("gpu", device_facts)
     record.stage("refusal", lambda: {"reason": backend.available() or backend.refuse(bundle.device, options)})

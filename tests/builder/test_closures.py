@@ -10,7 +10,8 @@ import pytest
 from tests.imports import modules, neighbours, room
 from toolchain.builder.closures import CLOSURES
 from toolchain.builder.steps import code_digest
-from toolchain.engines.registry import BACKENDS
+from toolchain.engines.builders import BUILDERS
+from toolchain.engines.runners import RUNNERS
 from toolchain.models.registry import MODELS
 
 NEUTRAL = {
@@ -21,16 +22,24 @@ NEUTRAL = {
     "garbage": "when Python frees memory",
 }
 """Rooms and modules that decide nothing of what is in an artifact, and why."""
-RUN_ONLY = {"runtime", "cuda.graphs", "cuda.loop", "cuda.memory", "cuda.places", "engines.tensorrt.run"}
-RUN_ONLY |= {"engines.tensorrt.open_plan", "engines.tensorrt.runtime_cache", "engines.tensorrt.rtx_runtime"}
-"""What only opens and runs engines."""
+SHARED = {
+    "cuda.driver",
+    "engines.onnxruntime.device",
+    "engines.onnxruntime.package",
+    "engines.onnxruntime.session",
+    "engines.onnxruntime_cuda.provider",
+    "engines.tensorrt.device",
+    "engines.tensorrt.layout",
+    "engines.tensorrt.library",
+}
+"""What the build side and the run side of backends have in common."""
 
 
 def entries() -> list[str]:
     """The modules that are called for a stage, for a family, for a backend."""
     stages = [module for module in modules() if module.startswith("builder.stages.")]
     families = [f"models.{name}_components" for name in MODELS]
-    backends = [type(backend).__module__.removeprefix("toolchain.") for backend in BACKENDS.values()]
+    backends = [type(backend).__module__.removeprefix("toolchain.") for backend in BUILDERS.values()]
     return sorted({*stages, *families, *backends})
 
 
@@ -57,9 +66,13 @@ def test_the_closure_is_what_is_imported(entry: str) -> None:
     assert CLOSURES[entry] == closure(entry), "python -m tests.builder.test_closures writes the new ones"
 
 
-@pytest.mark.parametrize("entry", entries())
-def test_what_only_runs_engines_decides_nothing(entry: str) -> None:
-    assert not RUN_ONLY & set(CLOSURES[entry])
+def test_builders_and_runners_share_no_more_than_this() -> None:
+    """What only opens and runs engines is in no closure of a builder, and the other way round."""
+    runners = [type(runner).__module__.removeprefix("toolchain.") for runner in RUNNERS.values()]
+    reached = {module for runner in runners for module in closure(runner)}
+    decides = {module for modules in CLOSURES.values() for module in modules}
+    assert {module for module in reached & decides if room(module) in ("cuda", "engines")} == SHARED
+    assert not any(room(module) == "runtime" for module in decides)
 
 
 @pytest.mark.parametrize("entry", [entry for entry in entries() if entry.startswith("models.")])
@@ -71,7 +84,7 @@ def test_a_family_depends_on_no_other(entry: str) -> None:
 
 
 def test_backends_do_not_decide_for_each_other() -> None:
-    by_name = {name: type(b).__module__.removeprefix("toolchain.") for name, b in BACKENDS.items()}
+    by_name = {name: type(b).__module__.removeprefix("toolchain.") for name, b in BUILDERS.items()}
     of_tensorrt = set(CLOSURES[by_name["tensorrt"]])
     assert not any(module.startswith("engines.onnxruntime") for module in of_tensorrt)
     assert not any(module.startswith("engines.tensorrt") for module in CLOSURES[by_name["onnxruntime"]])

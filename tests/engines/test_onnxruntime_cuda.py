@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,15 +23,16 @@ from onnx import TensorProto, helper
 
 from tests.device_contract import others_may_allocate
 from tests.pretend import pretended
-from toolchain.engines.onnxruntime import backend as ort_engine
 from toolchain.engines.onnxruntime import package as onnxruntime_package
-from toolchain.engines.onnxruntime_cuda import backend as onnxruntime_cuda
-from toolchain.engines.onnxruntime_cuda.backend import OnnxRuntimeCudaBackend
+from toolchain.engines.onnxruntime_cuda import run as onnxruntime_cuda
+from toolchain.engines.onnxruntime_cuda.build import OnnxRuntimeCudaBuilder
+from toolchain.engines.onnxruntime_cuda.run import OnnxRuntimeCudaRunner
 from toolchain.errors import EngineError
+from toolchain.recipe.options import OnnxRuntimeCudaOptions
 from toolchain.signature import GraphSpec, TensorSpec
 
-BACKEND = OnnxRuntimeCudaBackend()
-OPTIONS = {"optimization": "extended", "cuda_graph": True, "prefer_nhwc": False, "tf32": True}
+BUILDER, RUNNER = OnnxRuntimeCudaBuilder(), OnnxRuntimeCudaRunner()
+OPTIONS = OnnxRuntimeCudaOptions("extended")
 SPEC = GraphSpec(
     (TensorSpec("state", "float32", (2, 3)),),
     (TensorSpec("next_state", "float32", (2, 3)), TensorSpec("preview", "float32", (2, 3))),
@@ -122,17 +125,17 @@ def ort(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         InferenceSession=Session,
         RunOptions=RunOptions,
         preload_dlls=lambda: print("a library is missing"),
+        __spec__=onnxruntime.__spec__,
     )
-    for module in (ort_engine, onnxruntime_cuda):
-        monkeypatch.setattr(module, "_ort", lambda: stub)
-    onnxruntime_cuda._require_provider.cache_clear()
+    monkeypatch.setitem(sys.modules, "onnxruntime", stub)
+    onnxruntime_cuda.require_provider.cache_clear()
     yield stub
-    onnxruntime_cuda._require_provider.cache_clear()
+    onnxruntime_cuda.require_provider.cache_clear()
 
 
 @pytest.fixture
 def memory(gpu: Any) -> Iterator[Any]:
-    made = BACKEND.memory([], OPTIONS)
+    made = RUNNER.memory([], OPTIONS)
     yield made
     made.close()
 
@@ -144,7 +147,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def opened(folder: Path, memory: Any, **options: bool) -> Any:
-    return BACKEND.open(folder, {"weights": folder / "weights.safetensors"}, SPEC, {**OPTIONS, **options}, memory)
+    return RUNNER.open(folder, {"weights": folder / "weights.safetensors"}, SPEC, replace(OPTIONS, **options), memory)
 
 
 def test_the_session_works_on_the_memorys_stream(
@@ -307,7 +310,7 @@ def test_argmax_gets_floats() -> None:
     node = helper.make_node("ArgMax", ["ids"], ["place"], axis=-1, keepdims=0)
     graph = helper.make_graph([node], "g", tensors[:1], tensors[1:])
     plain = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    made = ir.to_proto(BACKEND.prepare(ir.from_proto(plain)))
+    made = ir.to_proto(BUILDER.prepare(ir.from_proto(plain)))
     kinds = [n.op_type for n in made.graph.node]
     assert kinds == ["Cast", "ArgMax"]
     ids = np.array([[49406, 3, 49407, 49407, 2]])
@@ -338,10 +341,10 @@ def test_a_provider_whose_libraries_are_missing(ort: Any, gpu: Any, monkeypatch:
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(Session, "provides", ("CPUExecutionProvider",))
     for found, first in (("onnxruntime-gpu", ""), ("onnxruntime", "pip uninstall -y onnxruntime && ")):
-        onnxruntime_cuda._require_provider.cache_clear()
+        onnxruntime_cuda.require_provider.cache_clear()
         monkeypatch.setattr(onnxruntime_package, "installed", lambda found=found: {found: "1.31.1"})
         said = f"cannot load its CUDA provider: {first}pip install 'diffbuild[cuda]'"
-        assert said in str(BACKEND.available())
+        assert said in str(RUNNER.available())
 
 
 def test_a_gpu_that_a_session_cannot_use(ort: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +353,7 @@ def test_a_gpu_that_a_session_cannot_use(ort: Any, gpu: Any, monkeypatch: pytest
 
     monkeypatch.setattr(ort, "InferenceSession", refuse)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    assert BACKEND.available() == "ONNX Runtime cannot use the GPU: CUDA failure 46: device is busy"
+    assert RUNNER.available() == "ONNX Runtime cannot use the GPU: CUDA failure 46: device is busy"
 
 
 def test_the_model_of_one_node_is_one() -> None:
@@ -371,7 +374,7 @@ def test_weights_that_may_not_fit_are_warned_of(
         folder.mkdir(parents=True)
         with (folder.parent / "weights.safetensors").open("wb") as file:
             file.truncate(100 << 20)
-    BACKEND.memory(folders, OPTIONS, open_buckets).close()
+    RUNNER.memory(folders, OPTIONS, open_buckets).close()
     (told,) = caplog.messages
     assert told.startswith(f"the engines need {needed_mb} MB of GPU memory; 150 MB are free. Keep fewer buckets open")
 
@@ -422,13 +425,13 @@ def test_an_engine_on_the_cpu_after_all_is_an_error(folder: Path, memory: Any) -
 
 def test_reasons_and_facts(ort: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    assert "no CUDA execution provider" in str(BACKEND.available())
+    assert "no CUDA execution provider" in str(RUNNER.available())
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    assert BACKEND.available() is None
-    device = BACKEND.device()
+    assert RUNNER.available() is None
+    device = BUILDER.device()
     assert device == {"kind": "cuda", "name": "NVIDIA H200", "onnxruntime": device["onnxruntime"]}
-    assert BACKEND.refuse({**device, "name": "NVIDIA L4"}, OPTIONS) is None
-    assert BACKEND.refuse({**device, "kind": "cpu"}, OPTIONS) == "built on cpu, this machine is cuda"
-    assert "this machine has" in str(BACKEND.refuse({**device, "onnxruntime": "1.2.0"}, OPTIONS))
+    assert RUNNER.refuse({**device, "name": "NVIDIA L4"}, OPTIONS) is None
+    assert RUNNER.refuse({**device, "kind": "cpu"}, OPTIONS) == "built on cpu, this machine is cuda"
+    assert "this machine has" in str(RUNNER.refuse({**device, "onnxruntime": "1.2.0"}, OPTIONS))
     monkeypatch.setenv("FAKE_CUDA_FAIL", "no_driver")
-    assert BACKEND.available() == "no NVIDIA driver"
+    assert RUNNER.available() == "no NVIDIA driver"

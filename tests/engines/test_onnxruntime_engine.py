@@ -13,13 +13,17 @@ import torch
 
 from tests.tiny import recipe_for
 from toolchain.engines.buffers import HostMemory
-from toolchain.engines.onnxruntime.backend import OnnxRuntimeBackend, cpu_features, physical_cores
-from toolchain.engines.registry import BACKENDS, backend_of
+from toolchain.engines.builders import BUILDERS, builder_of
+from toolchain.engines.onnxruntime.build import OnnxRuntimeBuilder
+from toolchain.engines.onnxruntime.device import cpu_features, physical_cores
+from toolchain.engines.onnxruntime.run import OnnxRuntimeRunner
+from toolchain.engines.runners import RUNNERS, runner_of
 from toolchain.errors import EngineError, UsageError
 from toolchain.export.capture import capture
 from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS
 from toolchain.recipe import Bucket
+from toolchain.recipe.options import OnnxRuntimeOptions
 from toolchain.signature import GraphSpec, TensorSpec
 from toolchain.weights.derived import find_tensors, weight_uses, write_weights
 from toolchain.weights.mapped import read_header
@@ -27,7 +31,8 @@ from toolchain.weights.safetensors import read_folder
 
 BUCKET = Bucket(1, 64, 64)
 VAE = MODELS["sd"].component("vae_decoder")
-BACKEND = OnnxRuntimeBackend()
+BUILDER, RUNNER = OnnxRuntimeBuilder(), OnnxRuntimeRunner()
+BASIC = OnnxRuntimeOptions("basic", threads=1)
 
 
 @pytest.fixture(scope="module", params=["float32", "float16"])
@@ -35,7 +40,7 @@ def prepared(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory:
     """The decoder's graph and weight file, its signature, inputs and torch's outputs in float32."""
     folder = tmp_path_factory.mktemp(request.param)
     source = resolve_model(str(tiny_model))
-    graph = BACKEND.prepare(capture(VAE, source, recipe_for("vae_decoder", dtype=request.param), BUCKET))
+    graph = BUILDER.prepare(capture(VAE, source, recipe_for("vae_decoder", dtype=request.param), BUCKET))
     ir.save(graph, folder / "graph.onnx")
     uses = weight_uses(graph)
     write_weights(uses, find_tensors(uses, read_folder(tiny_model / "vae"), folder), folder / "weights.safetensors")
@@ -48,18 +53,19 @@ def prepared(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory:
 @pytest.mark.parametrize("level", ["basic", "extended", "all"])
 def test_every_level_equals_torch(prepared: Any, level: str, tmp_path: Path) -> None:
     dtype, folder, spec, latents, (pixels, image) = prepared
-    options = {"optimization": level, "threads": 1}
+    options = OnnxRuntimeOptions(level, threads=1)  # type: ignore[arg-type]
     weights, packed = {"weights": folder / "weights.safetensors"}, {}
-    if BACKEND.packs(options):
+    pack = BUILDER.packer(options)
+    if pack is not None:
         (tmp_path / "packed").mkdir()
-        BACKEND.pack(folder / "graph.onnx", weights, tmp_path / "packed", options)
+        pack(folder / "graph.onnx", weights, tmp_path / "packed")
         weights["packed"] = tmp_path / "packed" / "packed.safetensors"
         shutil.copy(weights["packed"], folder)
         packed = read_header(weights["packed"])
     out = tmp_path / "engine"
     out.mkdir()
-    BACKEND.build(folder / "graph.onnx", weights, out, options)
-    engine = BACKEND.open(out, weights, spec, options, HostMemory())
+    BUILDER.build(folder / "graph.onnx", weights, out, options)
+    engine = RUNNER.open(out, weights, spec, options, HostMemory())
     found = {t.name: np.zeros(t.shape, t.dtype) for t in spec.outputs}
     engine.bind({"latents": latents, **found})()
     tolerance = 1e-5 if dtype == "float32" else 5e-3
@@ -79,10 +85,9 @@ def inline_bytes(graph: Path) -> int:
 
 def opened(prepared: Any, out: Path, spec: GraphSpec | None = None) -> Any:
     _, folder, right, _, _ = prepared
-    options = {"optimization": "basic", "threads": 1}
     weights = {"weights": folder / "weights.safetensors"}
-    BACKEND.build(folder / "graph.onnx", weights, out, options)
-    return BACKEND.open(out, weights, spec or right, options, HostMemory())
+    BUILDER.build(folder / "graph.onnx", weights, out, BASIC)
+    return RUNNER.open(out, weights, spec or right, BASIC, HostMemory())
 
 
 def test_outputs_that_are_not_bound_are_not_delivered(prepared: Any, tmp_path: Path) -> None:
@@ -117,31 +122,35 @@ def test_a_graph_that_cannot_be_read(prepared: Any, tmp_path: Path) -> None:
     opened(prepared, tmp_path)
     (tmp_path / "graph.onnx").write_bytes(b"not a graph")
     with pytest.raises(EngineError, match="cannot open the graph"):
-        BACKEND.open(
+        RUNNER.open(
             tmp_path,
             {"weights": prepared[1] / "weights.safetensors"},
             prepared[2],
-            {"optimization": "basic", "threads": 1},
+            BASIC,
             HostMemory(),
         )
 
 
 def test_devices() -> None:
-    here = BACKEND.device()
-    assert BACKEND.available() is None
-    assert BACKEND.refuse(here, {}) is None
-    assert BACKEND.refuse({**here, "onnxruntime": here["onnxruntime"].rsplit(".", 1)[0] + ".99"}, {}) is None
-    assert "0.9.0" in str(BACKEND.refuse({**here, "onnxruntime": "0.9.0"}, {}))
-    reason = str(BACKEND.refuse({**here, "cpu": "aarch64"}, {}))
+    here = BUILDER.device()
+    assert RUNNER.available() is None
+    assert RUNNER.refuse(here, BASIC) is None
+    assert RUNNER.refuse({**here, "onnxruntime": here["onnxruntime"].rsplit(".", 1)[0] + ".99"}, BASIC) is None
+    assert "0.9.0" in str(RUNNER.refuse({**here, "onnxruntime": "0.9.0"}, BASIC))
+    reason = str(RUNNER.refuse({**here, "cpu": "aarch64"}, BASIC))
     assert "aarch64" in reason
     assert cpu_features() in reason
     assert physical_cores() >= 1
 
 
 def test_an_unknown_backend() -> None:
-    assert list(BACKENDS) == ["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
-    with pytest.raises(UsageError, match="unknown backend"):
-        backend_of("tensorrtt")
+    assert list(BUILDERS) == list(RUNNERS) == ["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
+    assert [(b.name, r.name) for b, r in zip(BUILDERS.values(), RUNNERS.values(), strict=True)] == [
+        (name, name) for name in BUILDERS
+    ]
+    for find in (builder_of, runner_of):
+        with pytest.raises(UsageError, match="unknown backend"):
+            find("tensorrtt")
 
 
 def test_buckets_share_the_pages_of_their_weights(tiny_bundle: Path) -> None:
@@ -160,4 +169,4 @@ def test_a_weight_file_that_is_missing(prepared: Any, tmp_path: Path) -> None:
     opened(prepared, tmp_path)
     missing = {"weights": tmp_path / "nowhere" / "weights.safetensors"}
     with pytest.raises(EngineError, match="cannot open the graph"):
-        BACKEND.open(tmp_path, missing, prepared[2], {"optimization": "basic", "threads": 1}, HostMemory())
+        RUNNER.open(tmp_path, missing, prepared[2], BASIC, HostMemory())

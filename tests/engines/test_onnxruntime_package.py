@@ -16,9 +16,10 @@ from tests.test_cli import run, run_json
 from toolchain.cli.main import cli
 from toolchain.engines import machine
 from toolchain.engines.onnxruntime import package as onnxruntime_package
+from toolchain.engines.onnxruntime.device import cpu_device
 from toolchain.engines.onnxruntime.package import CPU, GPU, clash, command, module_version, warn_of_clash
-from toolchain.engines.onnxruntime_cuda import backend as onnxruntime_cuda
-from toolchain.engines.registry import BACKENDS
+from toolchain.engines.onnxruntime_cuda import provider as cuda_provider
+from toolchain.engines.runners import RUNNERS
 from toolchain.engines.tensorrt.library import PAIR
 from toolchain.errors import EngineError
 
@@ -96,11 +97,11 @@ def test_neither(tiny_recipe: Path, tiny_model: Path, tmp_path: Path, monkeypatc
     assert "error: ONNX Runtime is not installed\n" in said
     assert CPU_EXTRA in said
     assert run_json("plan", *arguments)["refused"]["what"] == "ONNX Runtime is not installed"
-    assert CPU_EXTRA in str(BACKENDS["onnxruntime"].available())
-    assert GPU_EXTRA in str(BACKENDS["onnxruntime_cuda"].available())
+    assert CPU_EXTRA in str(RUNNERS["onnxruntime"].available())
+    assert GPU_EXTRA in str(RUNNERS["onnxruntime_cuda"].available())
     told = CliRunner().invoke(cli, ["doctor", "--json"])  # exit code 1 where nothing else runs either
     assert json.loads(told.stdout)["missing"]["onnxruntime"] == ["onnxruntime", "onnxruntime-gpu"]
-    assert BACKENDS["onnxruntime"].install({"onnxruntime": "1.31.1"}) == "pip install onnxruntime==1.31.1"
+    assert RUNNERS["onnxruntime"].install({"onnxruntime": "1.31.1"}) == "pip install onnxruntime==1.31.1"
 
 
 def test_both(
@@ -146,8 +147,7 @@ def built_version(bundle: Path) -> str:
 
 
 def test_no_version_opens_a_bundle_of_another_processor() -> None:
-    backend = BACKENDS["onnxruntime"]
-    here = backend.device()
+    backend, here = RUNNERS["onnxruntime"], cpu_device()
     assert backend.install(here) is None
     assert backend.install({**here, "onnxruntime": "0.9.0", "cpu": "riscv64"}) is None
     assert "onnxruntime" in str(backend.install({**here, "onnxruntime": "0.9.0"}))
@@ -157,13 +157,13 @@ def test_engines_for_cuda_want_its_package(monkeypatch: pytest.MonkeyPatch) -> N
     have(monkeypatch, onnxruntime="1.31.1")
     there = {"kind": "cuda", "name": "NVIDIA L4", "onnxruntime": "1.30.2"}
     expected = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu==1.30.2"
-    monkeypatch.setattr(onnxruntime_cuda, "device_facts", lambda: {"name": "NVIDIA L4"})
-    assert BACKENDS["onnxruntime_cuda"].install(there) == expected
-    monkeypatch.setattr(onnxruntime_cuda, "device_facts", lambda: (_ for _ in ()).throw(EngineError("no GPU")))
-    assert BACKENDS["onnxruntime_cuda"].install(there) == expected
+    monkeypatch.setattr(cuda_provider, "device_facts", lambda: {"name": "NVIDIA L4"})
+    assert RUNNERS["onnxruntime_cuda"].install(there) == expected
+    monkeypatch.setattr(cuda_provider, "device_facts", lambda: (_ for _ in ()).throw(EngineError("no GPU")))
+    assert RUNNERS["onnxruntime_cuda"].install(there) == expected
 
 
 def test_tensorrt_for_rtx_names_the_pair_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("toolchain.engines.tensorrt.library.find_spec", lambda name: None)
-    assert BACKENDS["tensorrt_rtx"].install({"tensorrt_rtx": "1.7.1.116"}) == PAIR
-    assert BACKENDS["tensorrt_rtx"].install({"tensorrt_rtx": "1.7.0.1"}) is None
+    assert RUNNERS["tensorrt_rtx"].install({"tensorrt_rtx": "1.7.1.116"}) == PAIR
+    assert RUNNERS["tensorrt_rtx"].install({"tensorrt_rtx": "1.7.0.1"}) is None

@@ -22,14 +22,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.build_graph import KINDS, options, write_graph, write_network, write_two_buckets
 from tests.rtx import real_trt
-from toolchain.engines.registry import BACKENDS
 from toolchain.engines.tensorrt import build_monitor, builder_process
 from toolchain.engines.tensorrt import library as tensorrt_library
 from toolchain.engines.tensorrt.library import TENSORRT_RTX
+from toolchain.engines.tensorrt_rtx.build import TensorRtRtxBuilder
+from toolchain.engines.tensorrt_rtx.run import TensorRtRtxRunner
 from toolchain.errors import EngineError
 from toolchain.store.files import file_digest
 
-BACKEND = BACKENDS["tensorrt_rtx"]
+BUILDER, RUNNER = TensorRtRtxBuilder(), TensorRtRtxRunner()
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def _real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def build(folder: Path, out: str = "engine", progress: Any = lambda phase, share: None, **given: Any) -> dict[str, Any]:
     (folder / out).mkdir()
     weights = {"weights": folder / "weights.safetensors"}
-    BACKEND.build(folder / "graph.onnx", weights, folder / out, options("tensorrt_rtx", **given), progress)
+    BUILDER.build(folder / "graph.onnx", weights, folder / out, options("tensorrt_rtx", **given), progress)
     facts: dict[str, Any] = json.loads((folder / out / "engine.json").read_text())
     return facts
 
@@ -72,7 +73,7 @@ def test_an_engine(tmp_path: Path, dtype: str) -> None:
     assert sorted(f.name for f in (tmp_path / "engine").iterdir()) == ["engine.json", "engine.plan"]
     assert (facts["plan_sha256"], facts["plan_bytes"]) == (file_digest(plan), plan.stat().st_size)
     assert facts["tensorrt_rtx"] == real_trt().__version__
-    assert facts["device"] == {"kind": "cuda", "tensorrt_rtx": real_trt().__version__} == BACKEND.device()
+    assert facts["device"] == {"kind": "cuda", "tensorrt_rtx": real_trt().__version__} == BUILDER.device()
     assert facts["options"] == {"targets": [], "profile_per_bucket": True, "tf32": True}
     assert type(facts["activation_bytes"]) is int
     assert facts["precision"]["asked"] == {dtype: 3}
@@ -153,8 +154,8 @@ def test_two_buckets_in_one_engine(tmp_path: Path) -> None:
     write_two_buckets(tmp_path)
     facts = build(tmp_path)
     assert facts["precision"]["wide"] == {}
-    assert BACKEND.merges(options("tensorrt_rtx"))
-    assert not BACKEND.reads_weights(options("tensorrt_rtx"))
+    assert BUILDER.merges(options("tensorrt_rtx"))
+    assert not BUILDER.reads_weights(options("tensorrt_rtx"))
 
 
 def write_float8(folder: Path) -> None:
@@ -293,7 +294,7 @@ def test_two_builders_at_once(tmp_path: Path) -> None:
 def test_memory_that_will_not_do_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from toolchain.cuda.forecast import free_host_bytes, host_build_warning
+    from toolchain.engines.tensorrt.build_memory import free_host_bytes, host_build_warning
 
     gb = 1 << 30
     assert host_build_warning(2 * gb, 6 * gb) is None
@@ -339,17 +340,17 @@ def put_libraries(place: Path, version: str) -> None:
 def test_halves_of_two_versions(elsewhere: Path) -> None:
     put_libraries(elsewhere, "1.6.0")
     with pytest.raises(EngineError, match="the two halves of TensorRT for RTX are of two versions") as error:
-        BACKEND.device()
+        BUILDER.device()
     assert error.value.expected == "libraries of tensorrt-rtx-cu13-bindings 1.7.1.116"
     assert str(error.value.got).startswith("version 1.6.0, which onnxruntime-ep-nv-tensorrt-rtx-cu13 ")
     assert "tensorrt-rtx-cu13-bindings==1.7.1.116 onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0" in str(error.value.hint)
-    said = str(BACKEND.available())  # what doctor and inspect show
+    said = str(RUNNER.available())  # what doctor and inspect show
     assert all(str(part) in said for part in (error.value.expected, error.value.got, error.value.hint))
 
 
 def test_libraries_that_are_missing(elsewhere: Path) -> None:
     with pytest.raises(EngineError, match=r"TensorRT for RTX cannot be imported[\s\S]*holds no libcudart\.so") as error:
-        BACKEND.device()
+        BUILDER.device()
     assert error.value.hint == "pip install 'diffbuild[rtx]'"
 
 
@@ -365,7 +366,7 @@ def test_a_half_that_is_missing(lacking: str, said: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(tensorrt_library, "find_spec", lambda name: None if name == lacking else find_spec(name))
     tensorrt_library._load_shared_objects.cache_clear()
     with pytest.raises(EngineError, match="TensorRT for RTX cannot be imported") as error:
-        BACKEND.device()
+        BUILDER.device()
     assert said in str(error.value.got)
     tensorrt_library._load_shared_objects.cache_clear()
 
@@ -377,7 +378,7 @@ def test_a_system_without_the_runtime_of_cpp(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tensorrt_library.ctypes, "CDLL", refuse)
     tensorrt_library._load_shared_objects.cache_clear()
     with pytest.raises(EngineError, match="cannot be imported") as error:
-        BACKEND.device()
+        BUILDER.device()
     assert "libstdc++6" in str(error.value.hint)
     tensorrt_library._load_shared_objects.cache_clear()
 
@@ -386,15 +387,15 @@ def test_a_system_without_the_runtime_of_cpp(monkeypatch: pytest.MonkeyPatch) ->
 def test_versions_that_are_not_driven(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(real_trt(), "__version__", version)
     with pytest.raises(EngineError, match=r"TensorRT for RTX 1\.7 or newer, below 2 is needed") as error:
-        BACKEND.device()
+        BUILDER.device()
     assert error.value.got == f"TensorRT for RTX {version}"
 
 
 def test_without_cuda_python_it_builds_and_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests' environment may have it, and the builder's process as well."""
     monkeypatch.setitem(sys.modules, "cuda", None)
-    assert str(BACKEND.available()).startswith("cuda-python cannot be imported")
-    assert "pip install 'diffbuild[rtx]'" in str(BACKEND.available())
+    assert str(RUNNER.available()).startswith("cuda-python cannot be imported")
+    assert "pip install 'diffbuild[rtx]'" in str(RUNNER.available())
     write_network(tmp_path)
     assert build(tmp_path)["plan_bytes"] > 0
 

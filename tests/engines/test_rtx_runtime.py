@@ -17,10 +17,11 @@ from tests.build_graph import SPEC, X, Y, options, write_network
 from tests.pretend import pretended
 from tests.profile_contract import check_two_buckets
 from toolchain.cli.main import cli
-from toolchain.engines.tensorrt.rtx_backend import TensorRtRtxBackend
+from toolchain.engines.tensorrt_rtx.build import TensorRtRtxBuilder
+from toolchain.engines.tensorrt_rtx.run import TensorRtRtxRunner
 from toolchain.errors import EngineError
 
-BACKEND = TensorRtRtxBackend()
+BUILDER, RUNNER = TensorRtRtxBuilder(), TensorRtRtxRunner()
 ADA = {"FAKE_CUDA_CC": "8.9", "FAKE_CUDA_GPU": "NVIDIA GeForce RTX 4090", "FAKE_CUDA_SMS": "128"}
 
 
@@ -43,16 +44,16 @@ def build(folder: Path, **given: Any) -> Path:
     out = folder / "engine"
     out.mkdir()
     weights = {"weights": folder / "weights.safetensors"}
-    BACKEND.build(folder / "graph.onnx", weights, out, options("tensorrt_rtx", **given))
+    BUILDER.build(folder / "graph.onnx", weights, out, options("tensorrt_rtx", **given))
     return out
 
 
 def run(engine_folder: Path, **given: Any) -> Any:
     """What the engine makes of X, opened without its weight file; and the memory's counters."""
     chosen = options("tensorrt_rtx", **given)
-    memory = BACKEND.memory([engine_folder], chosen)
+    memory = RUNNER.memory([engine_folder], chosen)
     try:
-        engine = BACKEND.open(engine_folder, {}, SPEC, chosen, memory)
+        engine = RUNNER.open(engine_folder, {}, SPEC, chosen, memory)
         x, y = (memory.zeros(t.shape, t.dtype) for t in (*SPEC.inputs, *SPEC.outputs))
         launch = engine.bind({"x": x, "y": y})
         memory.write(x, X)
@@ -83,7 +84,7 @@ def test_it_computes_from_a_captured_graph(trt: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cuda_graph", ["step", "loop", "off"])
 def test_both_buckets_of_one_engine(trt: Any, tmp_path: Path, cuda_graph: str) -> None:
-    check_two_buckets(tmp_path, BACKEND, cuda_graph=cuda_graph)
+    check_two_buckets(tmp_path, "tensorrt_rtx", cuda_graph=cuda_graph)
 
 
 @pytest.mark.parametrize("strategy", ["eager", "lazy", "none"])
@@ -135,7 +136,7 @@ RUNS = [
 @pytest.mark.parametrize(("targets", "capability", "runs"), RUNS)
 def test_gpus_that_an_engine_runs_on(targets: tuple[str, ...], capability: str, runs: bool) -> None:
     with pretended(FAKE_CUDA_CC=capability, FAKE_CUDA_GPU="NVIDIA X"):
-        reason = BACKEND.refuse(BACKEND.device(), options("tensorrt_rtx", targets=targets))
+        reason = RUNNER.refuse(BUILDER.device(), options("tensorrt_rtx", targets=targets))
     assert (reason is None) == runs
     if reason:
         wanted = ", ".join(targets) or "8.0 and newer"
@@ -145,7 +146,7 @@ def test_gpus_that_an_engine_runs_on(targets: tuple[str, ...], capability: str, 
 
 
 def test_engines_of_another_version(trt: Any) -> None:
-    reason = BACKEND.refuse(BACKEND.device() | {"tensorrt_rtx": "1.8.0.1"}, options("tensorrt_rtx"))
+    reason = RUNNER.refuse(BUILDER.device() | {"tensorrt_rtx": "1.8.0.1"}, options("tensorrt_rtx"))
     assert reason == (
         "built with TensorRT for RTX 1.8.0.1, this machine has 1.7.1.116, and the engines need that version"
     )
@@ -270,9 +271,7 @@ def test_a_cache_folder_that_cannot_be_written_costs_a_warning(
 
 
 def test_plain_tensorrt_keeps_no_kernels(trt: Any, tmp_path: Path, cache: Path) -> None:
-    from toolchain.engines.tensorrt.backend import TensorRtBackend
-
-    check_two_buckets(tmp_path, TensorRtBackend())
+    check_two_buckets(tmp_path)
     assert not kernels(cache)
 
 

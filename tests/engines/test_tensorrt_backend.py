@@ -13,24 +13,26 @@ import pytest
 from tests.build_graph import options
 from tests.pretend import pretended
 from toolchain.cli.doctor import doctor_lines
-from toolchain.cuda.forecast import build_warning, load_warning
+from toolchain.cuda.capacity import load_warning
 from toolchain.engines import machine
-from toolchain.engines.registry import backend_of
-from toolchain.engines.tensorrt.backend import TensorRtBackend, advisory
+from toolchain.engines.builders import builder_of
+from toolchain.engines.tensorrt.build import TensorRtBuilder
+from toolchain.engines.tensorrt.build_memory import build_warning
+from toolchain.engines.tensorrt.run import TensorRtRunner, advisory
 from toolchain.errors import EngineError
 
-BACKEND = TensorRtBackend()
+BUILDER, RUNNER = TensorRtBuilder(), TensorRtRunner()
 GB = 1 << 30
 
 
 @pytest.fixture
 def h200() -> Iterator[dict[str, Any]]:
     with pretended():
-        yield BACKEND.device()
+        yield BUILDER.device()
 
 
 def test_the_device(h200: dict[str, Any]) -> None:
-    assert BACKEND.available() is None
+    assert RUNNER.available() is None
     assert h200 == {
         "kind": "cuda",
         "name": "NVIDIA H200",
@@ -55,16 +57,16 @@ LACKING = [
 @pytest.mark.parametrize(("variables", "reason"), LACKING)
 def test_what_is_missing_is_named(variables: dict[str, str], reason: str) -> None:
     with pretended(**variables):
-        assert str(BACKEND.available()).startswith(reason)
+        assert str(RUNNER.available()).startswith(reason)
         with pytest.raises(EngineError):
-            BACKEND.device()
+            BUILDER.device()
 
 
 def test_without_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
-    assert str(BACKEND.available()).startswith("TensorRT cannot be imported: ")
+    assert str(RUNNER.available()).startswith("TensorRT cannot be imported: ")
     with pytest.raises(EngineError, match=r"pip install 'diffbuild\[tensorrt\]'"):
-        BACKEND.device()
+        BUILDER.device()
 
 
 OTHER = {"name": "NVIDIA GH200", "compute_capability": "9.0", "sm_count": 132}
@@ -88,7 +90,7 @@ RUNS = [  # level, what differs where it was built, whether it runs on the H200
 
 @pytest.mark.parametrize(("level", "there", "runs"), RUNS)
 def test_gpus_that_an_engine_runs_on(h200: dict[str, Any], level: str, there: dict[str, Any], runs: bool) -> None:
-    reason = BACKEND.refuse(h200 | there, options(hardware_compatibility_level=level))
+    reason = RUNNER.refuse(h200 | there, options(hardware_compatibility_level=level))
     assert (reason is None) == runs
     if reason:
         for name in (there.get("name", "NVIDIA H200"), "NVIDIA H200", str(there["sm_count"]), "132"):
@@ -100,14 +102,14 @@ VERSIONS = [("11.4.0.106", True), ("11.4.0.107", False), ("11.3.0.9", False)]  #
 
 @pytest.mark.parametrize(("version", "runs"), VERSIONS)
 def test_versions_that_an_engine_runs_with(h200: dict[str, Any], version: str, runs: bool) -> None:
-    reason = BACKEND.refuse(h200 | {"tensorrt": version}, options())
+    reason = RUNNER.refuse(h200 | {"tensorrt": version}, options())
     assert (reason is None) == runs
     if reason:
         assert f"built with TensorRT {version}, this machine has 11.4.0.106" in reason
 
 
 def test_engines_of_another_kind_of_device(h200: dict[str, Any]) -> None:
-    assert BACKEND.refuse({"kind": "cpu"}, options()) == "built on cpu, this machine is cuda"
+    assert RUNNER.refuse({"kind": "cpu"}, options()) == "built on cpu, this machine is cuda"
 
 
 PROBLEMS = [
@@ -122,7 +124,7 @@ PROBLEMS = [
 @pytest.mark.parametrize(("version", "given", "expected"), PROBLEMS)
 def test_options_that_cannot_be_had(version: str, given: dict[str, Any], expected: list[str]) -> None:
     with pretended(FAKE_TENSORRT_VERSION=version):
-        found = BACKEND.problems(options(**given))
+        found = BUILDER.problems(options(**given))
     assert len(found) == len(expected)
     assert all(f.startswith(e) for f, e in zip(found, expected, strict=True))
 
@@ -141,7 +143,7 @@ def test_doctor_tells_of_them(tmp_path: Path) -> None:
             "works": True,
             "reason": None,
             "builds": True,
-            "device": BACKEND.device(),
+            "device": BUILDER.device(),
         }
         told = "\n".join(doctor_lines(facts))
         assert "name NVIDIA H200, compute capability 9.0, sm count 132, memory bytes" in told
@@ -154,9 +156,9 @@ def test_graphs_are_left_alone_but_for_bfloat16() -> None:
     y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT16, [2])
     node = onnx.helper.make_node("Relu", ["x"], ["y"])
     model = ir.from_proto(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y])))
-    assert BACKEND.prepare(model) is model
-    assert not BACKEND.packs(options())
-    assert backend_of("tensorrt").name == "tensorrt"
+    assert BUILDER.prepare(model) is model
+    assert BUILDER.packer(options()) is None
+    assert builder_of("tensorrt").name == "tensorrt"
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,13 @@ from onnx import TensorProto, helper
 from tests.build_graph import KINDS, SPEC, WEIGHTS, X, Y, options, write_graph, write_network
 from tests.pretend import pretended
 from toolchain.engines.tensorrt import builder_process
-from toolchain.engines.tensorrt.backend import TensorRtBackend
+from toolchain.engines.tensorrt.build import TensorRtBuilder
+from toolchain.engines.tensorrt.run import TensorRtRunner
 from toolchain.errors import EngineError
+from toolchain.recipe.options import TensorRtOptions
 from toolchain.store.files import file_digest, locked
 
-BACKEND = TensorRtBackend()
+BUILDER, RUNNER = TensorRtBuilder(), TensorRtRunner()
 
 
 @pytest.fixture(autouse=True)
@@ -59,19 +61,19 @@ def gone(pid: int) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
-def build(folder: Path, given: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+def build(folder: Path, given: TensorRtOptions | None = None, **more: Any) -> dict[str, Any]:
     out = folder / "engine"
     out.mkdir()
     weights = {"weights": folder / "weights.safetensors"}
-    BACKEND.build(folder / "graph.onnx", weights, out, given or options(), **more)
+    BUILDER.build(folder / "graph.onnx", weights, out, given or options(), **more)
     facts: dict[str, Any] = json.loads((out / "engine.json").read_text())
     return facts
 
 
-def run(folder: Path, given: dict[str, Any] | None = None) -> Any:
+def run(folder: Path, given: TensorRtOptions | None = None) -> Any:
     """What the engine that was built in `folder` makes of X."""
-    memory = BACKEND.memory([folder / "engine"], given or options())
-    engine = BACKEND.open(
+    memory = RUNNER.memory([folder / "engine"], given or options())
+    engine = RUNNER.open(
         folder / "engine", {"weights": folder / "weights.safetensors"}, SPEC, given or options(), memory
     )
     x, y = (memory.zeros(t.shape, t.dtype) for t in (*SPEC.inputs, *SPEC.outputs))
@@ -94,8 +96,8 @@ def test_an_engine_computes_with_the_weights_of_the_file(trt: Any, tmp_path: Pat
     plan = tmp_path / "engine" / "engine.plan"
     assert (facts["plan_sha256"], facts["plan_bytes"]) == (file_digest(plan), plan.stat().st_size)
     assert facts["tensorrt"] == trt.__version__
-    assert facts["device"] == BACKEND.device()
-    assert facts["options"] == {k: v for k, v in options().items() if k != "cuda_graph"}
+    assert facts["device"] == BUILDER.device()
+    assert facts["options"] == {k: v for k, v in vars(options()).items() if k != "cuda_graph"}
     assert facts["activation_bytes"] > 0
     assert facts["precision"]["asked"] == {dtype: 3}
     assert facts["precision"]["wide"] == {}
@@ -322,7 +324,7 @@ def build_here(builder: Any, folder: Path, **given: Any) -> dict[str, Any]:
     (folder / "engine").mkdir()
     files = {"graph": folder / "graph.onnx", "weights": folder / "weights.safetensors", "out": folder / "engine"}
     job = {name: str(path) for name, path in files.items()}
-    job |= {"backend": "tensorrt", "options": options(**given), "device": {}, "timing_cache": None}
+    job |= {"backend": "tensorrt", "options": vars(options(**given)), "device": {}, "timing_cache": None}
     facts: dict[str, Any] = builder.build(job, lambda event: None, threading.Event())
     return facts
 

@@ -205,8 +205,8 @@ def test_what_fails_while_it_is_opened_leaves_nothing_on_the_gpu(
     from cuda.bindings import runtime
 
     from toolchain.cuda.memory import DeviceMemory
+    from toolchain.engines.tensorrt.engine import TensorRtEngine
     from toolchain.engines.tensorrt.open_plan import OpenPlan
-    from toolchain.engines.tensorrt.run import TensorRtEngine
 
     for owner, name in ((DeviceMemory, "_allocate"), (TensorRtEngine, "bind"), (OpenPlan, "_deserialize")):
         plain = getattr(owner, name)

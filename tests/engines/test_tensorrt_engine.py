@@ -16,11 +16,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.pretend import pretended
-from tests.step_engine import OPTIONS, SPEC, STATE, WEIGHT, bound, expected, opened, run, write_engine
-from toolchain.cuda.memory import ALLOCATION
+from tests.step_engine import SPEC, STATE, WEIGHT, bound, expected, opened, run, write_engine
+from toolchain.cuda.driver import ALLOCATION
+from toolchain.engines.tensorrt.engine import TensorRtMemory, open_memory
 from toolchain.engines.tensorrt.library import TENSORRT
 from toolchain.engines.tensorrt.open_plan import read_facts
-from toolchain.engines.tensorrt.run import TensorRtMemory, open_memory
 from toolchain.errors import DiffbuildError, EngineError
 
 
@@ -112,7 +112,7 @@ def test_a_thousand_launches_allocate_nothing(folder: Path, memory: TensorRtMemo
 def test_outputs_that_nobody_wants_share_a_buffer(folder: Path, memory: TensorRtMemory) -> None:
     engine = opened(folder, memory)
     bound(engine, memory)
-    assert list(engine._places._unread) == ["preview"]
+    assert list(engine._buffers._unread) == ["preview"]
     one = memory.zeros((2, 4), np.float16)
     states, counters, _ = bound(engine, memory)
     ends = {"next_state": states[1], "next_step": counters[1], "preview": one}
@@ -123,7 +123,7 @@ def test_outputs_that_nobody_wants_share_a_buffer(folder: Path, memory: TensorRt
 
 def test_engines_share_their_activations(trt: Any, folder: Path, tmp_path: Path) -> None:
     other = write_engine(trt, tmp_path / "other", activation_bytes=1 << 20)
-    memory = open_memory(TENSORRT, [folder, other], OPTIONS)
+    memory = open_memory(TENSORRT, [folder, other], "step")
     engines = [opened(place, memory) for place in (folder, other)]
     for engine in engines:
         run(engine, memory, 2)
@@ -132,7 +132,7 @@ def test_engines_share_their_activations(trt: Any, folder: Path, tmp_path: Path)
     for engine in engines:
         engine.close()
     memory.close()
-    assert open_memory(TENSORRT, [], OPTIONS).close() is None
+    assert open_memory(TENSORRT, [], "step").close() is None
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_engines_that_may_not_fit_are_told(
         write_engine(trt, tmp_path / "a", plan_bytes=2 << 20, activation_bytes=2 << 20, stripped=stripped),
         write_engine(trt, tmp_path / "b", plan_bytes=3 << 20, activation_bytes=1 << 20),
     ]
-    open_memory(TENSORRT, folders, OPTIONS, open_buckets).close()
+    open_memory(TENSORRT, folders, "step", open_buckets).close()
     told = [line.split(". ")[0] for line in caplog.messages]
     expected = f"the engines need {need_mb} MB of GPU memory; {free_mb} MB are free"
     assert told == ([] if need_mb is None else [expected])
@@ -288,7 +288,7 @@ def test_a_damaged_description(folder: Path, text: str | None, message: str) -> 
     with pytest.raises(EngineError, match=r"(?m)" + message):
         read_facts(folder)
     with pytest.raises(EngineError):
-        open_memory(TENSORRT, [folder], OPTIONS)
+        open_memory(TENSORRT, [folder], "step")
 
 
 def test_code_for_the_host_is_not_run(folder: Path, memory: TensorRtMemory) -> None:

@@ -29,7 +29,13 @@ def _builder_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ended(ends: int, stderr: str = "", stdout: str = "", **given: Any) -> dict[str, Any]:
-    job = {"graph": "/g/graph.onnx", "options": options(**given), "ends": ends, "stderr": stderr, "stdout": stdout}
+    job = {
+        "graph": "/g/graph.onnx",
+        "options": vars(options(**given)),
+        "ends": ends,
+        "stderr": stderr,
+        "stdout": stdout,
+    }
     return run_builder(job, lambda phase, share: None)
 
 
@@ -161,14 +167,14 @@ import sys
 from pathlib import Path
 from tests.build_graph import options
 from toolchain.engines.tensorrt import builder_process
-from toolchain.engines.tensorrt.backend import TensorRtBackend
+from toolchain.engines.tensorrt.build import TensorRtBuilder
 
 builder_process.GRACE_S = 0.5
 folder = Path(sys.argv[1])
 (folder / "engine").mkdir()
 tell = lambda phase, share: print("building", flush=True)
 weights = {"weights": folder / "weights.safetensors"}
-TensorRtBackend().build(folder / "graph.onnx", weights, folder / "engine", options(), tell)
+TensorRtBuilder().build(folder / "graph.onnx", weights, folder / "engine", options(), tell)
 """
 
 

@@ -13,7 +13,9 @@ import pytest
 
 from tests.build_graph import options, write_two_buckets
 from tests.pretend import pretended
-from tests.profile_contract import BACKEND, check_two_buckets
+from tests.profile_contract import check_two_buckets
+from toolchain.engines.tensorrt.build import TensorRtBuilder
+from toolchain.engines.tensorrt.run import TensorRtRunner
 from toolchain.errors import EngineError
 
 
@@ -72,9 +74,9 @@ def test_shapes_that_a_context_does_not_take(
     chosen, weights = options(profile_per_bucket=True), {"weights": tmp_path / "weights.safetensors"}
     out = tmp_path / "engine"
     out.mkdir()
-    BACKEND.build(tmp_path / "graph.onnx", weights, out, chosen)
-    memory = BACKEND.memory([out], chosen)
-    engine = BACKEND.open(out, weights, specs[1], chosen, memory)
+    TensorRtBuilder().build(tmp_path / "graph.onnx", weights, out, chosen)
+    memory = TensorRtRunner().memory([out], chosen)
+    engine = TensorRtRunner().open(out, weights, specs[1], chosen, memory)
     monkeypatch.setattr(trt.IExecutionContext, method, lambda *args: False)
     x, y = (memory.zeros(t.shape, t.dtype) for t in (*specs[1].inputs, *specs[1].outputs))
     with pytest.raises(EngineError, match="does not take the bucket's shapes"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +12,36 @@ import pytest
 
 from tests.build_graph import SPEC, X, Y, write_network
 from toolchain.cuda import driver as cuda
-from toolchain.engines.onnxruntime_cuda.backend import OnnxRuntimeCudaBackend
+from toolchain.engines.onnxruntime_cuda.build import OnnxRuntimeCudaBuilder
+from toolchain.engines.onnxruntime_cuda.run import OnnxRuntimeCudaRunner
+from toolchain.recipe.options import OnnxRuntimeCudaOptions
 
-BACKEND = OnnxRuntimeCudaBackend()
-OPTIONS = {"optimization": "all", "cuda_graph": True, "prefer_nhwc": False, "tf32": False}
+BUILDER, RUNNER = OnnxRuntimeCudaBuilder(), OnnxRuntimeCudaRunner()
+OPTIONS = OnnxRuntimeCudaOptions(tf32=False)
 
 
 @pytest.fixture(scope="module", params=["float32", "float16"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    reason = BACKEND.available()
+    reason = RUNNER.available()
     if reason:
         pytest.skip(f"needs ONNX Runtime on a GPU: {reason}")
     place: Path = tmp_path_factory.mktemp(request.param)
     write_network(place, request.param)
     (place / "engine").mkdir()
-    BACKEND.build(place / "graph.onnx", {"weights": place / "weights.safetensors"}, place / "engine", OPTIONS)
+    BUILDER.build(place / "graph.onnx", {"weights": place / "weights.safetensors"}, place / "engine", OPTIONS)
     return place
 
 
 @pytest.fixture
 def memory(folder: Path) -> Iterator[Any]:
-    made = BACKEND.memory([], OPTIONS)
+    made = RUNNER.memory([], OPTIONS)
     yield made
     made.close()
 
 
 def opened(folder: Path, memory: Any, **options: bool) -> Any:
     weights = {"weights": folder / "weights.safetensors"}
-    return BACKEND.open(folder / "engine", weights, SPEC, {**OPTIONS, **options}, memory)
+    return RUNNER.open(folder / "engine", weights, SPEC, replace(OPTIONS, **options), memory)
 
 
 @pytest.mark.parametrize("options", [{}, {"cuda_graph": False}, {"prefer_nhwc": True}, {"tf32": True}])

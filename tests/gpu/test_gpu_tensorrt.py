@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 from tests.profile_contract import check_two_buckets
 from tests.step_engine import WEIGHT, bound, expected, opened, run, write_engine
 from toolchain.cuda import driver as cuda
+from toolchain.engines.tensorrt.engine import TensorRtMemory
 from toolchain.engines.tensorrt.library import TENSORRT
-from toolchain.engines.tensorrt.run import TensorRtMemory
 
 
 @pytest.fixture(scope="module")

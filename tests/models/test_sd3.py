@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from benchmarks.export_scale import PUBLISHED
 from tests.tiny_sd3 import CHANNELS, LAYERS, POOLED, POSITIONS, T5_TOKENS, T5_WIDTH, WIDTHS, make_sd3, recipe_text
 from toolchain.builder.plan import check_recipe
-from toolchain.engines.registry import backend_of
+from toolchain.engines.builders import builder_of
 from toolchain.errors import DiffbuildError, ModelError, RecipeError
 from toolchain.export.capture import capture
 from toolchain.models.hub import resolve_model
@@ -440,9 +440,9 @@ def test_the_recipe_fits_the_published_model(tmp_path: Path) -> None:
     PUBLISHED["sd35-medium"].write(tmp_path)
     source, recipe = resolve_model(str(tmp_path)), load_recipe(RECIPES / "sd35-medium-fp16.toml")
     family = family_of(source, recipe)
-    check_recipe(recipe, family, backend_of(recipe.backend), source)
+    check_recipe(recipe, family, builder_of(recipe.backend), source)
     # T5 can be left out; its tables go with it.
     spared = {name: own for name, own in recipe.components.items() if name != T5}
     checks = {name: own for name, own in recipe.check.components.items() if name != T5}
     lean = replace(recipe, without=(T5,), components=spared, check=replace(recipe.check, components=checks))
-    check_recipe(lean, family, backend_of(lean.backend), source)
+    check_recipe(lean, family, builder_of(lean.backend), source)

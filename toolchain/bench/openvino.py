@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.bundle.bundle import Bundle
 from toolchain.engines.buffers import HostMemory
-from toolchain.engines.onnxruntime.backend import physical_cores
+from toolchain.engines.onnxruntime.device import physical_cores
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec
 
@@ -94,19 +94,17 @@ class OpenVino:
     def refuse(self, *_: object) -> str | None:
         return None
 
-    def memory(
-        self, folders: Sequence[Path], options: Mapping[str, Any], open_buckets: int | None = None
-    ) -> HostMemory:
+    def memory(self, folders: Sequence[Path], options: Any, open_buckets: int | None = None) -> HostMemory:
         return HostMemory()
 
     def open(
-        self, folder: Path, weights: Mapping[str, Path], spec: GraphSpec, options: Mapping[str, Any], memory: HostMemory
+        self, folder: Path, weights: Mapping[str, Path], spec: GraphSpec, options: Any, memory: HostMemory
     ) -> OpenVinoEngine:
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": "1",
             "INFERENCE_PRECISION_HINT": "f32",
-            "INFERENCE_NUM_THREADS": str(options.get("threads") or physical_cores()),
+            "INFERENCE_NUM_THREADS": str(getattr(options, "threads", 0) or physical_cores()),
         }
         graph = self._graphs[folder, spec]
         try:

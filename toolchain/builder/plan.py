@@ -13,14 +13,15 @@ from typing import Any
 
 from toolchain.builder.planner import Planner
 from toolchain.builder.steps import Step, StepId
-from toolchain.engines.backend import Backend
-from toolchain.engines.registry import backend_of
+from toolchain.engines.backend import Builder
+from toolchain.engines.builders import builder_of
 from toolchain.errors import EngineError, RecipeError, RequestError, SamplerError
 from toolchain.models import safety
 from toolchain.models.component import Family
 from toolchain.models.registry import family_of
 from toolchain.models.source import ModelSource
 from toolchain.recipe import Recipe
+from toolchain.recipe.options import BackendOptions
 from toolchain.sampler.schedulers import entry_for, parse
 from toolchain.store.artifacts import Artifact, Store
 
@@ -35,7 +36,7 @@ class Plan:
     recipe: Recipe
     source: ModelSource
     family: Family
-    backend: Backend
+    backend: Builder[Any]
     store: Store
     steps: tuple[Step, ...]
     _: KW_ONLY
@@ -52,10 +53,9 @@ class Plan:
         return sum(not step.hit for step in self.steps)
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> BackendOptions:
         """The backend's table of the recipe."""
-        options: dict[str, Any] = self.recipe.to_json()[self.backend.name]
-        return options
+        return self.recipe.options(self.backend.name)
 
     def step(self, wanted: StepId) -> Step:
         return next(step for step in self.steps if step.id == wanted)
@@ -74,7 +74,7 @@ def make_plan(recipe: Recipe, source: ModelSource, store: Store, *, graphs_only:
     graphs_only: no weights, engines, tables or tokenizer; needs the config files alone.
     """
     family = family_of(source, recipe)
-    backend = backend_of(recipe.backend)
+    backend = builder_of(recipe.backend)
     check_recipe(recipe, family, backend, source, graphs_only=graphs_only)
     device, refused = (None, None) if graphs_only else _device(backend)
     planner = Planner(recipe, source, family, backend, store, device)
@@ -91,7 +91,7 @@ def make_plan(recipe: Recipe, source: ModelSource, store: Store, *, graphs_only:
     return Plan(recipe, source, family, backend, store, tuple(planner.steps), device=device, refused=refused)
 
 
-def _device(backend: Backend) -> tuple[dict[str, Any] | None, EngineError | None]:
+def _device(backend: Builder[Any]) -> tuple[dict[str, Any] | None, EngineError | None]:
     """What engines are built for here, or why none can be."""
     try:
         return backend.device(), None
@@ -117,7 +117,7 @@ def _refuse(problems: Sequence[str], recipe: Recipe) -> None:
 
 
 def check_recipe(
-    recipe: Recipe, family: Family, backend: Backend, source: ModelSource | None, *, graphs_only: bool = False
+    recipe: Recipe, family: Family, backend: Builder[Any], source: ModelSource | None, *, graphs_only: bool = False
 ) -> None:
     """What only family and backend can know of a recipe. Raises RecipeError with every problem.
 
@@ -130,7 +130,7 @@ def check_recipe(
             can = " or ".join(backend.dtypes)
             problems.append(f"components.{name}.dtype: {backend.name} cannot run {component.dtype} (expected {can})")
     if not graphs_only:
-        problems += [f"{backend.name}.{problem}" for problem in backend.problems(recipe.to_json()[backend.name])]
+        problems += [f"{backend.name}.{problem}" for problem in backend.problems(recipe.options(backend.name))]
     if recipe.safety.checker and family.checker is None:
         problems.append(f"safety.checker: diffusers has no safety checker for family {family.name}")
     optional = [c.name for c in family.components if c.optional]

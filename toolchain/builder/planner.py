@@ -15,7 +15,7 @@ from toolchain.builder.stages.graph import GRAPH
 from toolchain.builder.stages.sampler import Schedule
 from toolchain.builder.steps import EXPORT_TOOLS, Built, Step, StepId, Within, code_digest, recipe_of, tool_versions
 from toolchain.bundle.bundle import ANY, PROFILES
-from toolchain.engines.backend import Backend
+from toolchain.engines.backend import Builder
 from toolchain.errors import EngineError, ExportError
 from toolchain.models.component import Component, Family
 from toolchain.models.source import ModelSource
@@ -36,7 +36,7 @@ class Planner:
         recipe: Recipe,
         source: ModelSource,
         family: Family,
-        backend: Backend,
+        backend: Builder[Any],
         store: Store,
         device: dict[str, Any] | None,
     ) -> None:
@@ -44,7 +44,7 @@ class Planner:
         self.device = device
         self.steps: list[Step] = []
         self.guided = recipe.classifier_free_guidance
-        self.options: dict[str, Any] = recipe.to_json()[backend.name]
+        self.options = recipe.options(backend.name)
 
     def add(
         self,
@@ -154,7 +154,7 @@ class Planner:
         if not self.steps[-1].hit:
             # Damaged, half-downloaded and foreign files are found now, not after the export.
             require_plain(read_folder(folder), folder)
-        if self.backend.packs(self.options):
+        if self.backend.packer(self.options) is not None:
             # Made from the first bucket, and so the same for whatever buckets follow it.
             shared["packed"] = self.tied("packed", component, labels[0], dict(shared))
         if len(labels) > 1 and self.backend.merges(self.options):
@@ -186,10 +186,11 @@ class Planner:
         roles: dict[str, StepId] = {"weights": StepId("weights", component.name)}
         if "packed" in shared:
             roles["packed"] = StepId("packed", component.name)
+        options: dict[str, Json] = self.recipe.to_json()[self.backend.name]
         inputs: dict[str, Json] = {
             "backend": self.backend.name,
             "device": self.device,
-            "options": {k: v for k, v in self.options.items() if k not in self.backend.run_options},
+            "options": {k: v for k, v in options.items() if k not in self.backend.run_options},
             **shared,
             "graph": self.key(graph),
         }

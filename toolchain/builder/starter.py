@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.builder.plan import check_recipe
-from toolchain.engines.backend import Backend
-from toolchain.engines.registry import BACKENDS
+from toolchain.engines.backend import Builder
+from toolchain.engines.builders import builder_of
+from toolchain.engines.runners import runner_of
 from toolchain.models.component import Family
 from toolchain.models.registry import family_for, family_of
 from toolchain.models.source import ModelSource
@@ -32,7 +33,7 @@ class Starter:
 
 def best_backend() -> str:
     """The fastest that runs here; the CPU's where none does, which every machine can have."""
-    return next((name for name in BEST_FIRST if BACKENDS[name].available() is None), "onnxruntime")
+    return next((name for name in BEST_FIRST if runner_of(name).available() is None), "onnxruntime")
 
 
 def write_starter(source: ModelSource, backend: str, name: str) -> Starter:
@@ -40,7 +41,7 @@ def write_starter(source: ModelSource, backend: str, name: str) -> Starter:
 
     It has one bucket, of the model's own size. Raises ModelError for a model that no family covers.
     """
-    family, chosen = family_for(source), BACKENDS[backend]
+    family, chosen = family_for(source), builder_of(backend)
     like = min(map(_load, shipped.names()), key=lambda recipe: _distance(recipe, family, chosen, source))
     about = (
         f"# {source.name} with {backend}, after the recipe {like.name} that comes with diffbuild.\n"
@@ -52,13 +53,13 @@ def write_starter(source: ModelSource, backend: str, name: str) -> Starter:
     return Starter(text, recipe, like.name)
 
 
-def _data(like: Recipe, family: Family, backend: Backend, source: ModelSource) -> dict[str, Any]:
+def _data(like: Recipe, family: Family, backend: Builder[Any], source: ModelSource) -> dict[str, Any]:
     """`like` for another model and backend, without most of what is at its default."""
     lacking = [c.name for c in family.components if c.optional and not _has(source, c.folder)]
     # On a CPU nothing is gained by less than float32; elsewhere a type that the backend lacks is widened.
     dtypes = ("float32",) if backend.name == "onnxruntime" else backend.dtypes
     components = {name: recipe for name, recipe in like.components.items() if name not in lacking}
-    options, plain = getattr(like, backend.name), like.to_json()
+    options, plain = like.options(backend.name), like.to_json()
     check = plain["check"]
     if any(recipe.dtype not in dtypes for recipe in components.values()):
         check = {key: check[key] for key in ("prompts", "seeds")}  # its limits are for the types that it had
@@ -90,7 +91,7 @@ def _load(name: str) -> Recipe:
     return load_recipe(Path(name))
 
 
-def _distance(recipe: Recipe, family: Family, backend: Backend, source: ModelSource) -> tuple[bool | str, ...]:
+def _distance(recipe: Recipe, family: Family, backend: Builder[Any], source: ModelSource) -> tuple[bool | str, ...]:
     """Nothing is as far away as another family; then comes what changes the picture, then what changes its cost."""
     if recipe.family != family.name:
         return (True,)

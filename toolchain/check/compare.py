@@ -12,7 +12,7 @@ from importlib.metadata import version
 from toolchain.bundle.bundle import Bundle
 from toolchain.bundle.signing import admit
 from toolchain.check.report import CheckReport, Entry, Metrics, Picture
-from toolchain.engines.registry import backend_of
+from toolchain.engines.builders import builder_of
 from toolchain.errors import DiffbuildError, ModelError
 from toolchain.models.component import Family
 from toolchain.models.registry import family_of
@@ -66,7 +66,7 @@ def compare(bundle: Bundle, source: ModelSource, *, progress: Callable[[str], No
         model=source.name,
         revision=source.revision,
         backend=bundle.backend,
-        device=backend_of(bundle.backend).device(),
+        device=builder_of(bundle.backend).device(),
         versions={name: version(name) for name in sorted(["diffbuild", "numpy", *PACKAGES.values()])},
         warnings=tuple(warnings),
         entries=tuple(entries),

@@ -19,7 +19,7 @@ from toolchain.check.reference import reference_module
 from toolchain.check.report import Entry
 from toolchain.check.rounding import RoundedComponent
 from toolchain.engines.buffers import HostMemory
-from toolchain.engines.registry import backend_of
+from toolchain.engines.runners import runner_of
 from toolchain.models.component import Component, Family
 from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket
@@ -174,8 +174,8 @@ class _Comparison:
             label,
             spec,
             module,
-            lambda: open_memory(self.bundle, backend_of(self.bundle.backend), 1),
-            lambda memory: open_engine(self.bundle, backend_of(self.bundle.backend), component.name, some, memory),
+            lambda: open_memory(self.bundle, runner_of(self.bundle.backend), 1),
+            lambda memory: open_engine(self.bundle, runner_of(self.bundle.backend), component.name, some, memory),
             feeds,
             tolerance,
         )

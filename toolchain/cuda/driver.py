@@ -6,9 +6,13 @@ first that CUDA_VISIBLE_DEVICES leaves.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from toolchain.errors import EngineError
+
+ALLOCATION = threading.RLock()
+"""Held by whoever allocates or frees: a library that captures in CUDA's global mode keeps others from it with this."""
 
 LEAST_DRIVER = 13000
 """CUDA version that the driver must know, as CUDA counts: 1000 * major + 10 * minor. cuda-python 13 needs it."""

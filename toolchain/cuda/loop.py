@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from toolchain.cuda.driver import call, cudart, device_facts
-from toolchain.cuda.memory import ALLOCATION, by_turns
+from toolchain.cuda.driver import ALLOCATION, call, cudart, device_facts
+from toolchain.cuda.memory import by_turns
 from toolchain.errors import EngineError
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from toolchain.cuda.driver import call, cudart, describe
-from toolchain.cuda.forecast import FEWER_BUCKETS
+from toolchain.cuda.capacity import FEWER_BUCKETS
+from toolchain.cuda.driver import ALLOCATION, call, cudart, describe
 from toolchain.errors import EngineError
 from toolchain.garbage import kept_garbage
 
@@ -29,8 +28,6 @@ ALIGNMENT = 256
 CHUNK_BYTES = 4 << 20
 STAGED_BYTES = 256 << 20
 """What may wait in pinned memory; a write beyond it waits for the GPU first."""
-ALLOCATION = threading.RLock()
-"""Held by whoever allocates or frees: a library that captures in CUDA's global mode keeps others from it with this."""
 CUDA_GRAPHS = ("step", "loop", "off")
 
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from toolchain.errors import EngineError
+from toolchain.signature import TensorSpec
 
 
 class Buffer(Protocol):
@@ -25,6 +29,25 @@ class Buffer(Protocol):
 
     def __getitem__(self, rows: int | slice, /) -> Any:
         """A view of one row, without the first axis, or of several: to copy from and to write to."""
+
+
+AnyBuffer = TypeVar("AnyBuffer", bound=Buffer)
+
+
+def check_buffer(tensor: TensorSpec, buffer: AnyBuffer | None, where: Path, *, also: str, fits: bool) -> AnyBuffer:
+    """The buffer for a tensor of an engine. EngineError where it is missing or has another dtype or shape.
+
+    also   what else is required of it, for the error; `fits` is whether that holds
+    where  the engine's folder
+    """
+    expected = f"{tensor.name}: {tensor.dtype} {list(tensor.shape)}" + (f", {also}" if also else "")
+    if buffer is None:
+        raise EngineError("a buffer is missing", where=where, expected=expected)
+    if str(buffer.dtype) != tensor.dtype or buffer.shape != tensor.shape or not fits:
+        address = getattr(buffer, "address", None)
+        got = f"{buffer.dtype} {list(buffer.shape)}" + ("" if address is None else f" at {address:#x}")
+        raise EngineError("a buffer does not fit", where=where, expected=expected, got=got)
+    return buffer
 
 
 class Memory(Protocol):

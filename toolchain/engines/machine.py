@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain.errors import DiffbuildError
 
 if TYPE_CHECKING:
-    from toolchain.engines.backend import Backend
+    from toolchain.engines.backend import Builder
 
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "generate": ("numpy", "tokenizers", "pillow"),
@@ -32,18 +32,19 @@ GPU_FIELDS = ("name", "compute_cap", "memory.total", "driver_version")
 
 def examine(store: Path) -> dict[str, Any]:
     """Everything that `doctor` tells. `works` is whether one backend at least can run here."""
-    from toolchain.engines.onnxruntime.backend import cpu_features, physical_cores
+    from toolchain.engines.builders import BUILDERS
+    from toolchain.engines.onnxruntime.device import cpu_features, physical_cores
     from toolchain.engines.onnxruntime.package import clash
-    from toolchain.engines.registry import BACKENDS
-    from toolchain.engines.tensorrt.backend import advisory
+    from toolchain.engines.runners import RUNNERS
     from toolchain.engines.tensorrt.library import TENSORRT
+    from toolchain.engines.tensorrt.run import advisory
 
-    backends = {name: backend.available() for name, backend in BACKENDS.items()}
+    reasons = {name: runner.available() for name, runner in RUNNERS.items()}
     libraries = {use: {name: _version(name) for name in names} for use, names in LIBRARIES.items()}
     found, no_gpu = gpus()
     return {
-        "works": any(reason is None for reason in backends.values()),
-        "backends": {name: _backend(BACKENDS[name], reason) for name, reason in backends.items()},
+        "works": any(reason is None for reason in reasons.values()),
+        "backends": {name: _backend(BUILDERS[name], reason) for name, reason in reasons.items()},
         "versions": {"diffbuild": _version("diffbuild"), "python": platform.python_version()},
         "libraries": libraries,
         "missing": {use: _missing(found) for use, found in libraries.items()},
@@ -56,10 +57,10 @@ def examine(store: Path) -> dict[str, Any]:
     }
 
 
-def _backend(backend: Backend, reason: str | None) -> dict[str, Any]:
+def _backend(builder: Builder[Any], reason: str | None) -> dict[str, Any]:
     """`reason` is why it cannot run here; it may build all the same, and `device` is what it builds for."""
     try:
-        device = backend.device()
+        device = builder.device()
     except (DiffbuildError, ImportError):
         device = None
     return {"works": reason is None, "reason": reason, "builds": device is not None, "device": device}
@@ -85,7 +86,7 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """What a measurement was made on: numbers mean nothing without it."""
-    from toolchain.engines.onnxruntime.backend import cpu_features, physical_cores
+    from toolchain.engines.onnxruntime.device import cpu_features, physical_cores
 
     return {
         "system": _system(),

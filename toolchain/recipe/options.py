@@ -119,3 +119,7 @@ class TensorRtRtxOptions:
     tf32: bool = True
     kernel_specialization: Literal["eager", "lazy", "none"] = "eager"
     cuda_graph: Literal["step", "loop", "off"] = "step"
+
+
+BackendOptions = OnnxRuntimeOptions | OnnxRuntimeCudaOptions | TensorRtOptions | TensorRtRtxOptions
+"""The table of one backend in a recipe."""

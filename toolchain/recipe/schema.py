@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from toolchain.recipe.bucket import Bucket
 from toolchain.recipe.options import (
+    BackendOptions,
     Count,
     OnnxRuntimeCudaOptions,
     OnnxRuntimeOptions,
@@ -135,6 +136,11 @@ class Recipe:
     def component(self, name: str) -> ComponentRecipe:
         """The recipe of a component; the default where `[components.NAME]` is absent."""
         return self.components.get(name, ComponentRecipe())
+
+    def options(self, backend: str) -> BackendOptions:
+        """The table of a backend, by the name that its registries know."""
+        options: BackendOptions = getattr(self, backend)
+        return options
 
     @property
     def rounds(self) -> bool:

@@ -11,9 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from toolchain.bundle.bundle import ANY, MACHINE_CODE, Bundle
 from toolchain.bundle.signing import vouch
-from toolchain.engines.backend import Backend, Engine
+from toolchain.engines.backend import Engine, Runner
 from toolchain.engines.buffers import Memory
-from toolchain.engines.registry import backend_of
+from toolchain.engines.runners import runner_of
 from toolchain.errors import BundleError
 from toolchain.recipe import Bucket
 from toolchain.runtime.observer import NOBODY, ObservedEngine, Observer
@@ -22,13 +22,13 @@ from toolchain.signature import TensorSpec
 F32 = NDArray[np.float32]
 
 
-def usable_backend(bundle: Bundle, backend: Backend | None = None) -> Backend:
+def usable_backend(bundle: Bundle, backend: Runner[Any] | None = None) -> Runner[Any]:
     """The bundle's backend, or the one that stands in for it. BundleError where it cannot run, for engines of another
     device or version, and for machine code that nobody vouches for."""
-    backend = backend or backend_of(bundle.backend)
+    backend = backend or runner_of(bundle.backend)
     reason, otherwise = backend.available(), "diffbuild doctor tells what each backend needs"
     if reason is None:
-        reason = backend.refuse(bundle.device, bundle.recipe.to_json()[backend.name])
+        reason = backend.refuse(bundle.device, bundle.recipe.options(backend.name))
         otherwise = "build it on this machine, from the same recipe"
     if reason is not None:
         hint = backend.install(bundle.device) or otherwise
@@ -38,15 +38,15 @@ def usable_backend(bundle: Bundle, backend: Backend | None = None) -> Backend:
     return backend
 
 
-def open_memory(bundle: Bundle, backend: Backend, open_buckets: int | None = None) -> Memory:
+def open_memory(bundle: Bundle, backend: Runner[Any], open_buckets: int | None = None) -> Memory:
     """Where the buffers of a pipeline over this bundle will lie, None: with all buckets open. Raises EngineError."""
     folders = {bundle.path / entry.folder for by_bucket in bundle.engines.values() for entry in by_bucket.values()}
-    return backend.memory(sorted(folders), bundle.recipe.to_json()[backend.name], open_buckets)
+    return backend.memory(sorted(folders), bundle.recipe.options(backend.name), open_buckets)
 
 
 def open_engine(
     bundle: Bundle,
-    backend: Backend,
+    backend: Runner[Any],
     component: str,
     bucket: Bucket,
     memory: Memory,
@@ -54,7 +54,7 @@ def open_engine(
 ) -> Engine:
     """The engine of a component for a bucket. Raises BundleError and EngineError."""
     entry = bundle.engine(component, bucket)
-    options = bundle.recipe.to_json()[backend.name]
+    options = bundle.recipe.options(backend.name)
     weights = {role: bundle.path / name for role, name in entry.weights.items()}
     engine = backend.open(bundle.path / entry.folder, weights, entry.spec, options, memory)
     if observer is NOBODY:

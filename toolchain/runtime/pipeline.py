@@ -17,7 +17,7 @@ from PIL import Image
 
 from toolchain.bundle.bundle import Bundle
 from toolchain.bundle.signing import open_bundle
-from toolchain.engines.backend import Backend, Engine
+from toolchain.engines.backend import Engine, Runner
 from toolchain.engines.buffers import Memory
 from toolchain.errors import RequestError
 from toolchain.recipe import Bucket
@@ -54,7 +54,7 @@ class Pipeline:
         warm_up: bool = True,
         open_buckets: int | None = None,
         observer: Observer | None = None,
-        backend: Backend | None = None,
+        backend: Runner[Any] | None = None,
     ) -> None:
         """Opens the text encoders and, with `warm_up`, every bucket that may be open, and runs each engine once.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from toolchain.bundle.bundle import Bundle
-from toolchain.engines.backend import Backend
+from toolchain.engines.backend import Runner
 from toolchain.engines.buffers import Memory
 from toolchain.runtime.engines import F32, BoundEngine, open_engine
 from toolchain.runtime.observer import NOBODY, Observer
@@ -22,7 +23,7 @@ log = logging.getLogger("toolchain")
 class SafetyChecker:
     """The checker of a bundle that has one."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, memory: Memory, observer: Observer = NOBODY) -> None:
+    def __init__(self, bundle: Bundle, backend: Runner[Any], memory: Memory, observer: Observer = NOBODY) -> None:
         assert bundle.settings.safety is not None
         self._settings, self._memory = bundle.settings.safety, memory
         engine = open_engine(bundle, backend, COMPONENT, bundle.buckets[0], memory, observer)

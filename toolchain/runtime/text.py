@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from toolchain.bundle.bundle import Bundle
-from toolchain.engines.backend import Backend
+from toolchain.engines.backend import Runner
 from toolchain.engines.buffers import Memory
 from toolchain.runtime.engines import BoundEngine, closed_on_error, open_engine
 from toolchain.runtime.observer import NOBODY, Observer
@@ -31,7 +31,7 @@ class TextEncoders:
     tokenize_ms, launches  what tokenizing took and how often an engine ran, since this was opened
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, memory: Memory, observer: Observer = NOBODY) -> None:
+    def __init__(self, bundle: Bundle, backend: Runner[Any], memory: Memory, observer: Observer = NOBODY) -> None:
         self._memory = memory
         # One batch's conditions must not push each other out before they are used.
         least = 2 * max(bucket.batch for bucket in bundle.buckets) + 1

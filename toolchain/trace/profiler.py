@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from toolchain.bundle.bundle import ANY, Bundle
-from toolchain.engines.buffers import Memory
-from toolchain.engines.onnxruntime.backend import OnnxRuntimeBackend, OnnxRuntimeEngine
+from toolchain.engines.buffers import HostMemory
+from toolchain.engines.onnxruntime.run import OnnxRuntimeEngine, OnnxRuntimeRunner
+from toolchain.recipe.options import OnnxRuntimeOptions
 from toolchain.signature import GraphSpec
 from toolchain.trace.operators import Launch, read_profile
 
 
-class Profiler(OnnxRuntimeBackend):
-    """ONNX Runtime's backend, which profiles every engine of a bundle that it opens."""
+class Profiler(OnnxRuntimeRunner):
+    """ONNX Runtime's runner, which profiles every engine of a bundle that it opens."""
 
     def __init__(self, bundle: Bundle, folder: Path) -> None:
         """`folder` takes the profiles."""
@@ -23,12 +23,19 @@ class Profiler(OnnxRuntimeBackend):
         self._engines: dict[str, OnnxRuntimeEngine] = {}
 
     def open(
-        self, folder: Path, weights: Mapping[str, Path], spec: GraphSpec, options: Mapping[str, Any], memory: Memory
+        self,
+        folder: Path,
+        weights: Mapping[str, Path],
+        spec: GraphSpec,
+        options: OnnxRuntimeOptions,
+        memory: HostMemory,
+        *,
+        profile: str | None = None,
     ) -> OnnxRuntimeEngine:
-        """As the backend's."""
+        """As the runner's, always with a profile."""
         name = self._name(folder, spec)
-        profile = str(self._profiles / name.replace(" ", "-"))
-        self._engines[name] = super().open(folder, weights, spec, {**options, "profile": profile}, memory)
+        profile = profile or str(self._profiles / name.replace(" ", "-"))
+        self._engines[name] = super().open(folder, weights, spec, options, memory, profile=profile)
         return self._engines[name]
 
     def _name(self, folder: Path, spec: GraphSpec) -> str:

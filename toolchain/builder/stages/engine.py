@@ -11,32 +11,35 @@ from typing import TYPE_CHECKING, Any
 from toolchain.builder.stages.weights import prepared
 
 if TYPE_CHECKING:
-    from toolchain.engines.backend import Backend
+    from toolchain.engines.backend import Builder
+    from toolchain.recipe.options import BackendOptions
 
 
 def write_packed(
-    backend: Backend, graph: Path, weights: Mapping[str, Path], folder: Path, options: Mapping[str, Any]
+    backend: Builder[Any], graph: Path, weights: Mapping[str, Path], folder: Path, options: BackendOptions
 ) -> None:
     """Weights in the backend's own layout. Raises EngineError."""
+    pack = backend.packer(options)
+    assert pack is not None, "a plan has this step only where something is packed"
     with _prepared_file(backend, graph) as path:
-        backend.pack(path, weights, folder, options)
+        pack(path, weights, folder)
 
 
 def write_engine(
-    backend: Backend,
+    backend: Builder[Any],
     graph: Path,
     weights: Mapping[str, Path],
     folder: Path,
-    options: Mapping[str, Any],
+    options: BackendOptions,
     progress: Callable[[str, float | None], None],
 ) -> None:
-    """`weights` is role -> file, `progress` as in `Backend.build`. Raises EngineError."""
+    """`weights` is role -> file, `progress` as in `Builder.build`. Raises EngineError."""
     with _prepared_file(backend, graph) as path:
         backend.build(path, weights, folder, options, progress)
 
 
 @contextmanager
-def _prepared_file(backend: Backend, graph: Path) -> Iterator[Path]:
+def _prepared_file(backend: Builder[Any], graph: Path) -> Iterator[Path]:
     import onnx_ir as ir
 
     with tempfile.TemporaryDirectory(prefix="diffbuild-") as scratch:

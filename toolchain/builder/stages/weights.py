@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from toolchain.weights.safetensors import read_folder
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from toolchain.engines.backend import Backend
+    from toolchain.engines.backend import Builder
 
 WEIGHTS = "weights.safetensors"
 
 
-def prepared(backend: Backend, graph: Path) -> ir.Model:
+def prepared(backend: Builder[Any], graph: Path) -> ir.Model:
     """An exported graph in the backend's form, and sound: quick, and so no artifact of its own. Raises ExportError."""
     import onnx_ir as ir
 
@@ -26,7 +26,7 @@ def prepared(backend: Backend, graph: Path) -> ir.Model:
     return model
 
 
-def write(backend: Backend, checkpoint: Path, graph: Path, folder: Path) -> None:
+def write(backend: Builder[Any], checkpoint: Path, graph: Path, folder: Path) -> None:
     """Streams the tensors that `graph` uses out of the folder `checkpoint`. Raises WeightsError."""
     from toolchain.weights.derived import find_tensors, weight_uses, write_weights
 

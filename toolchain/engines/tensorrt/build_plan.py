@@ -20,22 +20,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolchain.engines.tensorrt.build_memory import build_warning, free_host_bytes, host_build_warning
 from toolchain.engines.tensorrt.build_monitor import Say, make_logger, make_monitor
 from toolchain.engines.tensorrt.build_summary import report
-from toolchain.engines.tensorrt.library import LIBRARIES_BY_BACKEND, Library
+from toolchain.engines.tensorrt.layout import FORMAT, GRAPH, PLAN
+from toolchain.engines.tensorrt.library import LIBRARIES_BY_BACKEND
 from toolchain.engines.tensorrt.network import (
-    GRAPH,
     add_profiles,
     create_network,
     decompose_attention,
     parse,
     weight_names,
 )
-from toolchain.engines.tensorrt.open_plan import FORMAT, PLAN
 from toolchain.engines.tensorrt.plan_file import make_plan_file
 from toolchain.engines.tensorrt.rtx_targets import chosen_targets, set_targets
 from toolchain.engines.tensorrt.timing_cache import merge_cache, read_cache
 from toolchain.errors import DiffbuildError, EngineError, StoreError
+from toolchain.recipe.options import TensorRtOptions, TensorRtRtxOptions
 from toolchain.store.facts import ENGINE_FACTS
 from toolchain.store.files import file_digest
 from toolchain.weights.mapped import MappedWeights
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 PR_SET_PDEATHSIG = 1
+Options = TensorRtOptions | TensorRtRtxOptions
 
 
 def main() -> int:
@@ -58,7 +60,7 @@ def main() -> int:
         told = {"where": error.where, "expected": error.expected, "got": error.got}
         say({"error": {"what": error.what, "hint": error.hint} | {k: v and str(v) for k, v in told.items()}})
     except MemoryError:
-        say({"error": {"what": "TensorRT's builder ran out of host memory"}})
+        say({"error": {"what": "TensorRT's builder ran out of memory", "got": "out of host memory"}})
     except (OSError, RuntimeError) as error:  # a full disk; what pybind makes of C++'s exceptions
         say({"error": {"what": "TensorRT's builder failed", "got": f"{type(error).__name__}: {error}"}})
     return 1
@@ -109,14 +111,14 @@ def build(job: Mapping[str, Any], say: Say, cancelled: threading.Event) -> dict[
     import onnx_ir as ir
 
     library = LIBRARIES_BY_BACKEND[job["backend"]]
-    graph, out, options = Path(job["graph"]), Path(job["out"]), job["options"]
-    stripped = options.get("strip_plan", False)
+    graph, out, options = Path(job["graph"]), Path(job["out"]), read_options(job)
+    stripped = isinstance(options, TensorRtOptions) and options.strip_plan
     trt, model = library.module(), ir.load(graph)
     logger = make_logger(trt)
     digest = None
     try:
         with MappedWeights(Path(job["weights"])) as weights:
-            _forecast(library, weights, options, say)
+            _warn_of_memory(weights, options, say)
             monitor = make_monitor(trt, say, cancelled, weights.release_pages)
             digest = _build_plan(trt, job, model, weights, logger, monitor, say)
     finally:
@@ -129,7 +131,7 @@ def build(job: Mapping[str, Any], say: Say, cancelled: threading.Event) -> dict[
         "format": FORMAT,
         library.backend: trt.__version__,
         "device": job["device"],
-        "options": options,
+        "options": job["options"],
         "plan_sha256": digest,
         "plan_bytes": (out / PLAN).stat().st_size,
         "stripped": stripped,
@@ -140,19 +142,26 @@ def build(job: Mapping[str, Any], say: Say, cancelled: threading.Event) -> dict[
     return facts
 
 
+def read_options(job: Mapping[str, Any]) -> Options:
+    """The backend's options in a job, which leaves out those that only matter when an engine runs."""
+    given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in job["options"].items()}
+    return TensorRtRtxOptions(**given) if job["backend"] == "tensorrt_rtx" else TensorRtOptions(**given)
+
+
 def _build_plan(
     trt: Any, job: Mapping[str, Any], model: ir.Model, weights: MappedWeights, logger: Any, monitor: Any, say: Say
 ) -> str | None:
     """Writes the plan and returns its sha256; None where TensorRT gives none."""
-    graph, out = Path(job["graph"]), Path(job["out"])
+    graph, out, options = Path(job["graph"]), Path(job["out"]), read_options(job)
     builder = _builder(trt, logger)
     network = create_network(trt, builder)
     with tempfile.TemporaryDirectory(dir=out) as scratch, (out / PLAN).open("xb") as file:
         # TensorRT reads parser and weights while it builds, and nobody but this list keeps them.
         kept = parse(trt, network, model, graph, Path(job["weights"]), weights, Path(scratch), logger)
         decompose_attention(trt, network)
-        config = _configure(trt, builder, job["options"])
-        set_targets(trt, config, chosen_targets(model, job["options"]))
+        config = _configure(trt, builder, options)
+        if isinstance(options, TensorRtRtxOptions):
+            set_targets(trt, config, chosen_targets(model, options.targets))
         add_profiles(builder, config, model)
         config.progress_monitor = monitor
         cache = _load_timing_cache(config, job["timing_cache"], say)
@@ -172,37 +181,37 @@ def _builder(trt: Any, logger: Any) -> Any:
         raise EngineError("TensorRT cannot start its builder") from error
 
 
-def _configure(trt: Any, builder: Any, options: Mapping[str, Any]) -> Any:
-    """A builder config from the recipe's options, which the backend found to be this library's."""
+def _configure(trt: Any, builder: Any, options: Options) -> Any:
+    """A builder config from the options of this library."""
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector tells types only then
-    if not options["tf32"]:
+    if not options.tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
     own_memory = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
     if own_memory is not None:  # TensorRT for RTX: an engine that allocates in its runs cannot be captured
         config.set_flag(own_memory)
-    if "builder_optimization_level" in options:
+    if isinstance(options, TensorRtOptions):
         _configure_search(trt, config, options)
     return config
 
 
-def _configure_search(trt: Any, config: Any, options: Mapping[str, Any]) -> None:
+def _configure_search(trt: Any, config: Any, options: TensorRtOptions) -> None:
     """What TensorRT alone has: how it looks for kernels on the GPU at hand, and what it leaves out of a plan."""
-    config.builder_optimization_level = options["builder_optimization_level"]
+    config.builder_optimization_level = options.builder_optimization_level
     for option, kind in (
         ("tiling_optimization_level", trt.TilingOptimizationLevel),
         ("hardware_compatibility_level", trt.HardwareCompatibilityLevel),
     ):
-        setattr(config, option, getattr(kind, options[option].upper()))
-    if options["workspace_mb"]:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options["workspace_mb"] << 20)
-    if options["max_aux_streams"] >= 0:
-        config.max_aux_streams = options["max_aux_streams"]
-    if options["strip_plan"]:
+        setattr(config, option, getattr(kind, getattr(options, option).upper()))
+    if options.workspace_mb:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb << 20)
+    if options.max_aux_streams >= 0:
+        config.max_aux_streams = options.max_aux_streams
+    if options.strip_plan:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
-    if options["build_route"]:
-        config.build_route = options["build_route"]
+    if options.build_route:
+        config.build_route = options.build_route
 
 
 def _load_timing_cache(config: Any, place: str | None, say: Say) -> Any:
@@ -243,12 +252,10 @@ def _refit(model: ir.Model, graph: Path, out: Path) -> dict[str, Any]:
     return {"graph": GRAPH, "graph_sha256": file_digest(out / GRAPH), "weights": weight_names(model)}
 
 
-def _forecast(library: Library, weights: MappedWeights, options: Mapping[str, Any], say: Say) -> None:
+def _warn_of_memory(weights: MappedWeights, options: Options, say: Say) -> None:
     """Warns where the memory that the builder needs is not free: the GPU's, or the host's where it needs no GPU."""
-    from toolchain.cuda.forecast import build_warning, free_host_bytes, host_build_warning
-
     nbytes = sum(ref.nbytes for ref in weights.refs.values())
-    if library.portable:
+    if isinstance(options, TensorRtRtxOptions):
         warning = host_build_warning(nbytes, free_host_bytes())
     else:
         from toolchain.cuda.driver import free_memory_bytes

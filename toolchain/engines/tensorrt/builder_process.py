@@ -23,7 +23,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from toolchain.cuda.forecast import OUT_OF_MEMORY
+from toolchain.engines.tensorrt import build_plan
+from toolchain.engines.tensorrt.library import OUT_OF_MEMORY
 from toolchain.errors import EngineError
 
 log = logging.getLogger("toolchain")
@@ -31,7 +32,7 @@ log = logging.getLogger("toolchain")
 Progress = Callable[[str, float | None], None]
 """Called with the name of a phase and how much of it is done, 0 to 1; None where nobody can tell."""
 
-MODULE = "toolchain.engines.tensorrt.build_plan"
+MODULE = build_plan.__name__
 GRACE_S = 10.0
 """From a cancellation to the kill: TensorRT asks its monitor now and then, sometimes not for minutes."""
 LOG_LINES = 12
@@ -61,7 +62,7 @@ CUDA_ERRORS = {
 }
 """By the number in TensorRT's "CUDA initialization failure with error: N"."""
 CUDA_FAILURE = re.compile(r"CUDA initialization failure with error:? (\d+)")
-HOST_MEMORY = re.compile(r"std::bad_alloc|MemoryError")
+HOST_MEMORY = re.compile(r"std::bad_alloc|MemoryError|out of host memory")
 NO_KERNEL = re.compile(r"could not find any implementation for node (\{.+?\}|[^\s,)]+?)\.?(?:[\s,)]|$)", re.I | re.M)
 
 
@@ -157,7 +158,7 @@ def _explained(
     else:
         what, cause, hint = error["what"], error.get("got"), error.get("hint")
     if hint is None:
-        known, hint = _named_cause(job, said)
+        known, hint = _named_cause(job, f"{cause}\n{said}")
         cause = cause or known
     # A full disk, say: what the builder did right is no news then.
     told = error is not None and error.get("hint") is not None

@@ -21,6 +21,9 @@ from toolchain.errors import EngineError
 
 Version = tuple[int, ...]
 
+OUT_OF_MEMORY = re.compile(r"out ?of ?memory|insufficient memory|MEM_ALLOC_FAILED|could not be allocated", re.I)
+"""How TensorRT and CUDA say it."""
+
 BINDINGS, LIBRARIES = "tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13"
 """Packages of the public index that hold the two halves of TensorRT for RTX."""
 PAIR = f"pip install {BINDINGS}==1.7.1.116 {LIBRARIES}==0.5.0"

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolchain.engines.tensorrt.layout import GRAPH
 from toolchain.errors import EngineError
 from toolchain.weights.mapped import MappedWeights
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-GRAPH, WEIGHTS = "graph.onnx", "weights.safetensors"
+WEIGHTS = "weights.safetensors"
 
 
 def create_network(trt: Any, builder: Any) -> Any:

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from toolchain.cuda.driver import device_facts
-from toolchain.cuda.forecast import FEWER_BUCKETS, OUT_OF_MEMORY
-from toolchain.cuda.memory import ALLOCATION
-from toolchain.engines.tensorrt.library import Library
+from toolchain.cuda.capacity import FEWER_BUCKETS
+from toolchain.cuda.driver import ALLOCATION, device_facts
+from toolchain.engines.tensorrt.layout import FORMAT, PLAN
+from toolchain.engines.tensorrt.library import OUT_OF_MEMORY, Library
 from toolchain.engines.tensorrt.rtx_runtime import ask_validity, runtime_config
 from toolchain.engines.tensorrt.runtime_cache import RuntimeCache
 from toolchain.errors import EngineError
@@ -31,8 +31,6 @@ from toolchain.weights.mapped import MappedWeights
 
 log = logging.getLogger("toolchain")
 
-PLAN = "engine.plan"
-FORMAT = 1
 REBUILD = "build it again, from the same recipe"
 LOG_LINES = 8
 # trt.nptype raises for bfloat16.

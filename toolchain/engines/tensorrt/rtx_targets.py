@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from toolchain.engines.tensorrt.library import numbers
@@ -16,13 +16,12 @@ FLOAT8 = "8.9"
 WITH_FLOAT8 = (FLOAT8, "12.0", "12.1")
 
 
-def chosen_targets(model: ir.Model, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The recipe's targets, or those that the graph's types leave. Empty: the library's own, all from 8.0 on.
+def chosen_targets(model: ir.Model, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The targets `asked` for, or those that the graph's types leave. Empty: the library's own, all from 8.0 on.
 
     The library's own are preferred to a list of all: a plan is then the same byte for byte in every build.
     EngineError for a target that lacks a type of the graph.
     """
-    asked = tuple(options.get("targets", ()))
     if not _has_float8(model):
         return asked
     early = [target for target in asked if numbers(target) < numbers(FLOAT8)]

@@ -1,149 +1,106 @@
-"""TensorRT's runtime, and that of TensorRT for RTX: engines over opened plans, launched as captured CUDA graphs."""
+"""Engines of TensorRT, run: whether they can, and how they are opened."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from toolchain.cuda.driver import free_memory_bytes
-from toolchain.cuda.forecast import largest_open, warn_of_load, weight_bytes
-from toolchain.cuda.memory import ALIGNMENT, ALLOCATION, DeviceBuffer, DeviceMemory
-from toolchain.cuda.places import Places
-from toolchain.engines.tensorrt.library import Library
-from toolchain.engines.tensorrt.open_plan import OpenPlan, read_facts
+from toolchain.engines.tensorrt.device import DOCTOR, gpu_device
+from toolchain.engines.tensorrt.library import TENSORRT, Library, numbers
 from toolchain.errors import EngineError
+from toolchain.recipe.options import TensorRtOptions, TensorRtRtxOptions
 from toolchain.signature import GraphSpec
 
+if TYPE_CHECKING:
+    from toolchain.engines.tensorrt.engine import TensorRtEngine, TensorRtMemory
 
-class TensorRtMemory(DeviceMemory):
-    """A GPU's memory and the plans that are open there."""
-
-    def __init__(self, library: Library, cuda_graph: str = "step", **plan_options: Any) -> None:
-        """`plan_options` go to every OpenPlan."""
-        super().__init__(cuda_graph)
-        self._library, self._plan_options = library, plan_options
-        self._plans: dict[Path, OpenPlan] = {}
-
-    def take(self, folder: Path, weights: Mapping[str, Path]) -> OpenPlan:
-        """The plan of a folder, opened once for all who use it at the same time."""
-        if folder not in self._plans:
-            with ALLOCATION:
-                self._plans[folder] = OpenPlan(self._library, folder, weights, **self._plan_options)
-        self._plans[folder].users += 1
-        return self._plans[folder]
-
-    def leave(self, plan: OpenPlan) -> None:
-        """Closes a plan that nobody uses any more, but for one of several buckets, which the next one will ask for."""
-        plan.users -= 1
-        if not plan.users and (plan.profiles == 1 or self.closed):
-            self._plans.pop(plan.folder).close()
-
-    def close(self) -> None:
-        """Plans that are in use are closed by those who use them."""
-        for plan in [plan for plan in self._plans.values() if not plan.users]:
-            self._plans.pop(plan.folder).close()
-        super().close()
+AMPERE = (8, 0)
+"""Compute capability."""
+SAFE = (11,)
+"""The first version without known flaws."""
+Options = TypeVar("Options", TensorRtOptions, TensorRtRtxOptions)
 
 
-def open_memory(
-    library: Library, folders: Sequence[Path], options: Mapping[str, Any], open_buckets: int | None = None
-) -> TensorRtMemory:
-    """The memory of a pipeline, with activations shared by the engines in `folders`. Raises EngineError."""
-    facts = {folder: read_facts(folder) for folder in folders}
-    needed = max((f["activation_bytes"] for f in facts.values()), default=0)
-    weights = {
-        folder: f["plan_bytes"] + (weight_bytes(folder.parent) if f["stripped"] else 0) for folder, f in facts.items()
-    }
-    warn_of_load(largest_open(weights, open_buckets), needed, free_memory_bytes())
-    own = {name: options[name] for name in ("kernel_specialization",) if name in options}
-    memory = TensorRtMemory(library, options["cuda_graph"], **own)
-    memory.reserve(needed)
-    return memory
+class PlanRunner(Generic[Options]):
+    """What the runners of TensorRT and of TensorRT for RTX have in common."""
 
+    name: str
+    library: Library
 
-class TensorRtEngine:
-    """A plan at the shapes of one bucket. Every binding has a context; all contexts share the memory's scratch."""
-
-    def __init__(self, folder: Path, weights: Mapping[str, Path], spec: GraphSpec, memory: TensorRtMemory) -> None:
-        self.spec = spec
-        self._memory = memory
-        self._bindings: list[_Binding] = []
-        self._launches: list[Callable[[], None]] = []
-        self._places = Places(spec, folder, memory, ALIGNMENT)
-        self._plan: OpenPlan | None = memory.take(folder, weights)
+    def available(self) -> str | None:
+        """Why the library cannot run on a GPU here, or None."""
         try:
-            self._profile = self._plan.profile_of(spec)
-        except BaseException:
-            self.close()
-            raise
+            gpu_device(self.library)
+        except EngineError as error:
+            text = f"{error.what}: {error.got}" if error.got else error.what
+            text += f", expected {error.expected}" if error.expected else ""
+            return text if error.hint in (None, DOCTOR) else f"{text} ({error.hint})"
+        return None
 
-    def bind(self, buffers: Mapping[str, DeviceBuffer]) -> Callable[[], None]:
-        assert self._plan is not None, "the engine is closed"
-        with ALLOCATION:
-            context = self._context(self._plan, self._places.of(buffers))
-        binding = _Binding(context, self._memory.stream, self._plan.failure)
-        self._bindings.append(binding)
-        launch = self._memory.capture(binding, binding.capturable)
-        self._launches.append(launch)
-        self._plan.keep_kernels()
-        return launch
+    def refuse(self, built_on: Mapping[str, Any], options: Options) -> str | None:
+        """Why engines of another version, or compiled for another GPU, cannot run here, or None."""
+        here = gpu_device(self.library)
+        if built_on.get("kind") != here["kind"]:
+            return f"built on {built_on.get('kind')}, this machine is {here['kind']}"
+        built, ours = str(built_on.get(self.name)), here[self.name]
+        if built != ours:
+            title = self.library.title
+            return f"built with {title} {built}, this machine has {ours}, and the engines need that version"
+        return self._refuse_gpu(built_on, here, options)
 
-    def close(self) -> None:
-        self._memory.release(*self._launches)
-        with ALLOCATION:
-            for binding in self._bindings:
-                binding.context = None
-        self._places.free()
-        self._bindings, self._launches = [], []
-        if self._plan is not None:
-            self._memory.leave(self._plan)
-        self._plan = None
+    def _refuse_gpu(self, built_on: Mapping[str, Any], here: Mapping[str, Any], options: Options) -> str | None:
+        """Why kernels of one GPU cannot run on another, or None."""
+        raise NotImplementedError
 
-    def _context(self, plan: OpenPlan, buffers: Mapping[str, DeviceBuffer]) -> Any:
-        engine, context = plan.engine, plan.context()
-        if context is None:
-            raise plan.failure("TensorRT cannot make an execution context")
-        if plan.profiles > 1:
-            self._choose_profile(plan, context)
-        block = self._memory.scratch(engine.device_memory_size_v2)
-        context.set_device_memory(block.address, block.nbytes)
-        refused = [name for name, b in buffers.items() if not context.set_tensor_address(name, b.address)]
-        unknown = context.infer_shapes()
-        if refused or unknown:
-            raise plan.failure("TensorRT does not take the buffers", [f"refused: {', '.join([*refused, *unknown])}"])
-        for tensor in self.spec.outputs:
-            shape = tuple(context.get_tensor_shape(tensor.name))
-            if shape != tensor.shape:
-                told = [f"{tensor.name} {list(shape)}, expected {list(tensor.shape)}"]
-                raise plan.failure("the engine gives an output of another shape", told)
-        return context
+    def install(self, built_on: Mapping[str, Any]) -> str | None:
+        """The pip command for the version that built the engines, or None."""
+        built = built_on.get(self.name)
+        return None if built is None or built == self.library.installed() else self.library.exactly(str(built))
 
-    def _choose_profile(self, plan: OpenPlan, context: Any) -> None:
-        """Sets the shapes of the bucket. TensorRT copies what it computes from them on the stream of the launches."""
-        try:
-            chosen = context.set_optimization_profile_async(self._profile, self._memory.stream)
-        except RuntimeError as error:  # how the binding reports a failure
-            raise plan.failure("TensorRT does not take the bucket's shapes", [str(error)]) from error
-        refused = [t.name for t in self.spec.inputs if not context.set_input_shape(t.name, t.shape)]
-        if refused or not chosen:
-            raise plan.failure("TensorRT does not take the bucket's shapes", [f"refused: {', '.join(refused)}"])
+    def memory(self, folders: Sequence[Path], options: Options, open_buckets: int | None = None) -> TensorRtMemory:
+        """GPU memory, in which engines share one block for activations. Warns where they will not fit. EngineError."""
+        from toolchain.engines.tensorrt.engine import open_memory
+
+        specialization = options.kernel_specialization if isinstance(options, TensorRtRtxOptions) else "eager"
+        return open_memory(self.library, folders, options.cuda_graph, open_buckets, specialization)
+
+    def open(
+        self, folder: Path, weights: Mapping[str, Path], spec: GraphSpec, options: Options, memory: TensorRtMemory
+    ) -> TensorRtEngine:
+        """Opens a plan for the bucket of `spec`, or joins those who have it open. Raises EngineError."""
+        from toolchain.engines.tensorrt.engine import TensorRtEngine
+
+        return TensorRtEngine(folder, weights, spec, memory)
 
 
-class _Binding:
-    """Enqueues one execution context. Engine and caller share it, so that the engine can take the context away."""
+class TensorRtRunner(PlanRunner[TensorRtOptions]):
+    """`Runner` of the backend `tensorrt`."""
 
-    def __init__(self, context: Any, stream: int, failure: Callable[[str], EngineError]) -> None:
-        self.context = context
-        self._stream = stream
-        self._failure = failure
+    name = "tensorrt"
+    library: Library = TENSORRT
 
-    def capturable(self) -> bool:
-        """Whether the library says that the work can be captured in a CUDA graph; one that cannot tell is trusted."""
-        asked = getattr(self.context, "is_stream_capturable", None)
-        return asked is None or bool(asked(self._stream))
+    def _refuse_gpu(self, built_on: Mapping[str, Any], here: Mapping[str, Any], options: TensorRtOptions) -> str | None:
+        theirs, ours = str(built_on.get("compute_capability")), str(here["compute_capability"])
+        if options.hardware_compatibility_level == "ampere_plus":
+            fits, needs = numbers(theirs) >= AMPERE <= numbers(ours), "compute capability 8.0 or newer"
+        elif options.hardware_compatibility_level == "same_compute_capability":
+            fits, needs = theirs == ours, f"compute capability {theirs}"
+        else:
+            names = ("name", "compute_capability", "sm_count")
+            fits, needs = all(built_on.get(n) == here.get(n) for n in names), "that very GPU"
+        if fits:
+            return None
+        facts = ((d.get("name"), d.get("compute_capability"), d.get("sm_count")) for d in (built_on, here))
+        first, second = (f"{name} (compute capability {cc}, {count} multiprocessors)" for name, cc, count in facts)
+        return f"built on {first}, this machine has {second}, and the engines need {needs}"
 
-    def __call__(self) -> None:
-        assert self.context is not None, "the engine is closed"
-        if not self.context.execute_async_v3(self._stream):
-            raise self._failure("TensorRT cannot run the engine")
+
+def advisory(version: str | None) -> str | None:
+    """What a user of this version should know about its safety, or None; None too where there is no TensorRT."""
+    if version is None or numbers(version) >= SAFE:
+        return None
+    return (
+        f"TensorRT {version} has known code-execution flaws (CVE-2026-24268, CVE-2026-24238, CVE-2026-24272), fixed in "
+        f"11.0: {TENSORRT.install} --upgrade"
+    )

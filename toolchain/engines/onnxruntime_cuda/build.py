@@ -1,0 +1,88 @@
+"""Engines of ONNX Runtime on an NVIDIA GPU: files as on the CPU, optimised for CUDA's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain.cuda.driver import ALLOCATION
+from toolchain.engines.onnxruntime.optimize import optimized, save_engine
+from toolchain.engines.onnxruntime.package import warn_of_clash
+from toolchain.engines.onnxruntime.session import CPU_PROVIDER, GRAPH
+from toolchain.engines.onnxruntime_cuda.provider import (
+    PROVIDER,
+    cuda_device,
+    cuda_session_options,
+    load_libraries,
+)
+from toolchain.recipe.options import OnnxRuntimeCudaOptions
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+class OnnxRuntimeCudaBuilder:
+    """`Builder` of the backend `onnxruntime_cuda`. Its kernels take weights as they are: nothing is packed."""
+
+    name = "onnxruntime_cuda"
+    dtypes: tuple[str, ...] = ("float32", "float16")
+    run_options: tuple[str, ...] = ("cuda_graph", "prefer_nhwc", "tf32")
+
+    def device(self) -> dict[str, Any]:
+        """The GPU's name and the version of ONNX Runtime. Raises EngineError without either."""
+        return cuda_device()
+
+    def problems(self, options: OnnxRuntimeCudaOptions) -> list[str]:
+        """None. Warns where both packages of ONNX Runtime are installed."""
+        warn_of_clash()
+        return []
+
+    def prepare(self, graph: ir.Model) -> ir.Model:
+        """The graph with the weights of its products transposed, and ArgMax on floats."""
+        from toolchain.graph.transpose import transpose_weights
+
+        return _float_argmax(transpose_weights(graph))
+
+    def merges(self, options: OnnxRuntimeCudaOptions) -> bool:
+        """No: each bucket has a graph with static shapes."""
+        return False
+
+    def reads_weights(self, options: OnnxRuntimeCudaOptions) -> bool:
+        """Yes: weight files are read when an engine is opened."""
+        return True
+
+    def packer(self, options: OnnxRuntimeCudaOptions) -> None:
+        """None: CUDA's kernels take weights as they are."""
+        return
+
+    def build(
+        self,
+        graph: Path,
+        weights: Mapping[str, Path],
+        out: Path,
+        options: OnnxRuntimeCudaOptions,
+        progress: Callable[[str, float | None], None] = lambda phase, share: None,
+    ) -> None:
+        """Writes `graph.onnx`. Raises EngineError and WeightsError."""
+        load_libraries()
+        providers = (PROVIDER, CPU_PROVIDER)
+        with (
+            ALLOCATION,  # a session takes memory of the GPU
+            optimized(graph, weights["weights"], out, options.optimization, cuda_session_options(), providers) as model,
+        ):
+            save_engine(model, weights, out / GRAPH)
+
+
+def _float_argmax(model: ir.Model) -> ir.Model:
+    """CUDA's ArgMax takes floats alone. CLIP finds the end of a prompt with it, in token ids: exact in float32."""
+    import onnx_ir as ir
+
+    for node in list(model.graph):
+        value = node.inputs[0] if node.op_type == "ArgMax" else None
+        if value is not None and value.dtype in (ir.DataType.INT32, ir.DataType.INT64):
+            as_float = ir.Value(name=f"{value.name}_float", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
+            cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, outputs=[as_float], name=f"{node.name}_float")
+            model.graph.insert_before(node, cast)
+            node.replace_input_with(0, as_float)
+    return model
