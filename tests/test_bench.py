@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from toolchain.bench.openvino import plain_graphs
 from toolchain.bench.page import page
-from toolchain.bench.results import BenchReport, Result, Spread, spread, summarize
+from toolchain.bench.results import BenchReport, ContenderResult, Spread, spread, summarize
 from toolchain.bench.run import _forecast_mb, bench, measure
 from toolchain.bench.worker import CONTENDERS, Parts
 from toolchain.bench.workload import workload
@@ -34,7 +34,7 @@ WITHOUT = summarize({}, ROUNDS, {"peak_mb": None})
 @pytest.fixture
 def report() -> BenchReport:
     ours = summarize({"process_ms": 50.0, "first_picture_ms": 20.0}, ROUNDS, {"peak_mb": 400.0, "grown_mb": 300.0})
-    theirs = Result({"load_ms": 900.0}, {"denoise_ms": Spread(30, 29, 31)}, Spread(35, 34, 36), None, {})
+    theirs = ContenderResult({"load_ms": 900.0}, {"denoise_ms": Spread(30, 29, 31)}, Spread(35, 34, 36), None, {})
     return BenchReport(
         bundle="bundle",
         recipe="tiny",

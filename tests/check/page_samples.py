@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from toolchain.bundle.bundle import Bundle, FileEntry
-from toolchain.check.pictures import Drawn, judge
+from toolchain.check.pictures import CompiledPicture, judge
 from toolchain.check.report import CheckReport, Entry, Metrics, Picture
 from toolchain.recipe import Bucket, Check, Recipe, Sampling, Tolerance
 from toolchain.settings import ModelSettings
@@ -38,7 +38,7 @@ def picture(prompt: str, noise: float, size: tuple[int, int] = (64, 96), *, fini
     random = np.random.default_rng(0)
     reference = random.integers(60, 190, (*size, 3)).astype(np.uint8)
     compiled = (reference + np.sign(random.standard_normal((*size, 3))) * noise).astype(np.uint8)
-    return judge(Drawn(prompt, 7, compiled, finite), reference, RECIPE.picture_limits)
+    return judge(CompiledPicture(prompt, 7, compiled, finite), reference, RECIPE.picture_limits)
 
 
 def report(entries: list[Entry], pictures: list[Picture]) -> CheckReport:

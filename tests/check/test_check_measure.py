@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from toolchain.check.measure import Feed, compare_engine, measure
-from toolchain.check.pictures import Drawn, is_blank, judge
+from toolchain.check.pictures import CompiledPicture, is_blank, judge
 from toolchain.engines.buffers import HostMemory
 from toolchain.recipe import Tolerance
 from toolchain.signature import GraphSpec, TensorSpec
@@ -139,7 +139,7 @@ def picture(seed: int = 0) -> np.ndarray:
 
 
 def test_an_identical_picture_has_infinite_psnr_and_passes() -> None:
-    result = judge(Drawn("p", 5, picture(), True), picture(), LIMITS_8BIT)
+    result = judge(CompiledPicture("p", 5, picture(), True), picture(), LIMITS_8BIT)
     assert (result.psnr_db, result.ssim, result.failed) == (math.inf, 1.0, ())
     assert (result.size, result.seed) == ("64x96", 5)
 
@@ -147,16 +147,16 @@ def test_an_identical_picture_has_infinite_psnr_and_passes() -> None:
 def test_psnr_is_that_of_eight_bits() -> None:
     reference = np.full((64, 64, 3), 100, np.uint8)
     reference[::2] = 200
-    result = judge(Drawn("p", 0, reference + np.uint8(2), True), reference, LIMITS_8BIT)
+    result = judge(CompiledPicture("p", 0, reference + np.uint8(2), True), reference, LIMITS_8BIT)
     assert result.psnr_db == pytest.approx(20 * math.log10(255 / 2))
 
 
 def test_another_picture_fails_psnr_and_ssim() -> None:
-    assert judge(Drawn("p", 0, picture(1), True), picture(0), LIMITS_8BIT).failed == ("psnr_db", "ssim")
+    assert judge(CompiledPicture("p", 0, picture(1), True), picture(0), LIMITS_8BIT).failed == ("psnr_db", "ssim")
 
 
 def test_latents_that_are_not_finite_fail_whatever_the_picture() -> None:
-    assert judge(Drawn("p", 0, picture(), False), picture(), LIMITS_8BIT).failed == ("finite",)
+    assert judge(CompiledPicture("p", 0, picture(), False), picture(), LIMITS_8BIT).failed == ("finite",)
 
 
 @pytest.mark.parametrize("colour", [(0, 0, 0), (255, 128, 0)])
@@ -164,5 +164,5 @@ def test_a_blank_picture_fails_unless_the_reference_is_blank(colour: tuple[int, 
     blank = np.broadcast_to(np.array(colour, np.uint8), (64, 96, 3)).copy()
     assert is_blank(blank)
     assert not is_blank(picture())
-    assert "not blank" in judge(Drawn("p", 0, blank, True), picture(), LIMITS_8BIT).failed
-    assert judge(Drawn("p", 0, blank, True), blank, LIMITS_8BIT).failed == ()
+    assert "not blank" in judge(CompiledPicture("p", 0, blank, True), picture(), LIMITS_8BIT).failed
+    assert judge(CompiledPicture("p", 0, blank, True), blank, LIMITS_8BIT).failed == ()

@@ -209,10 +209,10 @@ def test_there_and_back_is_what_the_vae_does(pipe: toolchain.Pipeline, tiny_mode
     ("use", "part"),
     [
         (lambda pipe: pipe.decode(np.zeros((1, 4, 3, 3), np.float32)), r"N x \(4, 8, 8\) or \(4, 8, 12\)"),
-        (lambda pipe: pipe.decode(None), "latents are not latents"),
+        (lambda pipe: pipe.decode(None), "latents have the wrong type or shape"),
         (lambda pipe: pipe.encode(None), "image is not an image"),
         (lambda pipe: pipe.encode(np.zeros((64, 64, 3), np.uint8), size=(8, 8)), "no engine was built for this size"),
-        (lambda pipe: pipe.encode(np.zeros((64, 64, 3), np.uint8), seed=-1), "seed is not a seed"),
+        (lambda pipe: pipe.encode(np.zeros((64, 64, 3), np.uint8), seed=-1), "seed is not valid"),
     ],
 )
 def test_what_the_vae_cannot_take(pipe: toolchain.Pipeline, use: Any, part: str) -> None:

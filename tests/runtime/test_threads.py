@@ -208,7 +208,7 @@ def test_latents_of_a_step_are_not_those_of_a_later_one(pipe: toolchain.Pipeline
     kept: list[toolchain.Progress] = []
     pipe("a", seed=0, steps=4, callback=kept.append)
     for progress in kept:
-        with pytest.raises(RequestError, match="asked for after it"):
+        with pytest.raises(RequestError, match="read after its callback"):
             progress.latents  # noqa: B018
 
 

@@ -1,4 +1,4 @@
-"""A process that draws pictures when it is told to, seen from outside."""
+"""The process of a contender, seen from the benchmark."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Contender:
     """
 
     def __init__(self, name: str, bundle: Path, model: Path | None, work: Workload, scratch: Path) -> None:
-        """Starts it and waits for its first picture. DiffbuildError with its own words when it fails."""
+        """Starts it and waits for its first picture. DiffbuildError with its output when it fails."""
         self.name = name
         self.picture = scratch / f"{name}.png"
         self._errors = (scratch / f"{name}.log").open("w+")
@@ -32,12 +32,12 @@ class Contender:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )
         answer = self._ask(vars(work))
-        begun = answer.pop("began")
+        began = answer.pop("began")
         self.gpu_mb: float | None = answer.pop("gpu_mb")
-        self.start: dict[str, float] = {"process_ms": (begun - self._started) * 1e3, **answer}
+        self.start: dict[str, float] = {"process_ms": (began - self._started) * 1e3, **answer}
 
     def draw(self, work: Workload) -> dict[str, Any]:
-        """The pictures of a workload: milliseconds by stage."""
+        """Draws the pictures of a workload; milliseconds by stage."""
         return self._ask(vars(work))
 
     def finish(self) -> dict[str, Any]:
@@ -45,6 +45,7 @@ class Contender:
         return {**self._ask(None), "gpu_mb": self.gpu_mb}
 
     def close(self) -> None:
+        """Ends the process."""
         self._process.kill()
         self._process.wait()
         self._errors.close()
@@ -61,11 +62,11 @@ class Contender:
         if not line:
             self._process.wait()
             self._errors.seek(0)
-            said = [text for text in self._errors.read().splitlines() if text.strip()]
+            output = [text for text in self._errors.read().splitlines() if text.strip()]
             raise DiffbuildError(
                 f"{self.name} failed while it was measured",
                 where=f"exit code {self._process.returncode}",
-                got="\n    ".join(said[-8:]) or "nothing was said",
+                got="\n    ".join(output[-8:]) or "it printed nothing",
             )
         answer: dict[str, Any] = json.loads(line)
         return answer

@@ -89,17 +89,21 @@ class OpenVino:
         }
 
     def available(self) -> str | None:
+        """None: it is imported when this is made."""
         return None
 
     def refuse(self, *_: object) -> str | None:
+        """None: the graphs run on every CPU."""
         return None
 
     def memory(self, folders: Sequence[Path], options: Any, open_buckets: int | None = None) -> HostMemory:
+        """Host memory."""
         return HostMemory()
 
     def open(
         self, folder: Path, weights: Mapping[str, Path], spec: GraphSpec, options: Any, memory: HostMemory
     ) -> OpenVinoEngine:
+        """Compiles the graph of the engine that would be opened. Raises EngineError."""
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": "1",
@@ -122,6 +126,7 @@ class OpenVinoEngine:
         self._compiled = compiled
 
     def bind(self, buffers: Mapping[str, Any]) -> Callable[[], None]:
+        """As `Engine.bind`."""
         import openvino
 
         request = self._compiled.create_infer_request()
@@ -136,4 +141,5 @@ class OpenVinoEngine:
         return launch
 
     def close(self) -> None:
+        """Frees the model."""
         self._compiled = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from toolchain.bench.results import BenchReport, Result, Spread, alike, spread
+from toolchain.bench.results import BenchReport, ContenderResult, Spread, alike, spread
 from toolchain.check.markup import Html, element, join, table
 from toolchain.check.page import POLICY, figure
 from toolchain.check.style import STYLE
@@ -84,9 +84,9 @@ def page(report: BenchReport) -> str:
 def _verdicts(report: BenchReport) -> Html:
     lines = []
     for name, values in report.ratios.items():
-        found, same = spread(values), alike(report.likeness_db[name])
-        times = element("b", f"{found.median:.2f} times")
-        between = f" as long ({found.p10:.2f} to {found.p90:.2f}); its picture and ours: {same}"
+        ratio, same = spread(values), alike(report.likeness_db[name])
+        times = element("b", f"{ratio.median:.2f} times")
+        between = f" as long ({ratio.p10:.2f} to {ratio.p90:.2f}); its picture and ours: {same}"
         lines.append(element("li", element("b", name), " takes ", times, between))
     return element("ul", *lines) if lines else Html()
 
@@ -120,23 +120,23 @@ def _block(part: str, percent: float | None = None) -> str:
     return f"background:{COLOURS.get(part, '#888')}{width}"
 
 
-def _stages(contenders: Mapping[str, Result], images: int) -> Html:
+def _stages(contenders: Mapping[str, ContenderResult], images: int) -> Html:
     """A column for each contender, which are few, and a row for each stage."""
-    found = list(contenders.values())
-    stages = dict.fromkeys(stage for result in found for stage in result.stages)
-    rows: list[list[str]] = [[_name(stage), *(_spread(r.stages.get(stage)) for r in found)] for stage in stages]
-    rows.append(["total", *(_spread(r.total) for r in found)])
-    rows.append(["images/s", *(f"{images / r.total.median * 1e3:.2f}" for r in found)])
+    results = list(contenders.values())
+    stages = dict.fromkeys(stage for result in results for stage in result.stages)
+    rows: list[list[str]] = [[_name(stage), *(_spread(r.stages.get(stage)) for r in results)] for stage in stages]
+    rows.append(["total", *(_spread(r.total) for r in results)])
+    rows.append(["images/s", *(f"{images / r.total.median * 1e3:.2f}" for r in results)])
     note = element("p", "Milliseconds: median (tenth to ninetieth percentile).", class_="note")
     return join(table(["", *contenders], rows), note)
 
 
-def _spread(found: Spread | None) -> Html:
-    if found is None:
+def _spread(value: Spread | None) -> Html:
+    if value is None:
         return Html()
-    digits = 0 if found.median >= 100 else 1
-    spread_ = f"({found.p10:.{digits}f} to {found.p90:.{digits}f})"
-    return join(f"{found.median:.{digits}f} ", element("span", spread_))
+    digits = 0 if value.median >= 100 else 1
+    spread_ = f"({value.p10:.{digits}f} to {value.p90:.{digits}f})"
+    return join(f"{value.median:.{digits}f} ", element("span", spread_))
 
 
 def _memory(report: BenchReport) -> Html:

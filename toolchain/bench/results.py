@@ -1,4 +1,4 @@
-"""What a benchmark found, as JSON and as a table. Imports nothing heavy."""
+"""The results of a benchmark, as JSON and as a table. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Result:
+class ContenderResult:
     """One contender. `start` is its cold start by part; `stages` and `total` are of the rounds, in milliseconds.
 
     peak_mb is resident memory, pages of mapped weight files included, and grown_mb how much of it came with the
@@ -44,6 +44,7 @@ class Result:
 
     @property
     def cold_ms(self) -> float:
+        """Milliseconds of the whole cold start."""
         return sum(self.start.values())
 
 
@@ -65,7 +66,7 @@ class BenchReport:
     repeats: int
     machine: Mapping[str, Any]
     versions: Mapping[str, str]
-    contenders: Mapping[str, Result]
+    contenders: Mapping[str, ContenderResult]
     ratios: Mapping[str, Sequence[float]]
     likeness_db: Mapping[str, float | None]
     sweeps: Mapping[str, Sequence[Mapping[str, Any]]]
@@ -119,21 +120,24 @@ class BenchReport:
             yield ""
             yield f"memory: {self.memory}"
         for name, values in self.ratios.items():
-            found = spread(values)
+            ratio = spread(values)
             likeness = self.likeness_db[name]
             same = alike(likeness)
             yield ""
-            times = f"{found.median:.2f} times as long ({found.p10:.2f} to {found.p90:.2f})"
+            times = f"{ratio.median:.2f} times as long ({ratio.p10:.2f} to {ratio.p90:.2f})"
             yield f"{name} takes {times}; pictures: {same}"
         for kind, points in self.sweeps.items():
             yield ""
             yield f"{kind}: " + ", ".join(f"{point[kind]} {point['total_ms']:.0f} ms" for point in points)
 
 
-def summarize(start: Mapping[str, float], rounds: Sequence[Mapping[str, float]], end: Mapping[str, Any]) -> Result:
+def summarize(
+    start: Mapping[str, float], rounds: Sequence[Mapping[str, float]], end: Mapping[str, Any]
+) -> ContenderResult:
+    """The result of one contender: medians of its `rounds`, cold start by part, and memory at the `end`."""
     stages = {key: spread([r[key] for r in rounds]) for key in STAGES if key in rounds[0]}
     others = [key for key in rounds[0] if key not in (*STAGES, "total_ms")]
-    return Result(
+    return ContenderResult(
         start=dict(start),
         stages=stages,
         total=spread([r["total_ms"] for r in rounds]),
@@ -159,6 +163,6 @@ def alike(likeness_db: float | None) -> str:
     return "equal" if likeness_db == math.inf else f"PSNR {likeness_db:.1f} dB"
 
 
-def _ms(found: Spread) -> str:
-    digits = 0 if found.median >= 100 else 1
-    return f"{found.median:.{digits}f} ms ({found.p10:.{digits}f} to {found.p90:.{digits}f})"
+def _ms(value: Spread) -> str:
+    digits = 0 if value.median >= 100 else 1
+    return f"{value.median:.{digits}f} ms ({value.p10:.{digits}f} to {value.p90:.{digits}f})"

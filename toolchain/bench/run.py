@@ -78,12 +78,12 @@ def bench(
     sweeps: tuple[str, ...] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> BenchReport:
-    """Measures a bundle and whatever it is held against.
+    """Measures a bundle, and the other contenders that it is compared with.
 
     model  the diffusers folder that the bundle was built from, for the other contenders
 
     Raises UsageError for a contender that is not installed or has no model, BundleError for a bundle that cannot run
-    here, DiffbuildError with a contender's own words when it fails.
+    here, DiffbuildError with a contender's output when it fails.
     """
     _refuse(bundle, against, model)
     with tempfile.TemporaryDirectory(prefix="diffbuild-bench-") as scratch:
@@ -152,22 +152,22 @@ def _sweep(
     else:
         for height, width in sorted({(b.height, b.width) for b in bundle.buckets}, key=lambda s: s[0] * s[1]):
             points[f"{height}x{width}"] = replace(work, size=(height, width), batch=1)
-    found = []
+    measured = []
     for label, point in points.items():
         progress(f"sweep of {kind}: {label}")
         ours.draw(point)
         times = sorted(ours.draw(point)["total_ms"] for _ in range(3))
-        found.append({kind: label, "total_ms": times[1], "images": point.batch})
-    return found
+        measured.append({kind: label, "total_ms": times[1], "images": point.batch})
+    return measured
 
 
 def _forecast_mb(bundle: Bundle, work: Workload) -> float | None:
     """Of a process that has warmed up every engine, or on a GPU opened no other, and draws those of the workload."""
-    found = forecast(bundle)
+    memory = forecast(bundle)
     drawn = {Bucket(batch, *work.size) for batch in bucket_batches(bundle, work.batch, work.size)}
     names = {f"{part} {bucket}" for part in ("denoiser", "vae_decoder") for bucket in drawn}
-    names |= {f"vae_encoder {bucket}" for bucket in drawn} if found.on_gpu else set()
-    total = found.after({*bundle.tokenizers, *names})
+    names |= {f"vae_encoder {bucket}" for bucket in drawn} if memory.on_gpu else set()
+    total = memory.after({*bundle.tokenizers, *names})
     return None if total is None else total / 1e6
 
 

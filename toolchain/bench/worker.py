@@ -23,25 +23,28 @@ Draw = Callable[[dict[str, Any]], tuple[Stages, Any]]
 
 
 class Parts:
-    """Milliseconds of one thing after another.
+    """Milliseconds of consecutive parts of the cold start.
 
-    base_bytes  of memory before engines were opened, where somebody noted it
-    gpu_mb      tells what was allocated on the GPU, by whomever, since `watch_gpu`
+    spent       part -> milliseconds
+    base_bytes  resident memory before engines were opened, where it was measured
+    gpu_mb      returns what was allocated on the GPU since `watch_gpu`, by any process
     """
 
     def __init__(self) -> None:
-        self.found: Stages = {}
+        self.spent: Stages = {}
         self.base_bytes: int | None = None
         self.gpu_mb: Callable[[], float | None] = lambda: None
         self._last = time.perf_counter()
 
     def watch_gpu(self, free_bytes: Callable[[], int]) -> None:
+        """From now on `gpu_mb` compares the GPU's free memory with what is free now."""
         base = free_bytes()
         self.gpu_mb = lambda: (base - free_bytes()) / 1e6
 
     def done(self, name: str) -> None:
+        """Ends a part: its time is that since the last one."""
         now = time.perf_counter()
-        self.found[name] = self.found.get(name, 0.0) + (now - self._last) * 1e3
+        self.spent[name] = self.spent.get(name, 0.0) + (now - self._last) * 1e3
         self._last = now
 
 
@@ -101,6 +104,7 @@ def diffbuild(bundle: str, _: str, parts: Parts, backend: Any = None) -> Draw:
 
 
 def diffusers(bundle: str, model: str, parts: Parts, compiled: bool = False) -> Draw:
+    """The diffusers pipeline, in eager mode or `compiled` by torch.compile."""
     # diffusers imports a part when it is named: without this one its imports would count as loading.
     import diffusers.pipelines.pipeline_utils  # noqa: F401
     import torch
@@ -170,6 +174,7 @@ def _timed(call: Callable[..., Any], stages: Stages, key: str, wait: Callable[[]
 
 
 def compile_(bundle: str, model: str, parts: Parts) -> Draw:
+    """The diffusers pipeline with torch.compile."""
     return diffusers(bundle, model, parts, compiled=True)
 
 
@@ -192,14 +197,14 @@ CONTENDERS: dict[str, Callable[[str, str, Parts], Draw]] = {
 
 
 def resident_bytes() -> tuple[int | None, int | None]:
-    """(now, at most so far) of this process, mapped pages included; None where the system does not tell.
+    """(now, at most so far) of this process, mapped pages included; None where the system does not report it.
 
     On Linux not `getrusage`, whose peak begins at that of the process that started this one.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
-        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Vm")}
-        return found["VmRSS"], found["VmHWM"]
+        values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Vm")}
+        return values["VmRSS"], values["VmHWM"]
     except (OSError, KeyError):
         pass
     try:
@@ -221,6 +226,7 @@ def ending(parts: Parts) -> dict[str, float | None]:
 
 
 def main() -> None:
+    """Draws what standard input asks for, until null."""
     name, bundle, model, picture = sys.argv[1:5]
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     parts = Parts()
@@ -230,7 +236,7 @@ def main() -> None:
     _, image = draw(first)
     parts.done("first_picture_ms")
     image.save(picture)
-    print(json.dumps({"began": BEGAN, "gpu_mb": parts.gpu_mb(), **parts.found}), file=answers, flush=True)
+    print(json.dumps({"began": BEGAN, "gpu_mb": parts.gpu_mb(), **parts.spent}), file=answers, flush=True)
     for line in sys.stdin:
         work = json.loads(line)
         answer = ending(parts) if work is None else draw(work)[0]
@@ -238,9 +244,9 @@ def main() -> None:
 
 
 def _resume(parts: Parts) -> Parts:
-    """The same parts, the clock set anew: waiting for the first workload is nobody's time."""
+    """The same parts with the clock restarted: waiting for the first workload is not part of the cold start."""
     fresh = Parts()
-    fresh.found, fresh.base_bytes, fresh.gpu_mb = parts.found, parts.base_bytes, parts.gpu_mb
+    fresh.spent, fresh.base_bytes, fresh.gpu_mb = parts.spent, parts.base_bytes, parts.gpu_mb
     return fresh
 
 

@@ -40,6 +40,7 @@ class Scale:
 
     @property
     def grid(self) -> list[float]:
+        """Decibels of the grid lines, at most nine."""
         step = GRID_DB * math.ceil((self.high - self.low) / GRID_DB / 8)
         count = int((self.high - self.low) / step) + 1
         return [self.low + step * i for i in range(count)]
@@ -53,6 +54,7 @@ def decibels(value: float | None) -> str:
 
 
 def at_least(limit: float) -> str:
+    """A lower limit in words."""
     return f"at least {limit:g} dB"
 
 

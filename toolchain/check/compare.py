@@ -1,6 +1,6 @@
 """`diffbuild check`: the compiled model against the model, component by component and in whole pictures.
 
-What a check shows is in `report`; a gate that fails is a result there. Errors are only for what could not be compared.
+The results are a `report`, where a gate that fails is a result. Errors are only for what cannot be compared.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PACKAGES = {
 
 
 def compare(bundle: Bundle, source: ModelSource, *, progress: Callable[[str], None] = lambda text: None) -> CheckReport:
-    """Compares a bundle with the model that it was built from; `progress` is told what is being done, line by line.
+    """Compares a bundle with the model that it was built from; `progress` is called with a line for each part.
 
     Takes the memory of one component in float32 at a time, then of the whole diffusers pipeline. Raises DiffbuildError
     where something is not installed, BundleError for a bundle that is damaged or made for another device, ModelError
@@ -105,14 +105,15 @@ def _refuse_other_shapes(bundle: Bundle, source: ModelSource, family: Family) ->
 
 
 def _differences(bundle: Bundle, source: ModelSource, family: Family) -> list[str]:
-    """Lines on what of the model is not what the bundle was built from. WeightsError where weights are missing."""
+    """A line for each difference between the model and what the bundle was built from. WeightsError where weights are
+    missing."""
     from toolchain.weights.safetensors import find_weights
 
     lines = []
     for component in family.parts(bundle.recipe):
         built_from = bundle.model.get("checkpoint", {}).get(component.name)
-        found = {path.name: file_digest(path) for path in find_weights(source.path / component.folder)}
-        if found != built_from:
+        digests = {path.name: file_digest(path) for path in find_weights(source.path / component.folder)}
+        if digests != built_from:
             lines.append(f"the {component.name}'s weights are not those that the bundle was built from")
     if bundle.settings.scheduler != family.settings(source).scheduler:
         lines.append("the scheduler's config is not the one that the bundle was built from")

@@ -1,6 +1,6 @@
 """Every component against its torch module, on inputs from real denoising trajectories of the reference.
 
-Each component is given what the reference made, never what the engine before it made: an error stays where it is.
+Each component gets the reference's outputs as inputs, never those of the engine before it: errors do not propagate.
 Reference modules are loaded one at a time.
 """
 
@@ -73,11 +73,11 @@ class _Comparison:
         self.rounded: RoundedComponent | None = None
 
     def text_encoders(self, texts: Sequence[str]) -> dict[str, Conditions]:
-        """What the reference makes of each text, by the text."""
+        """The reference's conditions for each text, by the text."""
         labels = [*(f"prompt {i + 1}" for i in range(len(texts) - 1)), "empty prompt"]
         conditions: dict[str, Conditions] = {text: {} for text in texts}
-        for name, place_ in self.bundle.tokenizers.items():
-            tokenizer = PromptTokenizer(self.bundle.path / place_)
+        for name, folder in self.bundle.tokenizers.items():
+            tokenizer = PromptTokenizer(self.bundle.path / folder)
             component = self.family.component(name)
             spec = self.bundle.engine(name, self.bundle.buckets[0]).spec
             feeds = []
@@ -103,8 +103,8 @@ class _Comparison:
                 spec = self.bundle.engine("denoiser", bucket).spec
                 for label, chosen in _batches(len(self.prompts), bucket.batch):
                     self.progress(f"denoiser {bucket}: reference trajectory, {label}")
-                    own = [conditions[self.prompts[i]] for i in chosen]
-                    inputs = self._start(spec, bucket, tables[bucket], own, conditions[""])
+                    positives = [conditions[self.prompts[i]] for i in chosen]
+                    inputs = self._start(spec, bucket, tables[bucket], positives, conditions[""])
                     generators = self._generators(bucket.batch)
                     recorded, latents = _trajectory(module, spec, tables[bucket], inputs, generators, label)
                     feeds += recorded
@@ -226,7 +226,7 @@ def _trajectory(
     generators: list[Generator],
     label: str,
 ) -> tuple[list[Feed], F32]:
-    """Some of the evaluations with what the reference made of them, and the latents [B, C, h, w] after the last."""
+    """Some of the evaluations with the reference's outputs, and the latents [B, C, h, w] after the last."""
     inputs["state"][0] = normal(inputs["state"].shape[1:], generators) * np.float32(table.init_noise_sigma)
     chosen = _recorded(table.evaluations)
     recorded = []

@@ -46,10 +46,10 @@ REFERENCE, ENGINE = "reference", "engine"
 
 @dataclass(frozen=True)
 class Feed:
-    """One set of inputs, and what to call it in the report.
+    """One set of inputs, and its label in the report.
 
     evaluation  of the denoiser, counted from 1; None for what is not on a trajectory
-    reference   what the reference made of the inputs, where it has run on them already
+    reference   the reference's outputs, where it has run on the inputs already
     """
 
     label: str
@@ -77,22 +77,26 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
         self._bound: BoundEngine | None = None
 
     def activate_impl(self) -> None:
+        """Opens the engine and its memory."""
         self._memory = self._open_memory()
         self._bound = BoundEngine(self._open_engine(self._memory), self._memory)
 
     def get_input_metadata_impl(self) -> Any:
+        """Names, dtypes and shapes of the inputs."""
         return _metadata(self._spec)
 
     def infer_impl(self, feed_dict: Mapping[str, NDArray[Any]]) -> Arrays:
+        """The outputs of one launch."""
         assert self._bound is not None
         assert self._memory is not None
         started = time.perf_counter()
         outputs = self._bound(feed_dict)
-        found = self._memory.read(*(outputs[t.name] for t in self._spec.outputs))
+        arrays = self._memory.read(*(outputs[t.name] for t in self._spec.outputs))
         self.inference_time = time.perf_counter() - started
-        return {t.name: array for t, array in zip(self._spec.outputs, found, strict=True)}
+        return {t.name: array for t, array in zip(self._spec.outputs, arrays, strict=True)}
 
     def deactivate_impl(self) -> None:
+        """Closes the engine and its memory."""
         bound, memory = self._bound, self._memory
         self._bound = self._memory = None
         if bound is not None:
@@ -186,6 +190,6 @@ def _metadata(spec: GraphSpec) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without Polygraphy's log, in which a missed limit is an error (the report says it), and numpy's NaN warnings."""
+    """Silences Polygraphy's log, which calls a missed limit an error, and numpy's NaN warnings."""
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(all="ignore"):
         yield

@@ -1,4 +1,4 @@
-"""A check as a page: one HTML file that needs no network and no scripts, for whoever was not there when it ran."""
+"""A check as a page: one HTML file that needs no network and no scripts."""
 
 from __future__ import annotations
 
@@ -178,8 +178,8 @@ def _figures(pair: Pair) -> list[Html]:
         figure(pair.compiled, "compiled"),
         figure(amplified, f"difference x{AMPLIFIED}"),
     ]
-    told = differ if levels.any() else "Every pixel is the same."
-    return [element("p", told, class_="note"), element("div", *figures, class_="three")]
+    summary = differ if levels.any() else "Every pixel is the same."
+    return [element("p", summary, class_="note"), element("div", *figures, class_="three")]
 
 
 def figure(pixels: Pixels, caption: str) -> Html:
@@ -238,7 +238,7 @@ def _curves(report: CheckReport) -> Html:
     charts = [element("section", element("h3", name), curve_chart(lines)) for name, lines in buckets.items()]
     note = (
         "Signal-to-noise ratio of the denoiser's step along the reference's trajectories, a curve for each. Every "
-        "evaluation is given what the reference made: errors do not add up here, they do in the pictures."
+        "evaluation gets the reference's inputs: errors do not add up here, but they do in the pictures."
     )
     intro = [element("h2", "Error by step"), element("p", note, class_="note")]
     return join(*intro, element("div", *charts, class_="charts"))
@@ -274,7 +274,7 @@ def _environment(report: CheckReport, bundle: Bundle) -> Html:
     facts = {
         "bundle": report.bundle,
         "reference": report.model + (f" at {report.revision}" if report.revision else ""),
-        "reference is other than diffusers loads it in": "; ".join(report.changes) or "nothing",
+        "reference differs from diffusers' defaults in": "; ".join(report.changes) or "nothing",
         "built from": str(model.get("name")) + (f" at {model['revision']}" if model.get("revision") else ""),
         "pipeline": f"{model.get('pipeline')}, family {bundle.family}",
         "device": f"{report.backend}: {_pairs(report.device)}",
@@ -315,5 +315,5 @@ def _number(value: float) -> str:
 
 def _least(values: Iterable[float]) -> float:
     """NaN is worse than any number."""
-    found = [*values]
-    return math.nan if any(map(math.isnan, found)) else min(found)
+    numbers = [*values]
+    return math.nan if any(map(math.isnan, numbers)) else min(numbers)

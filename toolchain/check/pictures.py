@@ -25,7 +25,7 @@ BLANK_LEVELS = 2
 
 
 @dataclass(frozen=True)
-class Drawn:
+class CompiledPicture:
     """A picture [H, W, 3] that the bundle drew; `finite` says whether its latents held no NaN or infinity."""
 
     prompt: str
@@ -34,7 +34,7 @@ class Drawn:
     finite: bool
 
 
-def draw(pipeline: Pipeline, progress: Callable[[str], None]) -> list[Drawn]:
+def draw(pipeline: Pipeline, progress: Callable[[str], None]) -> list[CompiledPicture]:
     """Every prompt with every seed of the recipe's check, at every size of the bundle, with the recipe's defaults."""
     recipe = pipeline.bundle.recipe
     pairs = [(prompt, seed) for prompt in recipe.check.prompts for seed in recipe.check.seeds]
@@ -43,15 +43,15 @@ def draw(pipeline: Pipeline, progress: Callable[[str], None]) -> list[Drawn]:
         progress(f"pictures {size[0]}x{size[1]}: {len(pairs)} from the bundle")
         result = pipeline([p for p, _ in pairs], seed=[s for _, s in pairs], size=size)
         for (prompt, seed), image, latents in zip(pairs, result.images, result.latents, strict=True):
-            drawn.append(Drawn(prompt, seed, np.asarray(image), bool(np.isfinite(latents).all())))
+            drawn.append(CompiledPicture(prompt, seed, np.asarray(image), bool(np.isfinite(latents).all())))
     return drawn
 
 
 def compare_pictures(
-    bundle: Bundle, source: ModelSource, family: Family, drawn: list[Drawn], progress: Callable[[str], None]
+    bundle: Bundle, source: ModelSource, family: Family, drawn: list[CompiledPicture], progress: Callable[[str], None]
 ) -> tuple[list[Picture], list[str]]:
-    """Each picture against the reference's, which are drawn one at a time; and what is other about the reference than
-    about the pipeline as diffusers loads and calls it. ModelError when it cannot be loaded."""
+    """Each picture against the reference's, which are drawn one at a time; and how the reference differs from what
+    diffusers loads and calls by default. ModelError when it cannot be loaded."""
     progress("pictures: loading the reference pipeline")
     recipe = bundle.recipe
     pipeline, changes = reference_pipeline(source, family, recipe)
@@ -74,7 +74,7 @@ def compare_pictures(
     return pictures, changes
 
 
-def judge(drawn: Drawn, reference: Pixels, limits: Mapping[str, float]) -> Picture:
+def judge(drawn: CompiledPicture, reference: Pixels, limits: Mapping[str, float]) -> Picture:
     """One picture against the reference's of the same size, both 8-bit [H, W, 3]; `limits` are the recipe's."""
     pair = Pair(reference, drawn.pixels)
     psnr = pair.psnr_db
@@ -95,7 +95,7 @@ def is_blank(pixels: Pixels) -> bool:
     return int(np.ptp(pixels, axis=(0, 1)).max()) <= BLANK_LEVELS
 
 
-def _reference(pipeline: Any, drawn: Drawn, bundle: Bundle, kwargs: dict[str, Any]) -> Pixels:
+def _reference(pipeline: Any, drawn: CompiledPicture, bundle: Bundle, kwargs: dict[str, Any]) -> Pixels:
     import torch
 
     with quiet():

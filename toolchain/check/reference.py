@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def reference_module(component: Component, source: ModelSource, recipe: Recipe) -> Iterator[nn.Module]:
-    """The module with the checkpoint's weights; its memory is given back at the end. ModelError if it cannot load."""
+    """The module with the checkpoint's weights, freed at the end. ModelError if it cannot be loaded."""
     with _loading(source):
         module = component.reference(source, recipe).requires_grad_(False)
     try:
@@ -36,7 +36,7 @@ def reference_module(component: Component, source: ModelSource, recipe: Recipe) 
 def reference_pipeline(source: ModelSource, family: Family, recipe: Recipe) -> tuple[Any, list[str]]:
     """The family's diffusers pipeline, with the scheduler that diffusers gives it.
 
-    Also a line for everything that is other than in what diffusers loads by itself. ModelError as above.
+    Also a line for each difference from what diffusers loads by default. ModelError if it cannot be loaded.
     """
     import diffusers
     import torch
@@ -81,8 +81,7 @@ def reference_scheduler(loaded: Any, spec: SchedulerSpec) -> Any:
 
 
 def text_length(source: ModelSource, family: Family, recipe: Recipe) -> dict[str, int]:
-    """How long a prompt T5 takes, as the pipeline is told it, where the recipe has a T5: pipelines have a default of
-    their own."""
+    """The pipeline's argument for the length of T5's prompt, where the recipe has a T5; its defaults differ."""
     for component in family.parts(recipe):
         if component.tokenizer and source.class_of(component.folder).startswith("T5"):
             ids = component.spec(source, recipe.buckets[0], recipe).input("ids")
@@ -92,7 +91,8 @@ def text_length(source: ModelSource, family: Family, recipe: Recipe) -> dict[str
 
 @contextmanager
 def _loading(source: ModelSource) -> Iterator[None]:
-    """Without the libraries' progress bars and advice: a check reports its own progress."""
+    """Silences the libraries' progress bars and advice: a check reports its own progress. ModelError where loading
+    fails."""
     try:
         with quiet_libraries():
             yield

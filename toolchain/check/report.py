@@ -1,4 +1,4 @@
-"""What a check found: numbers, limits and verdicts, as JSON and as a short table. Imports nothing heavy."""
+"""The results of a check: numbers, limits and verdicts, as JSON and as a short table. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class Entry:
     """One output of one component on one input.
 
     bucket  "1x64x64", or "any" where the component is the same for all of them
-    input   what it was given, such as "prompt 1, evaluation 10 of 20"
+    input   a label of the input, such as "prompt 1, evaluation 10 of 20"
     failed  the metrics that miss their limit, and "finite" where the engine's output holds NaN or infinity
     evaluation  which one of a trajectory, counted from 1; None for what is not a denoiser's
-    note    what to do where it failed, in the words of a recipe, or why; "" where nothing is known
+    note    what to change in the recipe where it failed, or why it failed; "" where that is unknown
     """
 
     component: str
@@ -68,6 +68,7 @@ class Entry:
 
     @property
     def passed(self) -> bool:
+        """Whether every metric is within its limit and the output is finite."""
         return not self.failed
 
     @property
@@ -115,7 +116,7 @@ class Picture:
     psnr_db  inf where both are identical
     failed   of "psnr_db", "ssim", "finite" (the latents hold NaN or infinity), "not blank" (one colour throughout,
              where the reference is not)
-    pixels   of both, for who wants to see them; not in the JSON
+    pixels   of both, for the HTML report; not in the JSON
     """
 
     prompt: str
@@ -128,6 +129,7 @@ class Picture:
 
     @property
     def passed(self) -> bool:
+        """Whether every gate passed."""
         return not self.failed
 
     def describe(self, limits: Mapping[str, float]) -> str:
@@ -150,13 +152,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Everything that one check found. A failed gate is a result, not an error.
+    """All results of one check. A failed gate is a result, not an error.
 
     model     what the user gave as the model, and the hub commit it was resolved to
-    warnings  what makes the numbers mean less than they seem, or explains why they are bad
-    versions  of what compared and what was compared with
+    warnings  what makes the numbers less meaningful, or explains why they are bad
+    versions  of the packages that were used
     limits    of the pictures: psnr_db and ssim, at least
-    changes   what is other about the reference pipeline than about what diffusers loads and calls by itself
+    changes   how the reference pipeline differs from what diffusers loads and calls by default
     """
 
     bundle: str
@@ -174,6 +176,7 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
+        """Whether every comparison and every picture passed."""
         return all(e.passed for e in self.entries) and all(p.passed for p in self.pictures)
 
     def worst_first(self) -> list[Entry]:
@@ -197,6 +200,7 @@ class CheckReport:
         return groups
 
     def verdict(self) -> str:
+        """One line: passed or FAILED, and how many comparisons."""
         results = [*(e.passed for e in self.entries), *(p.passed for p in self.pictures)]
         failed = results.count(False)
         return f"FAILED: {failed} of {len(results)} comparisons" if failed else f"passed: {len(results)} comparisons"
@@ -257,14 +261,14 @@ class CheckReport:
 
 
 def worst(entries: Iterable[Entry]) -> dict[str, float]:
-    """The worst value of each metric over entries that have the same ones; NaN is worse than any number."""
+    """The worst value of each metric over entries that have the same metrics; NaN is worse than any number."""
     values: dict[str, list[float]] = {}
     for entry in entries:
         for name, value in entry.metrics.named().items():
             values.setdefault(name, []).append(value)
     return {
-        name: math.nan if any(map(math.isnan, found)) else (max if name in AT_MOST else min)(found)
-        for name, found in values.items()
+        name: math.nan if any(map(math.isnan, numbers)) else (max if name in AT_MOST else min)(numbers)
+        for name, numbers in values.items()
     }
 
 
@@ -292,6 +296,7 @@ def _numbers(values: Mapping[str, float], limits: Mapping[str, float], failed: I
 
 
 def show(value: float | str) -> str:
+    """A number in four digits, or seven just below 1."""
     if isinstance(value, str):
         return value
     return f"{value:.7g}" if 0.99 < value < 1 else f"{value:.4g}"

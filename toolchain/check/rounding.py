@@ -48,7 +48,7 @@ class RoundedComponent:
     def __init__(self, component: Component, source: ModelSource, recipe: Recipe, reference: nn.Module) -> None:
         self.component, self.source, self.recipe, self.reference = component, source, recipe, reference
         self.dtype = recipe.component(component.name).dtype
-        self._made: nn.Module | None = None
+        self._rounded: nn.Module | None = None
 
     def compare(
         self, label: str, spec: GraphSpec, feeds: Sequence[Feed], references: Sequence[Arrays], tolerance: Tolerance
@@ -71,11 +71,11 @@ class RoundedComponent:
         return entries
 
     def _call(self, spec: GraphSpec, inputs: Mapping[str, Any]) -> Arrays:
-        if self._made is None:
-            self._made = self.component.module(self.source, self.recipe)
-            self._made.load_state_dict(self.reference.state_dict())
+        if self._rounded is None:
+            self._rounded = self.component.module(self.source, self.recipe)
+            self._rounded.load_state_dict(self.reference.state_dict())
         with _Products():  # type: ignore[no-untyped-call]
-            return call(self._made, spec, inputs)
+            return call(self._rounded, spec, inputs)
 
     def _network(self, module: nn.Module) -> nn.Module:
         return module.get_submodule(self.component.prefix.rstrip("."))
@@ -119,16 +119,16 @@ class RoundedComponent:
 
     def _first_not_finite(self, spec: GraphSpec, inputs: Mapping[str, Any]) -> list[str]:
         """The module inside which a value that no module gives becomes too large; none where there is no such."""
-        assert self._made is not None
-        found: list[str] = []
+        assert self._rounded is not None
+        overflowing: list[str] = []
 
         def hook(name: str, given: Any, output: Any) -> None:
-            if not found and name and _largest(output) == torch.inf and _largest(given) < torch.inf:
-                found.append(name)
+            if not overflowing and name and _largest(output) == torch.inf and _largest(given) < torch.inf:
+                overflowing.append(name)
 
-        with _watched(self._network(self._made), hook):
+        with _watched(self._network(self._rounded), hook):
             self._call(spec, inputs)
-        return found
+        return overflowing
 
 
 def _enclosing(name: str, fits: Mapping[str, bool]) -> str:
@@ -147,7 +147,7 @@ def _largest(tree: Any) -> float:
 
 @contextmanager
 def _watched(network: nn.Module, hook: Any) -> Iterator[None]:
-    """`hook` is told name, arguments and output of every module, the inner before the outer."""
+    """Calls `hook` with name, arguments and output of every module, the inner before the outer."""
 
     def hooked(name: str) -> Any:
         return lambda _, args, kwargs, output: hook(name, (args, kwargs), output)
@@ -163,7 +163,7 @@ def _watched(network: nn.Module, hook: Any) -> Iterator[None]:
 
 
 class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Computes `PRODUCTS` of small floating types in float32, and rounds what they give."""
+    """Computes `PRODUCTS` of small floating types in float32, and rounds their results."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -26,7 +26,7 @@ def usable_backend(bundle: Bundle, backend: Runner[Any] | None = None) -> Runner
     """The bundle's backend, or the one that stands in for it. BundleError where it cannot run, for engines of another
     device or version, and for machine code that nobody vouches for."""
     backend = backend or runner_of(bundle.backend)
-    reason, otherwise = backend.available(), "diffbuild doctor tells what each backend needs"
+    reason, otherwise = backend.available(), "diffbuild doctor shows what each backend needs"
     if reason is None:
         reason = backend.refuse(bundle.device, bundle.recipe.options(backend.name))
         otherwise = "build it on this machine, from the same recipe"
@@ -39,7 +39,7 @@ def usable_backend(bundle: Bundle, backend: Runner[Any] | None = None) -> Runner
 
 
 def open_memory(bundle: Bundle, backend: Runner[Any], open_buckets: int | None = None) -> Memory:
-    """Where the buffers of a pipeline over this bundle will lie, None: with all buckets open. Raises EngineError."""
+    """The memory of a pipeline over this bundle that keeps `open_buckets` open, None: all. Raises EngineError."""
     folders = {bundle.path / entry.folder for by_bucket in bundle.engines.values() for entry in by_bucket.values()}
     return backend.memory(sorted(folders), bundle.recipe.options(backend.name), open_buckets)
 
@@ -65,7 +65,7 @@ def open_engine(
 
 @contextmanager
 def closed_on_error(close: Callable[[], None]) -> Iterator[None]:
-    """What a failed opening leaves half open is closed, so that a server may try again on the same GPU."""
+    """Calls `close` when the block fails, so that a server may try again on the same GPU."""
     try:
         yield
     except BaseException:
@@ -74,7 +74,7 @@ def closed_on_error(close: Callable[[], None]) -> Iterator[None]:
 
 
 class BoundEngine:
-    """An engine, from now on this one's to close, with buffers of its own for every input and output."""
+    """An engine with a buffer for every input and output. It owns the engine: `close` closes both."""
 
     def __init__(self, engine: Engine, memory: Memory) -> None:
         self._engine, self._memory = engine, memory
@@ -87,13 +87,15 @@ class BoundEngine:
             self._launch = engine.bind({**self.inputs, **self.outputs})
 
     def __call__(self, inputs: Mapping[str, ArrayLike]) -> dict[str, Any]:
-        """Runs on copies of `inputs`; those that are not given keep what they held. The outputs are buffers."""
+        """Copies `inputs` into their buffers, launches, and returns the output buffers. Inputs that are not given keep
+        their values."""
         for name, array in inputs.items():
             self._memory.write(self.inputs[name], array)
         self._launch()
         return self.outputs
 
     def close(self) -> None:
+        """Closes the engine and frees its buffers."""
         self._engine.close()
         self._memory.free(*self.inputs.values(), *self.outputs.values())
 
@@ -153,6 +155,7 @@ class BucketEngines:
         self.memory.read()
 
     def close(self) -> None:
+        """Closes the engines and frees their buffers."""
         for engine in self._engines:
             engine.close()
         if self.encoder:

@@ -1,4 +1,4 @@
-"""diffusers' names for what a call takes: taken where they mean the same, answered with ours where they do not."""
+"""diffusers' names of options: accepted where they mean the same here, else refused with our name for them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEFAULTS: dict[str, tuple[object, ...]] = {
     "skip_layer_guidance_stop": (0.2,),
     "skip_layer_guidance_start": (0.01,),
 }
-"""What changes nothing; None is everywhere taken for not given."""
+"""Values that change nothing, and are ignored; None always means not given."""
 OURS = {
     "output_type": "result.images are PIL images, np.asarray(image) arrays; decode=False leaves the latents alone",
     "num_images_per_prompt": "repeat the prompt, as in [prompt] * 4; a single seed counts up over the pictures",
@@ -68,10 +68,11 @@ def translate(options: Mapping[str, Any]) -> dict[str, Any]:
         hint = _hint(name, value)
         if hint is not None:
             raise RequestError(f"diffusers' {name} is another thing here", got=f"{name}={value!r}"[:200], hint=hint)
-        own = SAME.get(name, name)
-        if own in ours:
-            raise RequestError(f"{own} is given twice", expected="one of them", got=" and ".join(_both(own, options)))
-        ours[own] = value
+        ours_name = SAME.get(name, name)
+        if ours_name in ours:
+            got = " and ".join(_both(ours_name, options))
+            raise RequestError(f"{ours_name} is given twice", expected="one of them", got=got)
+        ours[ours_name] = value
     return _with_size(ours)
 
 
@@ -86,8 +87,8 @@ def _hint(name: str, value: Any) -> str | None:
     return OURS.get(name)
 
 
-def _both(own: str, options: Mapping[str, Any]) -> list[str]:
-    return [name for name in options if SAME.get(name, name) == own]
+def _both(ours: str, options: Mapping[str, Any]) -> list[str]:
+    return [name for name in options if SAME.get(name, name) == ours]
 
 
 def _with_size(options: dict[str, Any]) -> dict[str, Any]:

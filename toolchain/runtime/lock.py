@@ -1,4 +1,4 @@
-"""One thread at a time, in the order in which they asked."""
+"""A lock that is granted in first-in, first-out order."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from toolchain.errors import RequestError
 
 
 class FairLock:
-    """A lock that goes to whoever has waited longest; `threading.Lock` may pass a thread over for ever.
+    """A lock that goes to the thread that has waited longest; `threading.Lock` may starve one.
 
-    RequestError for a thread that asks for what it holds already: it would wait for itself.
+    RequestError for a thread that holds it already, which would wait for itself.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class FairLock:
         if self._holder == me:  # which no other thread can make true or false
             raise RequestError(
                 "a pipeline was called from inside its own call",
-                got="a callback that uses the pipeline which is calling it",
+                got="a callback or observer that uses the pipeline which is calling it",
                 hint="use it when the call has returned, or load a second pipeline",
             )
         turn = threading.Lock()

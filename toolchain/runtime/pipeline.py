@@ -42,9 +42,9 @@ log = logging.getLogger("toolchain")
 class Pipeline:
     """A loaded bundle.
 
-    Threads may share it: whatever uses its engines waits for its turn, first come, first served. Pictures are drawn one
-    call after another; what several processors should do at once takes a pipeline for each, whose weights are mapped
-    and shared on a CPU. A callback may not use the pipeline that is calling it: RequestError.
+    Threads may share it: one call uses its engines at a time, and the others wait in first-in, first-out order. To draw
+    in parallel, load several pipelines, which share their mapped weights on a CPU. A callback or an observer may not
+    use the pipeline that is calling it: RequestError.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Pipeline:
     def __call__(self, options: Options) -> Result:
         """Pictures for one prompt or several.
 
-        What a seed draws is what torch's CPU generator draws: the picture is diffusers' own with one generator each.
+        A seed draws what torch's CPU generator draws: the picture is that of diffusers with a generator for each one.
         Raises RequestError for anything the bundle cannot do.
         """
         started = time.perf_counter()
@@ -177,7 +177,7 @@ class Pipeline:
             self._texts.forget()
 
     def close(self) -> None:
-        """Frees every engine, after the calls that came before. Calls that come later are RequestErrors."""
+        """Frees every engine, after the calls that came before. Later calls raise RequestError."""
         with self._lock:
             self._closed = True
             self._opened.close()
@@ -216,8 +216,8 @@ class Pipeline:
             images += [_crop(Image.fromarray(p), request.size) for p in pixels[:count]]
         timings.total_ms = (time.perf_counter() - started) * 1e3
         safety.tell(flagged)
-        told = flagged if self._safety is not None and decode else None
-        return Result(images, np.concatenate(parts), request, table, timings, told)
+        checked = self._safety is not None and decode
+        return Result(images, np.concatenate(parts), request, table, timings, flagged if checked else None)
 
     def _batches(self, count: int, size: Size) -> Iterator[tuple[BucketEngines, list[int], int]]:
         """Buckets that together hold `count` pictures: which picture lies in each place, and how many are different.

@@ -1,4 +1,4 @@
-"""What a caller sees of a run while it goes on."""
+"""What a callback is given while a call runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ F32 = NDArray[np.float32]
 
 
 class Look:
-    """Reads latents while the run stands still: later they would be another evaluation's, or another call's."""
+    """Reads the latents while a callback runs: later they would be another evaluation's, or another call's."""
 
     def __init__(self, read: Callable[[], F32]) -> None:
         self._read = read
@@ -23,24 +23,25 @@ class Look:
         self._guard = threading.Lock()  # the callback may have handed it to another thread
 
     def __call__(self) -> F32:
-        """RequestError after the end."""
+        """A copy of the latents. RequestError after `end`."""
         with self._guard:
             if self._ended:
                 raise RequestError(
-                    "the latents of a step were asked for after it",
-                    expected="progress.latents while the callback runs",
-                    hint="take them there; they are a copy that may be kept",
+                    "the latents of a step were read after its callback",
+                    expected="progress.latents read while the callback runs",
+                    hint="read them in the callback; they are a copy that may be kept",
                 )
             return self._read()
 
     def end(self) -> None:
+        """Ends the access, when the callback has returned."""
         with self._guard:
             self._ended = True
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback sees after each evaluation of the network: on a GPU, after it was enqueued."""
+    """What a callback is given after each evaluation of the network: on a GPU, after it was enqueued."""
 
     index: int
     total: int
@@ -49,7 +50,7 @@ class Progress:
 
     @property
     def latents(self) -> F32:
-        """A copy [B, C, h, w], to be asked for while the callback runs. On a GPU asking waits for the evaluation."""
+        """A copy [B, C, h, w], to be read while the callback runs. On a GPU reading waits for the evaluation."""
         return self.read_latents()
 
 

@@ -1,4 +1,4 @@
-"""What one call asks for: what the user says, and the same filled in and checked before anything runs."""
+"""A call's options as the user gives them, and the request: every default filled in and checked before it runs."""
 
 from __future__ import annotations
 
@@ -98,9 +98,9 @@ class Options:
 
     @classmethod
     def of(cls, *prompt: Any, **options: Any) -> Options:
-        """From what a call was given. diffusers' names are taken too, where they mean the same.
+        """The options of a call. diffusers' names are taken too, where they mean the same.
 
-        RequestError for an option that there is not, with the nearest, and for one that has another name here.
+        RequestError for an unknown option, with the nearest known one, and for one that has another name here.
         """
         if len(prompt) + ("prompt" in options) > 1:
             got = f"{len(prompt)} values without a name"
@@ -131,18 +131,18 @@ Outcome = TypeVar("Outcome")
 def takes(
     options: Callable[Given, Options],
 ) -> Callable[[Callable[[Self, Options], Outcome]], Callable[Concatenate[Self, Given], Outcome]]:
-    """A method of some `Options` becomes one that is called with their fields: its signature, for type checkers,
-    editors and `help`, is theirs."""
+    """Turns a method that takes `Options` into one that is called with their fields: type checkers, editors and `help`
+    see their signature."""
 
     def wrap(method: Callable[[Self, Options], Outcome]) -> Callable[Concatenate[Self, Given], Outcome]:
         @functools.wraps(method)
         def call(self: Self, /, *args: Given.args, **kwargs: Given.kwargs) -> Outcome:
             return method(self, Options.of(*args, **kwargs))
 
-        own, theirs = inspect.signature(method), inspect.signature(options)
-        first = next(iter(own.parameters.values())).replace(kind=inspect.Parameter.POSITIONAL_ONLY)
+        plain, theirs = inspect.signature(method), inspect.signature(options)
+        first = next(iter(plain.parameters.values())).replace(kind=inspect.Parameter.POSITIONAL_ONLY)
         parameters = [first, *theirs.parameters.values()]
-        vars(call)["__signature__"] = theirs.replace(parameters=parameters, return_annotation=own.return_annotation)
+        vars(call)["__signature__"] = theirs.replace(parameters=parameters, return_annotation=plain.return_annotation)
         call.__doc__ = f"{inspect.getdoc(method)}\n\n{inspect.getdoc(options)}"
         return call
 
@@ -203,13 +203,14 @@ def texts_by_encoder(
                 expected=", ".join(bundle.tokenizers),
                 got=texts,
             )
-        own = repeat(f"{name}_{number}", check_texts(f"{name}_{number}", texts), len(first))
+        given_here = repeat(f"{name}_{number}", check_texts(f"{name}_{number}", texts), len(first))
         # diffusers takes the first prompt where the second is empty, but not where it is one of a list
-        by_encoder[f"text_encoder_{number}"] = first if texts == "" else own
+        by_encoder[f"text_encoder_{number}"] = first if texts == "" else given_here
     return [{encoder: texts[i] for encoder, texts in by_encoder.items()} for i in range(len(first))]
 
 
 def check_texts(name: str, value: object) -> list[str]:
+    """A string or several as a list; RequestError for anything else and for an empty list."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
         raise RequestError(f"{name} is not text", expected="a string or a list of strings", got=repr(value)[:80])
@@ -229,18 +230,20 @@ def repeat(name: str, values: list[Any], count: int | None) -> list[Any]:
 
 
 def check_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """A seed for each of `count` pictures: one counts up, None draws one at random. RequestError."""
     if seed is None:
         seed = secrets.randbits(32)
     seeds = [seed + i for i in range(count)] if type(seed) is int else seed
     expected = "an integer from 0 to 2**64 - 1, or one for each prompt"
     if not isinstance(seeds, list | tuple) or not all(type(s) is int and 0 <= s < 2**64 for s in seeds):
-        raise RequestError("seed is not a seed", expected=expected, got=repr(seed)[:80])
+        raise RequestError("seed is not valid", expected=expected, got=repr(seed)[:80])
     if len(seeds) != count:
         raise RequestError("as many seeds as prompts are needed", expected=count, got=len(seeds))
     return list(seeds)
 
 
 def check_latents(latents: F32) -> F32:
+    """Finite float32 latents [N, C, h, w]; RequestError for anything else."""
     if (
         not isinstance(latents, np.ndarray)
         or latents.dtype != np.float32
@@ -248,7 +251,7 @@ def check_latents(latents: F32) -> F32:
         or not np.isfinite(latents).all()
     ):
         raise RequestError(
-            "latents are not latents",
+            "latents have the wrong type or shape",
             expected="a finite float32 array [N, C, h, w]",
             got=f"{type(latents).__name__} {getattr(latents, 'dtype', '')} {getattr(latents, 'shape', '')}",
             hint="latents.float().numpy()" if hasattr(latents, "numpy") else None,
@@ -257,6 +260,7 @@ def check_latents(latents: F32) -> F32:
 
 
 def check_steps(steps: int) -> int:
+    """An integer from 1 to LONGEST; RequestError."""
     if type(steps) is not int or not 1 <= steps <= LONGEST:
         expected = f"an integer from 1 to {LONGEST}"
         raise RequestError("steps is not a number of steps", expected=expected, got=repr(steps))

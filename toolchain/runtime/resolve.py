@@ -25,7 +25,7 @@ REBUILD_GUIDED = "set classifier_free_guidance = true in the recipe and build ag
 
 
 def resolve(bundle: Bundle, options: Options) -> Request:
-    """RequestError for anything that the bundle cannot do."""
+    """The request that a call's options ask for. RequestError for anything that the bundle cannot do."""
     if options.callback is not None and not callable(options.callback):
         expected = "a function of one Progress"
         raise RequestError("callback cannot be called", expected=expected, got=type(options.callback).__name__)
@@ -93,16 +93,16 @@ def _negatives(
     others = [options.negative_prompt_2, options.negative_prompt_3]
     negatives = ask.repeat("negative_prompt", ask.check_texts("negative_prompt", first), count)
     texts = ask.texts_by_encoder(bundle, "negative_prompt", [first, *others], count)
-    said = next((text for texts_ in texts for text in texts_.values() if text), None)
+    stated = next((text for texts_ in texts for text in texts_.values() if text), None)
     guided = bundle.recipe.classifier_free_guidance
     # Without guidance diffusers does not look at it; but where nobody says so, its guidance would be above 1.
     if true_cfg == 1 if bundle.family == FLUX else not guided and options.guidance is not None:
-        if said:
+        if stated:
             needed = "true_cfg above 1 beside negative_prompt" if bundle.family == FLUX else "guidance above 1"
             _warn_once(bundle.path, f"a negative prompt has no effect without {needed}")
         return [""] * count, [dict.fromkeys(t, "") for t in texts]
-    if said and not guided:
-        raise RequestError("a bundle without guidance cannot use a negative prompt", got=said, hint=REBUILD_GUIDED)
+    if stated and not guided:
+        raise RequestError("a bundle without guidance cannot use a negative prompt", got=stated, hint=REBUILD_GUIDED)
     if options.negative_prompt is None and bundle.settings.zero_negative:
         # SDXL's pipeline then takes zeros, whatever the others say.
         if others != [None, None]:
@@ -230,18 +230,18 @@ def _time_ids(bundle: Bundle, options: Options, run_size: Size) -> tuple[tuple[i
         f"{sign}{what}" for sign in ("", "negative_") for what in ("original_size", "crop_top_left", "target_size")
     ]
     values = {name: getattr(options, name) for name in names}
-    said = [name for name, value in values.items() if value not in (None, (0, 0), [0, 0])]
-    if said and "time_ids" not in _step_inputs(bundle):
-        raise RequestError("the model is not conditioned on sizes", where=bundle.path, got=", ".join(said))
-    for name in said:
+    given = [name for name, value in values.items() if value not in (None, (0, 0), [0, 0])]
+    if given and "time_ids" not in _step_inputs(bundle):
+        raise RequestError("the model is not conditioned on sizes", where=bundle.path, got=", ".join(given))
+    for name in given:
         values[name] = ask.check_pair(name, values[name], 0 if "crop" in name else 1)
-    own = (*(values["original_size"] or run_size), *values["crop_top_left"], *(values["target_size"] or run_size))
+    positive = (*(values["original_size"] or run_size), *values["crop_top_left"], *(values["target_size"] or run_size))
     original, target = values["negative_original_size"], values["negative_target_size"]
     if options.image is not None:  # here diffusers fills in each size on its own, and knows one crop
-        return own, (*(original or own[:2]), *values["crop_top_left"], *(target or own[4:]))
+        return positive, (*(original or positive[:2]), *values["crop_top_left"], *(target or positive[4:]))
     if original is None or target is None:  # diffusers takes the negative's only where both sizes are there
-        return own, own
-    return own, (*original, *values["negative_crop_top_left"], *target)
+        return positive, positive
+    return positive, (*original, *values["negative_crop_top_left"], *target)
 
 
 def _pixels(images: list[Image.Image], size: Size, count: int) -> NDArray[np.uint8]:

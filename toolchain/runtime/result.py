@@ -1,4 +1,4 @@
-"""What a call gives back."""
+"""What a call returns: pictures, latents and timings."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Result:
-    """One call's outcome.
+    """The result of one call.
 
     images   one per prompt, none without decoding
     latents  float32 [N, C, h, w] after the last step
@@ -75,4 +75,5 @@ class Result:
 
     @property
     def seeds(self) -> list[int]:
+        """One for each picture."""
         return self.request.seeds

@@ -1,4 +1,4 @@
-"""What the safety checker looks at, without transformers; and the black picture in place of what it flags."""
+"""The safety checker of a bundle, and its preprocessing without transformers."""
 
 from __future__ import annotations
 
@@ -38,17 +38,18 @@ class SafetyChecker:
         return flagged
 
     def close(self) -> None:
+        """Closes the engine."""
         self._engine.close()
 
 
 def tell(flagged: list[bool]) -> None:
-    """Warns of black pictures."""
+    """Logs a warning for flagged pictures."""
     if any(flagged):
         log.warning("the safety checker flagged %d of %d pictures: they are black", sum(flagged), len(flagged))
 
 
 def prepare(pixels: NDArray[np.uint8], settings: SafetyInput) -> F32:
-    """A picture [H, W, 3] as transformers' CLIPImageProcessor gives it, without torchvision: [1, 3, S, S]."""
+    """A picture [H, W, 3] as transformers' CLIPImageProcessor prepares it without torchvision: [1, 3, S, S]."""
     height, width = pixels.shape[:2]
     short = min(height, width)
     # As transformers computes it: the longer side is cut off, not rounded.

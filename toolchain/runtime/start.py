@@ -68,8 +68,8 @@ def _noised_image(
     assert request.images is not None
     # The order of the draws is diffusers': the posterior's first, then the noise.
     samplers = [
-        own if request.encoded_with[i] == i else Generator(request.seeds[request.encoded_with[i]])
-        for i, own in zip(chosen, generators, strict=True)
+        generator if request.encoded_with[i] == i else Generator(request.seeds[request.encoded_with[i]])
+        for i, generator in zip(chosen, generators, strict=True)
     ]
     posterior, noise = normal(engines.latent_shape, samplers), normal(engines.latent_shape, generators)
     signal, sigma = table.noising
@@ -98,13 +98,15 @@ def place_scales(memory: Memory, inputs: Mapping[str, Any], scales: Mapping[str,
         memory.write(inputs[name], scales[name])
 
 
-def place_time_ids(memory: Memory, inputs: Mapping[str, Any], own: tuple[int, ...], negative: tuple[int, ...]) -> None:
+def place_time_ids(
+    memory: Memory, inputs: Mapping[str, Any], positive: tuple[int, ...], negative: tuple[int, ...]
+) -> None:
     """Writes SDXL's sizes, where the step has them; the first half of a guided batch is the negative prompts'."""
     if "time_ids" in inputs:
         rows, batch = inputs["time_ids"].shape[0], inputs["noise"].shape[0]
         if rows > batch:
             memory.write(inputs["time_ids"][: rows - batch], negative)
-        memory.write(inputs["time_ids"][rows - batch :], own)
+        memory.write(inputs["time_ids"][rows - batch :], positive)
 
 
 def draw(memory: Memory, noise: Any, generators: list[Generator]) -> None:

@@ -19,7 +19,7 @@ CACHED = 64
 
 
 class Tables:
-    """The tables that a pipeline has used last."""
+    """An LRU cache of sampler tables."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
@@ -31,8 +31,8 @@ class Tables:
     def __call__(
         self, scheduler: str, steps: int, size: Size, skip: int, tell: Callable[[str], None]
     ) -> tuple[SamplerTable, float]:
-        """A table, and the milliseconds that compiling it took; `tell` is told before that. Arguments as for
-        `Pipeline.table`, and its errors."""
+        """A table, and the milliseconds that compiling it took; `tell` is called with a message before that. Takes and
+        raises what `Pipeline.table` does."""
         settings = self._bundle.settings
         spec, tokens = parse(scheduler), settings.tokens(*size)
         steps = steps_of(spec, settings.scheduler, steps)
@@ -49,6 +49,7 @@ class Tables:
                 took = (time.perf_counter() - started) * 1e3
             if len(self._known) > CACHED:
                 self._known.popitem(last=False)
+        self._known.move_to_end(name)
         return self._known[name], took
 
 
@@ -57,10 +58,10 @@ def load_table(bundle: Bundle, name: str) -> SamplerTable:
     for one that was left out of a range of steps."""
     path = bundle.path / bundle.samplers[name]
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        tables: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BundleError("a sampler table cannot be read", where=path, got=error) from error
-    table = found.get(name) if isinstance(found, dict) else None
+    table = tables.get(name) if isinstance(tables, dict) else None
     if isinstance(table, str):
         raise SamplerError(table, where=name, hint="take another number of steps")
     if table is None:

@@ -1,4 +1,4 @@
-"""Prompts -> what the denoiser is conditioned on: tokenizers, text encoders and a cache of their results."""
+"""Prompts -> conditions of the denoiser: tokenizers, text encoders and an LRU cache of their outputs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ Conditions = dict[str, Any]
 
 
 class TextEncoders:
-    """Every text encoder of a bundle. Their outputs are named as the denoiser's inputs.
-
-    tokenize_ms, launches  what tokenizing took and how often an engine ran, since this was opened
-    """
+    """Every text encoder of a bundle, with an LRU cache of their outputs, which are named as the denoiser's inputs."""
 
     def __init__(self, bundle: Bundle, backend: Runner[Any], memory: Memory, observer: Observer = NOBODY) -> None:
         self._memory = memory
@@ -38,28 +35,31 @@ class TextEncoders:
         self._encoders: dict[str, _Encoder] = {}
         self._zeros: Conditions | None = None
         with closed_on_error(self.close):
-            for name, place in bundle.tokenizers.items():
-                tokenizer = PromptTokenizer(bundle.path / place)
+            for name, folder in bundle.tokenizers.items():
+                tokenizer = PromptTokenizer(bundle.path / folder)
                 engine = open_engine(bundle, backend, name, bundle.buckets[0], memory, observer)
                 self._encoders[name] = _Encoder(name, tokenizer, BoundEngine(engine, memory), memory, least, observer)
 
     @property
     def tokenize_ms(self) -> float:
+        """Milliseconds of tokenizing since this was opened."""
         return sum(encoder.tokenize_ms for encoder in self._encoders.values())
 
     @property
     def launches(self) -> int:
+        """Launches of text encoders since this was opened."""
         return sum(encoder.launches for encoder in self._encoders.values())
 
     def __call__(self, texts: Mapping[str, str], clip_skip: int) -> Conditions:
-        """The conditions of one picture from the text of each encoder, good until the next batch asks for its own."""
-        found: Conditions = {}
+        """The conditions of one picture from the text of each encoder, valid until those of the next batch are asked
+        for."""
+        conditions: Conditions = {}
         for name, text in texts.items():
-            found.update(self._encoders[name](text, clip_skip))
-        return found
+            conditions.update(self._encoders[name](text, clip_skip))
+        return conditions
 
     def zeros(self) -> Conditions:
-        """In place of a negative prompt, for models that were trained so."""
+        """Zeros in place of a negative prompt's conditions, for models that were trained so."""
         if self._zeros is None:
             self._zeros = {name: row for encoder in self._encoders.values() for name, row in encoder.rows().items()}
         return self._zeros
@@ -70,12 +70,13 @@ class TextEncoders:
             encoder.forget()
 
     def close(self) -> None:
+        """Closes the engines and frees their buffers."""
         for encoder in self._encoders.values():
             encoder.close()
 
 
 class _Encoder:
-    """One tokenizer and text encoder. What they made is kept; the longest unused makes room, its buffers used again."""
+    """One tokenizer and text encoder, with an LRU cache of conditions that uses evicted buffers again."""
 
     def __init__(
         self,
@@ -116,11 +117,11 @@ class _Encoder:
         inputs: dict[str, Any] = {name: given[name] for name in self._engine.inputs}
         outputs = self._engine(inputs)
         self.launches += 1
-        made = self._room()
-        for name, row in made.items():
+        conditions = self._room()
+        for name, row in conditions.items():
             self._memory.copy(row, outputs[name][0])
-        self._known[key] = made
-        return made
+        self._known[key] = conditions
+        return conditions
 
     def _room(self) -> Conditions:
         if len(self._known) >= self._capacity:

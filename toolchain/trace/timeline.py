@@ -20,7 +20,7 @@ TRACKS = {"pipeline": "pipeline", "host": "host: launches and tokenizers", "oper
 
 @dataclass(frozen=True)
 class Span:
-    """Something that took time.
+    """An interval on the timeline.
 
     kind     generation, stage, step, engine, launch or operator
     when_ms  (start, end) from the beginning of the recording
@@ -34,6 +34,7 @@ class Span:
 
     @property
     def ms(self) -> float:
+        """How long it took, in milliseconds."""
         return self.when_ms[1] - self.when_ms[0]
 
 
@@ -53,6 +54,7 @@ class Trace:
     nvtx: str | None = None
 
     def of(self, kind: str) -> list[Span]:
+        """The spans of one kind."""
         return [span for span in self.spans if span.kind == kind]
 
     def document(self) -> dict[str, Any]:
@@ -65,8 +67,8 @@ class Trace:
             events.append(_meta("thread_sort_index", numbers[track], sort_index=numbers[track]))
         for span in self.spans:
             start, end = (round(ms * 1e3, 3) for ms in span.when_ms)
-            place = {"ph": "X", "pid": 1, "tid": numbers[span.track], "ts": start, "dur": round(end - start, 3)}
-            events.append({"name": span.name, "cat": span.kind, **place, "args": dict(span.about)})
+            event = {"ph": "X", "pid": 1, "tid": numbers[span.track], "ts": start, "dur": round(end - start, 3)}
+            events.append({"name": span.name, "cat": span.kind, **event, "args": dict(span.about)})
         return {"displayTimeUnit": "ms", "otherData": dict(self.about), "traceEvents": events}
 
     def save(self, path: Path) -> None:
@@ -77,7 +79,9 @@ class Trace:
         """Sums of the spans."""
         (whole,) = self.of("generation")
         engines = _sums(self.of("engine"))
-        operators = {name: [asdict(cost) for cost in most_expensive(found)] for name, found in self.launches.items()}
+        operators = {
+            name: [asdict(cost) for cost in most_expensive(launches)] for name, launches in self.launches.items()
+        }
         return {
             **self.about,
             "total_ms": whole.ms,
@@ -88,15 +92,16 @@ class Trace:
         }
 
     def lines(self) -> Iterator[str]:
-        found = self.summary()
-        total, inside = found["total_ms"], sum(engine["total_ms"] for engine in found["engines"].values())
-        yield f"{found['evaluations']} evaluations in {total:.1f} ms, {inside / total:.1%} of it inside the engines"
-        rows = [[name, f"{ms:.1f} ms", f"{ms / total:.1%}", ""] for name, ms in found["stages"].items()]
-        for name, engine in found["engines"].items():
+        """The summary for a terminal."""
+        summary = self.summary()
+        total, inside = summary["total_ms"], sum(engine["total_ms"] for engine in summary["engines"].values())
+        yield f"{summary['evaluations']} evaluations in {total:.1f} ms, {inside / total:.1%} of it inside the engines"
+        rows = [[name, f"{ms:.1f} ms", f"{ms / total:.1%}", ""] for name, ms in summary["stages"].items()]
+        for name, engine in summary["engines"].items():
             calls, ms = engine["calls"], engine["total_ms"]
             rows.append([f"engine {name}", f"{ms:.1f} ms", f"{ms / total:.1%}", f"{calls} calls"])
         yield from table(rows)
-        for name, costs in found["operators"].items():
+        for name, costs in summary["operators"].items():
             yield ""
             yield f"the most expensive operators of {name}:"
             head = ["operator", "type", "calls", "total", "share"]
@@ -112,9 +117,9 @@ def _meta(what: str, thread: int, **args: Any) -> dict[str, Any]:
 
 
 def _sums(spans: list[Span]) -> dict[str, tuple[int, float]]:
-    """Name -> how many, and milliseconds of all."""
-    found: dict[str, tuple[int, float]] = {}
+    """Name -> (count, total milliseconds)."""
+    sums: dict[str, tuple[int, float]] = {}
     for span in spans:
-        count, ms = found.get(span.name, (0, 0.0))
-        found[span.name] = (count + 1, ms + span.ms)
-    return found
+        count, ms = sums.get(span.name, (0, 0.0))
+        sums[span.name] = (count + 1, ms + span.ms)
+    return sums
