@@ -164,11 +164,13 @@ def test_the_messages_that_the_gpu_page_explains_are_those_of_the_source() -> No
 
 def test_functions_for_a_new_family_exist() -> None:
     page = PAGES["CONTRIBUTING.md"].split("## A new family")[1].split("\n## ")[0]
-    named = re.findall(r"`(parts|vae|modules)\.(\w+)`", page)
-    assert len(named) >= 9
-    for module, function in named:
-        source = (ROOT / "toolchain" / "models" / f"{module}.py").read_text()
-        assert re.search(rf"^(def {function}\(|{function}\b.* = )", source, flags=re.MULTILINE), function
+    files = {path.stem: path.read_text() for path in (ROOT / "toolchain" / "models").glob("*.py")}
+    named = [
+        (module, name) for module, name in re.findall(r"`([a-z]\w+)\.([a-z]\w+)`", page) if name not in ("py", "json")
+    ]
+    assert len(named) >= 15
+    for module, name in named:
+        assert re.search(rf"^def {name}\(", files[module], flags=re.MULTILINE), f"{module}.{name}"
 
 
 def test_the_examples_draw_with_tables_of_the_bundle() -> None:
