@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,8 @@ OWNERS = {
     "cryptography": {"bundle"},
     "rich": {"cli"},
 }
+DOCUMENTED = ("bundle", "export", "graph", "models", "recipe", "sampler", "settings", "signature", "store", "weights")
+"""Rooms in which at least 90 % of the public functions have docstrings."""
 
 
 EVERY = sorted(modules())
@@ -109,6 +112,20 @@ def test_modules_and_functions_stay_short(module: str) -> None:
 def test_nine_functions_in_ten_have_at_most_twenty_lines() -> None:
     lengths = sorted(length(function) for path in modules().values() for function in functions(path))
     assert lengths[len(lengths) * 9 // 10] <= 20
+
+
+def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+    """Functions of a module and methods of its public classes, without nested ones."""
+    for node in tree.body:
+        members = node.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_") else [node]
+        yield from (m for m in members if isinstance(m, ast.FunctionDef) and not m.name.startswith("_"))
+
+
+@pytest.mark.parametrize("room", DOCUMENTED)
+def test_public_functions_have_docstrings(room: str) -> None:
+    found = [node for path in modules() if part(path) == room for node in public_functions(ast.parse(path.read_text()))]
+    without = [node.name for node in found if not ast.get_docstring(node)]
+    assert len(without) <= 0.1 * len(found), without
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the runtime must know of a model beside its graphs."""
+"""Settings of a model that the runtime needs beside its graphs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SafetyInput:
-    """How a picture becomes what the safety checker looks at: its shortest edge resized to `resize` pixels, a square of
-    `crop` pixels cut out of its middle, and of each channel, from 0 to 1, `mean` taken off and `std` divided by."""
+    """How a picture is preprocessed for the safety checker.
+
+    resize  pixels of its shortest edge after resizing
+    crop    side in pixels of the square that is then cut out of the centre
+    mean    of each channel in [0, 1], subtracted
+    std     of each channel in [0, 1], divided by
+    """
 
     resize: int
     crop: int
@@ -20,7 +25,7 @@ class SafetyInput:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """A family's `settings` makes this from a model's configs; it lies in the bundle.
+    """What a family derives from a model's configs for the runtime; stored in the bundle.
 
     scheduler          the model's scheduler_config.json
     vae_factor         pixels per latent, along each side
@@ -60,11 +65,12 @@ class ModelSettings:
         return int(max(steps - kept, 0)) if self.early_start else steps - int(kept)
 
     def to_json(self) -> dict[str, Any]:
+        """Plain data for json.dump."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSettings:
-        """TypeError for other fields than these."""
+        """The inverse of `to_json`. TypeError for unknown or missing fields."""
         given = data.get("safety")
         if given is None:
             return cls(**data)

@@ -25,9 +25,9 @@ from toolchain.store.files import file_digest
 FORMAT = 4
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.sig"
-"""Of the manifest, where somebody has signed it: see `toolchain.bundle.signing`."""
+"""The signature of the manifest, in a signed bundle: see `toolchain.bundle.signing`."""
 MACHINE_CODE = frozenset({"tensorrt", "tensorrt_rtx"})
-"""Backends whose engines are programs: who opens one runs it."""
+"""Backends whose engines are executable code: opening one runs it."""
 AGAIN = "build the bundle again, or copy it again from where it was built"
 ANY = "any"
 """Stands for the bucket of a component that is the same for all of them."""
@@ -58,10 +58,10 @@ class Bundle:
     samplers   "spec/steps" -> file
     model      name, revision, pipeline class and the digests of the weights it was built from
     tokenizers text encoder -> folder
-    artifacts  "stage/subject" -> key of every artifact that it was put together from
-    tools      versions of what built it
+    artifacts  "stage subject" -> key of every artifact that it consists of
+    tools      versions of the packages that built it
     digest     sha256 of the manifest that was read
-    vouched    whether somebody vouched for it, which machine code needs: see `toolchain.bundle.signing`
+    vouched    whether its signature or origin was checked, as engines of machine code require: see `bundle.signing`
     """
 
     path: Path
@@ -86,17 +86,17 @@ class Bundle:
 
     @property
     def buckets(self) -> list[Bucket]:
-        """Those that were built, in the order of the recipe: the first is the default."""
+        """The buckets that were built, in the recipe's order; the first is the default."""
         return [b for b in self.recipe.buckets if str(b) in self.engines["denoiser"]]
 
     @property
     def default_guidance(self) -> float:
-        """The recipe's, where the bundle has a use for it: a second pass, or an input of its network; else 1."""
+        """The recipe's guidance where the bundle uses one (a second pass, or an input of the network), else 1."""
         used = self.recipe.classifier_free_guidance or self.settings.embedded_guidance
         return self.recipe.sampling.guidance if used else 1.0
 
     def engine(self, component: str, bucket: Bucket) -> EngineEntry:
-        """Raises BundleError when there is none."""
+        """The engine of a component for a bucket. BundleError when there is none."""
         entries = self.engines.get(component, {})
         entry = entries.get(ANY) or entries.get(str(bucket))
         if entry is None:
@@ -105,6 +105,7 @@ class Bundle:
         return entry
 
     def to_json(self) -> dict[str, Any]:
+        """The manifest as plain data, without its digest."""
         return {
             "format": FORMAT,
             "model": dict(self.model),
@@ -127,18 +128,21 @@ class Bundle:
         }
 
     def verify(self) -> None:
-        """Compares every listed file with its size and sha256. Raises BundleError naming one that differs."""
+        """Compares every listed file with its size and sha256. BundleError for the first one that differs."""
         for problem in self.problems():
             raise problem
 
     def verify_engines(self) -> None:
-        """`verify`, of the engines' folders alone."""
+        """`verify` for the files in the engines' folders alone."""
         folders = tuple(f"{PurePosixPath(e.folder)}/" for by in self.engines.values() for e in by.values())
         for problem in self.problems({name for name in self.files if name.startswith(folders)}):
             raise problem
 
     def problems(self, names: Collection[str] | None = None) -> Iterator[BundleError]:
-        """Everything that `verify` objects to, the largest file first; `names` are the files to look at, None: all."""
+        """One BundleError for each file that is missing or changed, largest file first.
+
+        names: the files to verify; None verifies all of them.
+        """
         chosen = [item for item in self.files.items() if names is None or item[0] in names]
         jobs = sorted(chosen, key=lambda item: -item[1].size)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
@@ -179,7 +183,7 @@ class Bundle:
 
 
 def encode(manifest: Mapping[str, Any]) -> bytes:
-    """The text of `bundle.json`: what it says, in this order, and the sha256 of that."""
+    """The text of `bundle.json`: the manifest in the given order, and its own sha256."""
     digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     return (json.dumps({**manifest, "digest": digest}, indent=1) + "\n").encode()
 
@@ -192,9 +196,9 @@ def read_bundle(path: str | Path) -> Bundle:
         text = manifest.read_bytes()
         data = json.loads(text)
     except FileNotFoundError:
-        found = "no such folder" if not path.exists() else f"no {MANIFEST} in it"
+        got = "no such folder" if not path.exists() else f"no {MANIFEST} in it"
         raise BundleError(
-            "not a bundle", where=path, got=found, hint="diffbuild build RECIPE --model MODEL --output " + str(path)
+            "not a bundle", where=path, got=got, hint="diffbuild build RECIPE --model MODEL --output " + str(path)
         ) from None
     except (OSError, ValueError) as error:
         raise BundleError(f"{MANIFEST} cannot be read", where=manifest, got=error, hint=AGAIN) from error
@@ -288,10 +292,12 @@ def _check_paths(bundle: Bundle) -> None:
 
 
 def _hub_repository(root: Path) -> Path | None:
-    """The folder of a download from the hub, in which a bundle at `root`, resolved, is one of the snapshots or lies in
-    one: `snapshots/COMMIT/...` holds links into `blobs`. None where it is no snapshot."""
-    found = next((p.parent for p in root.parents if p.name == "snapshots"), None)
-    return found if found is not None and (found / "blobs").is_dir() else None
+    """The hub's cache folder of a repository, of which the resolved path `root` is a snapshot or lies in one.
+
+    `snapshots/COMMIT/...` holds links into `blobs`. None where `root` is not in a snapshot.
+    """
+    repository = next((p.parent for p in root.parents if p.name == "snapshots"), None)
+    return repository if repository is not None and (repository / "blobs").is_dir() else None
 
 
 def _check_folder(bundle: Bundle, folder: str) -> None:
@@ -300,19 +306,19 @@ def _check_folder(bundle: Bundle, folder: str) -> None:
     if not any(name.startswith(prefix) for name in bundle.files):
         where = bundle.path / MANIFEST
         raise BundleError("the manifest uses a folder of which it lists no file", where=where, got=folder, hint=AGAIN)
-    place = bundle.path / folder
-    found = (p for p in place.rglob("*") if p.is_symlink() or not p.is_dir())
-    extra = sorted(
-        name for p in found if (name := p.relative_to(place).as_posix()) and prefix + name not in bundle.files
-    )
+    path = bundle.path / folder
+    present = (p for p in path.rglob("*") if p.is_symlink() or not p.is_dir())
+    names = (p.relative_to(path).as_posix() for p in present)
+    extra = sorted(name for name in names if prefix + name not in bundle.files)
     if extra:
         raise BundleError(
             "a folder of the bundle holds a file that the manifest does not list",
-            where=place / extra[0],
+            where=path / extra[0],
             got=f"{len(extra)} of them" if len(extra) > 1 else None,
             hint="move it to another place, or copy the bundle again from where it was built",
         )
 
 
 def describe_buckets(buckets: Iterable[Bucket]) -> str:
+    """Buckets as text, separated by commas."""
     return ", ".join(str(b) for b in buckets)

@@ -1,4 +1,4 @@
-"""How much memory the engines of a bundle will take, from what their builders wrote down. Imports nothing heavy.
+"""How much memory the engines of a bundle will take, from the facts that their builders wrote. Imports nothing heavy.
 
 A forecast for a process that has run every engine at least twice: what ONNX Runtime's arenas hold stays theirs. Mapped
 weight files count for every engine, as they do in a process's resident memory, although buckets share their pages.
@@ -31,10 +31,10 @@ class EngineMemory:
     weights      in the mapped files, without what is packed; on a GPU, of the engine itself
     session      what an opened session keeps: packed copies of matrices, and the graph
     buffers      inputs and outputs
-    activations  the most that lives between the nodes at once; None where nobody could tell
+    activations  peak of the live tensors between the nodes; None where unknown
     arena        what stays allocated for activations after several runs; 0 where engines share a block
-    built        False for an exported graph, of which weights and activations are those before a backend changes it
-    source       what it is opened from: those of one source share its weights
+    built        False for an exported graph, whose weights and activations are those before a backend changes it
+    source       what it is opened from: engines of one source share its weights
     """
 
     component: str
@@ -49,26 +49,27 @@ class EngineMemory:
 
     @property
     def name(self) -> str:
+        """The component, with its bucket where it has one."""
         return self.component if self.bucket == ANY else f"{self.component} {self.bucket}"
 
     @property
     def total(self) -> int:
-        """Of the engine alone."""
+        """Bytes of the engine alone."""
         return self.weights + self.session + self.buffers + self.arena
 
     def to_json(self) -> dict[str, Any]:
+        """Plain data for json.dump, the total included."""
         return {**vars(self), "total": self.total}
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """For a bundle with every bucket in use.
+    """Memory of a bundle with every bucket in use.
 
-    engines  those of which something is written down
-    unknown  names of the others, which were built before that or by a backend that cannot tell, and of those whose
-             activations nobody could tell
-    on_gpu   whether this is memory of a GPU, on which engines share one block for their activations
-    runtime  of the host, for what is no engine
+    engines  the engines with facts beside them
+    unknown  names of the engines without facts, or whose activations are unknown
+    on_gpu   whether this is GPU memory, where engines share one block for their activations
+    runtime  bytes on the host for everything but engines
     """
 
     engines: tuple[EngineMemory, ...]
@@ -78,17 +79,17 @@ class Forecast:
 
     @property
     def total(self) -> int | None:
-        """Of the whole process, or of the GPU. None where an engine is unknown."""
+        """Bytes of the whole process, or of the GPU. None where an engine is unknown."""
         block = max((e.activations or 0 for e in self.engines), default=0) if self.on_gpu else 0
         weights = {e.source: e.weights for e in self.engines}
         engines = sum(e.total - e.weights for e in self.engines) + sum(weights.values())
         return None if self.unknown else self.runtime + block + engines
 
     def after(self, drawn: Collection[str]) -> int | None:
-        """The same where pictures were drawn with these engines, by their names, and no others.
+        """`total` after pictures were drawn with these engines alone, given by name.
 
-        On the host the others have run once, to warm up: the block with room for all activations comes with the second
-        run. On a GPU they are not open.
+        On the host the other engines have run once, to warm up: the block with room for all activations comes with the
+        second run. On a GPU they are not open.
         """
         if self.on_gpu:
             return replace(self, engines=tuple(e for e in self.engines if e.name in drawn)).total
@@ -96,6 +97,7 @@ class Forecast:
         return None if self.total is None else self.total - saved
 
     def to_json(self) -> dict[str, Any]:
+        """Plain data for json.dump, the total included."""
         return {
             "of": "gpu" if self.on_gpu else "host",
             "engines": [engine.to_json() for engine in self.engines],
@@ -106,17 +108,17 @@ class Forecast:
 
 
 def forecast(bundle: Bundle) -> Forecast:
-    """From the manifest and the small files beside the engines."""
+    """The forecast of a bundle, from its manifest and the fact files beside its engines."""
     engines, unknown = [], []
     for component, entries in bundle.engines.items():
         for bucket, entry in entries.items():
             facts = number_facts(bundle.path / entry.folder / ENGINE_FACTS)
             size = sum(bundle.files[name].size for name in entry.weights.values())
-            found = engine_memory(component, bucket, entry.spec, facts, size, entry.folder)
-            if found.activations is None:
-                unknown.append(found.name)
+            memory = engine_memory(component, bucket, entry.spec, facts, size, entry.folder)
+            if memory.activations is None:
+                unknown.append(memory.name)
             if facts:
-                engines.append(found)
+                engines.append(memory)
     on_gpu = bundle.device.get("kind") == "cuda"
     files = [bundle.files.get(f"{folder}/tokenizer.json") for folder in bundle.tokenizers.values()]
     words = TOKENIZER_TIMES * sum(file.size for file in files if file is not None)

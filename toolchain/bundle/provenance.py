@@ -1,7 +1,7 @@
 """Which bundles this user built on this machine.
 
-A TensorRT engine is machine code: to open a bundle is to run a program. Those that were built here are noted in the
-user's cache folder, by the sha256 of their manifests, which list every file with its own. Any other needs a signature.
+A TensorRT engine is machine code: opening a bundle runs a program. Bundles that were built here are recorded in the
+user's cache folder by the sha256 of their manifests, which list the sha256 of every file. Any other needs a signature.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ log = logging.getLogger("toolchain")
 
 
 def note_built(bundle: Bundle) -> None:
-    """Notes that a bundle was built here, if its engines are machine code.
-
-    A warning where that cannot be written: the bundle is there all the same.
-    """
+    """Records that a bundle was built here, if its engines are machine code; a warning where that cannot be written."""
     if bundle.backend not in MACHINE_CODE:
         return
     try:
@@ -36,7 +33,7 @@ def note_built(bundle: Bundle) -> None:
 
 
 def built_here(bundle: Bundle) -> bool:
-    """Whether the bundle's manifest is one that was noted."""
+    """Whether the bundle's manifest is recorded as built here."""
     try:
         return _note(bundle).exists()
     except (StoreError, OSError):

@@ -1,8 +1,8 @@
 """Who built a bundle: an Ed25519 signature over `bundle.json`, which lists every file with its size and sha256.
 
-The digests tell damage. An engine file is executable code, and somebody who rewrites it can rewrite its digest too:
-against that only a signature helps. It lies beside the manifest, as JSON; any tool that knows Ed25519 can compare it.
-`cryptography` is imported when a signature is made or compared, and not before.
+The digests detect damage. An engine file is executable code, and somebody who rewrites it can rewrite its digest too:
+only a signature protects against that. It lies beside the manifest, as JSON; any tool that knows Ed25519 can verify it.
+`cryptography` is imported when a signature is made or verified, and not before.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NEW_PUBLIC = "openssl pkey -in private.pem -pubout -out public.pem"
 
 @dataclass(frozen=True)
 class Signature:
-    """What lies in the bundle. The digests, in hex, are not proven: they only tell why a comparison fails.
+    """The content of `bundle.sig`. The digests, in hex, prove nothing: they explain why a verification fails.
 
     key        sha256 of the signer's public key (DER)
     manifest   sha256 of the manifest that was signed
@@ -48,7 +48,7 @@ class Signature:
     signature: str
 
     def refuse(self, manifest: bytes, key: Ed25519PublicKey) -> str | None:
-        """Why this is no signature of `manifest` by `key`, or None."""
+        """Why this is not a signature of `manifest` by `key`; None where it is one."""
         from cryptography.exceptions import InvalidSignature
 
         if self.key != fingerprint(key):
@@ -63,10 +63,11 @@ class Signature:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `verify_bundle` found. `problems` is empty when the bundle is as it was built and, with a key, as signed.
+    """The result of `verify_bundle`. `problems` is empty when the bundle is unchanged and, with a key, signed by it.
 
-    signature  None when there is none
-    compared   the public key's fingerprint, None when none was given
+    files      how many files the manifest lists
+    signature  None for an unsigned bundle
+    compared   fingerprint of the public key; None when no key was given
     """
 
     bundle: Path
@@ -77,7 +78,7 @@ class Verdict:
 
 
 def sign_bundle(path: str | Path, key: str | Path) -> Signature:
-    """Signs a bundle with a private key, once every file was found to be as it was built; replaces an older signature.
+    """Verifies every file of a bundle, then signs its manifest with a private key, replacing an older signature.
 
     An encrypted key is opened with the password in $DIFFBUILD_KEY_PASSWORD. Raises UsageError for the key, BundleError
     for the bundle, StoreError when the disk refuses.
@@ -86,17 +87,17 @@ def sign_bundle(path: str | Path, key: str | Path) -> Signature:
     bundle = read_bundle(Path(path))
     bundle.verify()
     manifest = _read(bundle.path / MANIFEST)
-    made = base64.b64encode(private.sign(manifest)).decode("ascii")
-    signature = Signature(fingerprint(private.public_key()), hashlib.sha256(manifest).hexdigest(), made)
+    encoded = base64.b64encode(private.sign(manifest)).decode("ascii")
+    signature = Signature(fingerprint(private.public_key()), hashlib.sha256(manifest).hexdigest(), encoded)
     text = json.dumps({"format": FORMAT, **asdict(signature)}, indent=1) + "\n"
     write_atomic(bundle.path / SIGNATURE, text.encode("ascii"))
     return signature
 
 
 def verify_bundle(path: str | Path, key: str | Path | None = None) -> Verdict:
-    """Compares every file with its size and sha256, then the signature with a public key.
+    """Compares every file with its size and sha256, then verifies the signature with a public key.
 
-    The key is `key`, else $DIFFBUILD_TRUST; without either the signature is only shown. What differs is in the verdict.
+    The key is `key`, else $DIFFBUILD_TRUST; without either the signature is only shown. Problems are in the verdict.
     Raises UsageError for the key and BundleError where there is no bundle.
     """
     folder = Path(path)
@@ -123,14 +124,14 @@ def verify_bundle(path: str | Path, key: str | Path | None = None) -> Verdict:
 def open_bundle(path: Path, *, verify: bool = True, trust: str | Path | None = None) -> Bundle:
     """Reads a bundle whose engines are about to run; `verify` compares its files with their digests.
 
-    Engines that are machine code are compared in any case. Raises BundleError, what `require_trusted` raises, and
+    Engines that are machine code are verified in any case. Raises BundleError, what `require_trusted` raises, and
     UsageError for a trusted key without `verify`.
     """
     return admit(read_bundle(path), verify=verify, trust=trust)
 
 
 def admit(bundle: Bundle, *, verify: bool = True, trust: str | Path | None = None) -> Bundle:
-    """`open_bundle` for a bundle that was read: the same one, vouched for. Raises what it raises."""
+    """`open_bundle` for a bundle that was read already; returns it with `vouched` set. Raises the same errors."""
     if require_trusted(bundle, trust) and not verify:
         raise UsageError(
             "a signature says nothing of files that are not compared",
@@ -146,9 +147,9 @@ def admit(bundle: Bundle, *, verify: bool = True, trust: str | Path | None = Non
 
 
 def require_trusted(bundle: Bundle, trust: str | Path | None = None) -> bool:
-    """Compares a bundle's signature with a public key, `trust` or $DIFFBUILD_TRUST; False when neither is given.
+    """Verifies a bundle's signature with a public key, `trust` or $DIFFBUILD_TRUST; False when neither is given.
 
-    To be called before any engine is opened, beside `Bundle.verify`: what is signed is the manifest. Raises
+    Call it before any engine is opened, beside `Bundle.verify`: only the manifest is signed. Raises
     SignatureError for a bundle that the key did not sign or, without a key, for one whose engines are machine code and
     that was not built here; UsageError for a file that is no such key.
     """
@@ -168,7 +169,7 @@ def require_trusted(bundle: Bundle, trust: str | Path | None = None) -> bool:
 
 
 def vouch(bundle: Bundle) -> None:
-    """For a bundle that was only read: what `open_bundle` asks of machine code. Raises what it raises."""
+    """The checks of `open_bundle` for engines of machine code, of a bundle that was read. Raises the same errors."""
     require_trusted(bundle)
     bundle.verify_engines()
 
@@ -180,7 +181,7 @@ def _trusted_key(path: str | Path | None) -> Ed25519PublicKey | None:
 
 
 def _require_signed(folder: Path, key: Ed25519PublicKey, digest: str | None = None) -> None:
-    """`digest` is that of the manifest that was read before and will be gone by."""
+    """SignatureError unless `key` signed the manifest; `digest` is that of the manifest that was read before."""
     signature, manifest = read_signature(folder), _read(folder / MANIFEST)
     if signature is None:
         got = "no signature"
@@ -200,7 +201,7 @@ def _require_signed(folder: Path, key: Ed25519PublicKey, digest: str | None = No
 
 
 def read_signature(folder: Path) -> Signature | None:
-    """What a bundle says of its signer, not compared with anything. SignatureError when it cannot be read."""
+    """A bundle's signature, not verified; None for an unsigned bundle. SignatureError when it cannot be read."""
     path = folder / SIGNATURE
     if not os.path.lexists(path):
         return None
@@ -244,9 +245,9 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
         got = type(key).__name__
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         if locked:
-            told = "a wrong password" if password else "no password"
+            got = "a wrong password" if password else "no password"
             hint = f"set {PASSWORD} in the environment"
-            raise UsageError("the private key is encrypted", where=path, got=told, hint=hint) from None
+            raise UsageError("the private key is encrypted", where=path, got=got, hint=hint) from None
         got = _kind(data) or error
     raise UsageError("not a private key", where=path, expected="an Ed25519 key in PEM form", got=got, hint=NEW_PRIVATE)
 
@@ -277,7 +278,7 @@ def _read_key(path: Path, hint: str) -> bytes:
 
 
 def _kind(data: bytes) -> str | None:
-    """What a PEM file says it is, None for one that is no PEM file at all."""
+    """The kind of object that a PEM file names; None for a file in another format."""
     if b"-----BEGIN " not in data:
         return "no PEM file"
     return data.split(b"-----BEGIN ")[1].partition(b"-----")[0].decode("ascii", "replace").lower()

@@ -82,10 +82,10 @@ class _Inserter:
         domain: str = "",
     ) -> ir.Value:
         node = ir.node(op, inputs, attributes, domain=domain)
-        made = node.outputs[0]
-        made.shape, made.type = ir.Shape(shape), ir.TensorType(self._dtype)
+        output = node.outputs[0]
+        output.shape, output.type = ir.Shape(shape), ir.TensorType(self._dtype)
         self._graph.insert_before(self._where, node)
-        return made
+        return output
 
     def reshape(self, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
         constant = ir.node("Constant", [], {"value": ir.tensor(list(shape), dtype=ir.DataType.INT64)})
@@ -144,8 +144,8 @@ def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
 
 def _transposed(value: ir.Value | None, perm: tuple[int, ...]) -> ir.Value | None:
     node = _producer(value, "Transpose")
-    found = node.attributes.get("perm") if node is not None else None
-    return node.inputs[0] if node is not None and found is not None and tuple(found.as_ints()) == perm else None
+    attribute = node.attributes.get("perm") if node is not None else None
+    return node.inputs[0] if node is not None and attribute is not None and tuple(attribute.as_ints()) == perm else None
 
 
 def _untransposed(value: ir.Value | None) -> ir.Value | None:

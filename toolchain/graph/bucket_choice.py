@@ -31,16 +31,16 @@ class BucketChoice:
             raise ExportError("too many buckets for one engine", expected=f"{MOST} or fewer", got=len(buckets))
         self.nodes: list[ir.Node] = []
         self.constants: list[ir.Value] = []
-        self._made: dict[Any, ir.Value] = {}
+        self._values: dict[Any, ir.Value] = {}
         # TensorRT takes no shape of uint8.
-        told = [(v, shapes) for v, shapes in zip(inputs, zip(*buckets, strict=True), strict=True) if v.dtype != UINT8]
+        usable = [(v, shapes) for v, shapes in zip(inputs, zip(*buckets, strict=True), strict=True) if v.dtype != UINT8]
         self._sizes = {
             sizes: (value, axis)
-            for value, shapes in told
+            for value, shapes in usable
             for axis, sizes in enumerate(zip(*shapes, strict=True))
             if len(set(sizes)) > 1
         }
-        self._number = self._count(told)
+        self._number = self._count(usable)
 
     def of(self, arrays: Sequence[NDArray[Any]]) -> ir.Value:
         """The constant of the bucket at hand. All have one dtype and one rank; ExportError otherwise."""
@@ -48,30 +48,30 @@ class BucketChoice:
         if len({(a.dtype, a.ndim) for a in arrays}) > 1:
             raise ExportError("the buckets cannot share an engine: constants of their graphs differ in type or rank")
         key = tuple((a.dtype, a.shape, a.tobytes()) for a in arrays)
-        if key not in self._made:
+        if key not in self._values:
             if len(set(key)) == 1:
-                self._made[key] = self._constant(first)
+                self._values[key] = self._constant(first)
             elif len({a.shape for a in arrays}) > 1:
-                self._made[key] = self._piece(arrays)
+                self._values[key] = self._piece(arrays)
             elif first.dtype == np.int64 and first.ndim == 1 and first.size <= RANK:
                 sizes = [self._size(numbers) for numbers in zip(*map(np.ndarray.tolist, arrays), strict=True)]
-                self._made[key] = self._node("Concat", sizes, axis=0)
+                self._values[key] = self._node("Concat", sizes, axis=0)
             else:
-                self._made[key] = self._gather(self._constant(np.stack(arrays)), self._number)
-        return self._made[key]
+                self._values[key] = self._gather(self._constant(np.stack(arrays)), self._number)
+        return self._values[key]
 
     def _size(self, numbers: tuple[int, ...]) -> ir.Value:
         """One number of a shape, int64 [1]: fixed, the size of an input, or looked up."""
-        if numbers not in self._made:
+        if numbers not in self._values:
             if len(set(numbers)) == 1:
-                made = self._constant(np.array(numbers[:1], np.int64))
+                size = self._constant(np.array(numbers[:1], np.int64))
             elif numbers in self._sizes:
                 value, axis = self._sizes[numbers]
-                made = self._gather(self._shape(value), self._constant(np.array([axis], np.int64)))
+                size = self._gather(self._shape(value), self._constant(np.array([axis], np.int64)))
             else:
-                made = self._gather(self._constant(np.array(numbers, np.int64)[:, None]), self._number)
-            self._made[numbers] = made
-        return self._made[numbers]
+                size = self._gather(self._constant(np.array(numbers, np.int64)[:, None]), self._number)
+            self._values[numbers] = size
+        return self._values[numbers]
 
     def _piece(self, arrays: Sequence[NDArray[Any]]) -> ir.Value:
         """Constants of several shapes, one after the other in one tensor."""
@@ -113,9 +113,9 @@ class BucketChoice:
 
     def _shape(self, value: ir.Value) -> ir.Value:
         key = ("shape", value.name)
-        if key not in self._made:
-            self._made[key] = self._node("Shape", [value])
-        return self._made[key]
+        if key not in self._values:
+            self._values[key] = self._node("Shape", [value])
+        return self._values[key]
 
     def _gather(self, table: ir.Value, index: ir.Value) -> ir.Value:
         return self._node("Gather", [table, index], axis=0)
@@ -126,15 +126,15 @@ class BucketChoice:
     def _constant(self, array: NDArray[Any]) -> ir.Value:
         tensor = ir.tensor(array, name=f"bucket_constant_{len(self.constants)}")
         kind = ir.TensorType(tensor.dtype)
-        made = ir.Value(name=tensor.name, shape=ir.Shape(array.shape), type=kind, const_value=tensor)
-        self.constants.append(made)
-        return made
+        constant = ir.Value(name=tensor.name, shape=ir.Shape(array.shape), type=kind, const_value=tensor)
+        self.constants.append(constant)
+        return constant
 
     def _node(self, op_type: str, inputs: Sequence[ir.Value], **attributes: int) -> ir.Value:
         name = f"bucket_{op_type}_{len(self.nodes)}"
-        made = ir.Value(name=f"{name}_output", type=inputs[0].type if op_type != "Shape" else INT64)
-        self.nodes.append(ir.node(op_type, inputs, attributes, outputs=[made], name=name))
-        return made
+        output = ir.Value(name=f"{name}_output", type=inputs[0].type if op_type != "Shape" else INT64)
+        self.nodes.append(ir.node(op_type, inputs, attributes, outputs=[output], name=name))
+        return output
 
 
 INT64, UINT8 = ir.TensorType(ir.DataType.INT64), ir.DataType.UINT8

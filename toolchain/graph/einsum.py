@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 
 def transpose_einsums(model: ir.Model) -> ir.Model:
-    """Changes the model, and returns it."""
+    """Replaces permuting Einsums in place; returns the model."""
     for node in list(model.graph):
         perm = _permutation(node) if node.op_type == "Einsum" and len(node.inputs) == 1 else None
         if perm is not None:

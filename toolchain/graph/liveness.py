@@ -1,6 +1,6 @@
-"""How many bytes the tensors between the nodes of a graph need at once, when the nodes run in a given order.
+"""Liveness analysis: peak bytes of the tensors between the nodes of a graph, when the nodes run in a given order.
 
-It is what an engine's planner does, ONNX Runtime's above all (allocation_planner.cc), so that buffers are counted:
+Buffers are reused as an engine's planner does, ONNX Runtime's above all (allocation_planner.cc):
 
 1. Inputs, outputs and weights are the caller's and are not counted, nor is a view (Reshape and its kin) of anything.
 2. A buffer lives from the node that fills it to the last node that reads what is in it.
@@ -36,7 +36,7 @@ IN_PLACE = {
 
 
 def facts(model: ir.Model) -> dict[str, Any]:
-    """Of an exported graph: bytes of its weights and, where every shape is known, of the tensors between its nodes."""
+    """Facts of an exported graph: bytes of its weights and, where all shapes are known, of its activations at peak."""
     weights = [v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None]
     try:
         activations: int | None = peak_bytes(list(model.graph), declared)
@@ -70,7 +70,7 @@ class _Buffer:
 
 
 def peak_bytes(nodes: Sequence[ir.Node], kind_of: Callable[[ir.Value], Kind]) -> int:
-    """The most bytes of tensors between these nodes that live at once. Raises what `kind_of` raises."""
+    """Peak bytes of the tensors that live between these nodes. Raises what `kind_of` raises."""
     births: Counter[int] = Counter()
     deaths: Counter[int] = Counter()
     for buffer in _buffers(nodes, kind_of):
@@ -81,12 +81,12 @@ def peak_bytes(nodes: Sequence[ir.Node], kind_of: Callable[[ir.Value], Kind]) ->
 
 
 def _buffers(nodes: Sequence[ir.Node], kind_of: Callable[[ir.Value], Kind]) -> list[_Buffer]:
-    """Every buffer that they need. A value that is missing in `place` is the caller's."""
-    place: dict[ir.Value, _Buffer] = {}
-    made: list[_Buffer] = []
+    """Every buffer that the nodes need. A value that is missing in `buffer_of` is the caller's."""
+    buffer_of: dict[ir.Value, _Buffer] = {}
+    buffers: list[_Buffer] = []
     free: list[_Buffer] = []  # the one freed last comes first, as its memory is still in a cache
     for index, node in enumerate(nodes):
-        inputs = [place.get(value) if value is not None else None for value in node.inputs]
+        inputs = [buffer_of.get(value) if value is not None else None for value in node.inputs]
         for value in node.outputs:
             if value.is_graph_output():
                 continue
@@ -97,9 +97,9 @@ def _buffers(nodes: Sequence[ir.Node], kind_of: Callable[[ir.Value], Kind]) -> l
                 buffer = _reused(node, inputs, kind, free)
                 if buffer is None:
                     buffer = _Buffer(kind, index)
-                    made.append(buffer)
+                    buffers.append(buffer)
             if buffer is not None:
-                place[value] = buffer
+                buffer_of[value] = buffer
                 buffer.reads += len(value.uses())
                 if not value.uses():
                     _release(buffer, index, free)
@@ -107,7 +107,7 @@ def _buffers(nodes: Sequence[ir.Node], kind_of: Callable[[ir.Value], Kind]) -> l
             if buffer is not None:
                 buffer.reads -= 1
                 _release(buffer, index, free)
-    return made
+    return buffers
 
 
 def _reused(node: ir.Node, inputs: list[_Buffer | None], kind: Kind, free: list[_Buffer]) -> _Buffer | None:
@@ -115,10 +115,10 @@ def _reused(node: ir.Node, inputs: list[_Buffer | None], kind: Kind, free: list[
         buffer = inputs[position] if position < len(inputs) else None
         if buffer is not None and buffer.reads == 1 and buffer.kind == kind:
             return buffer
-    found = next((buffer for buffer in free if buffer.kind == kind), None)
-    if found is not None:
-        free.remove(found)
-    return found
+    dead = next((buffer for buffer in free if buffer.kind == kind), None)
+    if dead is not None:
+        free.remove(dead)
+    return dead
 
 
 def _release(buffer: _Buffer, index: int, free: list[_Buffer]) -> None:

@@ -16,11 +16,11 @@ LATE = frozenset({"Conv", "ConvTranspose", "InstanceNormalization"})
 
 
 def allow_bfloat16(model: ir.Model) -> ir.Model:
-    """The model itself, or a copy of it under another opset."""
+    """The model itself, or a copy with a newer opset where its bfloat16 operators need one."""
     nodes = list(model.graph)
     inputs = [value for node in nodes if node.op_type in LATE for value in node.inputs if value is not None]
-    wanted = any(value.dtype is ir.DataType.BFLOAT16 for value in inputs)
-    if not wanted or model.opset_imports[""] >= OPSET or any(n.op_type == "GroupNormalization" for n in nodes):
+    needed = any(value.dtype is ir.DataType.BFLOAT16 for value in inputs)
+    if not needed or model.opset_imports[""] >= OPSET or any(n.op_type == "GroupNormalization" for n in nodes):
         return model
     model = model.clone()
     model.opset_imports[""] = OPSET

@@ -1,4 +1,4 @@
-"""What TensorRT's ONNX parser refuses, told before anything is built: on a machine without TensorRT, and by node.
+"""What TensorRT's ONNX parser refuses, found before anything is built: node by node, without TensorRT.
 
 The tables are in `parser_tables`. TensorRT for RTX has a parser of another line: where it was asked and takes more or
 less, the rule says so. Numbered as in the tests:
@@ -151,13 +151,13 @@ def _types(node: ir.Node, opset: int, version: Version) -> Iterator[str]:
 
 def _agreement(node: ir.Node, opset: int, version: Version) -> Iterator[str]:
     """10"""
-    found: dict[str, ir.Value] = {}
+    firsts: dict[str, ir.Value] = {}
     for index, value in enumerate(node.inputs):
         if value is None or value.dtype is None:
             continue
         if _rtx(version) and node.op_type in CONVERTED and index and _is_constant(value):
             continue
-        first = found.setdefault(_variable(node.op_type, opset, index), value)
+        first = firsts.setdefault(_variable(node.op_type, opset, index), value)
         if first.dtype is not value.dtype and first.dtype is not None:
             yield (
                 f"{first.name} is {_said(first.dtype)} and {value.name} is {_said(value.dtype)}: "
@@ -174,14 +174,14 @@ def _variable(op_type: str, opset: int, index: int) -> str:
     if op_type == "GridSample":
         return "T"  # ONNX lets input and grid differ, TensorRT does not
     formal = onnx.defs.get_schema(op_type, opset).inputs
-    place = formal[min(index, len(formal) - 1)]
-    return str(place.type_str) if place.is_homogeneous and "(" not in place.type_str else str(index)
+    parameter = formal[min(index, len(formal) - 1)]
+    return str(parameter.type_str) if parameter.is_homogeneous and "(" not in parameter.type_str else str(index)
 
 
 def _data(node: ir.Node) -> ir.DataType | None:
     """The type that an operator computes in."""
-    place = DATA_INPUT.get(node.op_type, 0)
-    value = node.inputs[place] if place < len(node.inputs) else None
+    position = DATA_INPUT.get(node.op_type, 0)
+    value = node.inputs[position] if position < len(node.inputs) else None
     if value is None or node.op_type in OUTPUTS_TYPED:
         value = node.outputs[0] if node.outputs else None
     return None if value is None else value.dtype
@@ -194,8 +194,8 @@ def _legal(op_type: str, opset: int, index: int, dtype: ir.DataType) -> bool:
 
     schema = onnx.defs.get_schema(op_type, opset)
     formal = schema.inputs if index >= 0 else schema.outputs
-    place = index if index >= 0 else -1 - index
-    kinds = formal[min(place, len(formal) - 1)].types
+    position = index if index >= 0 else -1 - index
+    kinds = formal[min(position, len(formal) - 1)].types
     return not kinds or f"tensor({dtype.name.lower()})" in kinds
 
 

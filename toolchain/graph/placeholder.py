@@ -14,6 +14,7 @@ def placeholder(name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Ext
 
 
 def is_weight(value: ir.Value | None) -> bool:
+    """Whether a value is a weight: an initializer without bytes."""
     return value is not None and isinstance(value.const_value, ir.ExternalTensor)
 
 

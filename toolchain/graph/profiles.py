@@ -1,4 +1,4 @@
-"""The graphs of several buckets -> one graph with dynamic shapes, which is each of them at that bucket's shapes.
+"""The graphs of several buckets -> one graph with dynamic shapes, equal to each of them at that bucket's shapes.
 
 An engine made of it has one optimization profile for each bucket, and all of them share one copy of the weights.
 
@@ -79,7 +79,7 @@ class _Merge:
         shapes = [{str(g.inputs[i].name): _shape(g.inputs[i]) for i in dynamic} for g in self._graphs]
         return ir.Model(graph, ir_version=first.ir_version, metadata_props={PROFILES: json.dumps(shapes)})
 
-    def _end(self, values: Values, made: ir.Value) -> ir.Value:
+    def _end(self, values: Values, end: ir.Value) -> ir.Value:
         """What stands for an input or an output, with names for the sizes that differ: the same for the same sizes."""
         first = values[0]
         if len({(v.name, v.dtype, len(_shape(v))) for v in values}) > 1:
@@ -88,9 +88,9 @@ class _Merge:
         for axis, size in enumerate(zip(*map(_shape, values), strict=True)):
             same = len(set(size)) == 1
             dims.append(size[0] if same else self._sizes.setdefault(size, f"{first.name}_{axis}"))
-        made.name, made.shape, made.type = first.name, ir.Shape(dims), first.type
-        self._known[values] = made
-        return made
+        end.name, end.shape, end.type = first.name, ir.Shape(dims), first.type
+        self._known[values] = end
+        return end
 
     def _columns(self, sides: Sequence[Sequence[ir.Value]], what: str) -> list[Values]:
         if len({len(side) for side in sides}) > 1:
@@ -154,10 +154,10 @@ class _Merge:
         self, like: ir.Node, inputs: Sequence[ir.Value | None], outputs: Sequence[Values], suffix: str = ""
     ) -> None:
         """`suffix` keeps names apart that come from another graph than the first."""
-        made = [ir.Value(name=f"{v.name}{suffix}", type=v.type) for v in like.outputs]
+        results = [ir.Value(name=f"{v.name}{suffix}", type=v.type) for v in like.outputs]
         name, attributes = f"{like.name}{suffix}", list(like.attributes.values())
-        self._nodes.append(ir.Node(like.domain, like.op_type, inputs, attributes, outputs=made, name=name))
-        self._known |= zip(outputs, made, strict=True)
+        self._nodes.append(ir.Node(like.domain, like.op_type, inputs, attributes, outputs=results, name=name))
+        self._known |= zip(outputs, results, strict=True)
 
     def _operand(self, values: Sequence[ir.Value | None], reader: ir.Node) -> ir.Value | None:
         there = tuple(value for value in values if value is not None)
@@ -174,9 +174,9 @@ class _Merge:
         first = values[0]
         if len({(v.name, v.dtype, _shape(v)) for v in values}) > 1 or not all(map(is_weight, values)):
             raise _differ([reader], "the inputs")
-        made = ir.Value(name=first.name, shape=first.shape, type=first.type, const_value=first.const_value)
-        self._known[values] = self._weights[str(first.name)] = made
-        return made
+        weight = ir.Value(name=first.name, shape=first.shape, type=first.type, const_value=first.const_value)
+        self._known[values] = self._weights[str(first.name)] = weight
+        return weight
 
 
 def _expand_nothing(node: ir.Node, shape: tuple[int, ...]) -> list[Any]:
@@ -214,12 +214,12 @@ def _constant(value: ir.Value | None) -> NDArray[Any] | None:
 
 def _attributes(node: ir.Node) -> tuple[Any, ...]:
     """What can be compared and hashed of a node's attributes."""
-    found: dict[str, Any] = {}
+    comparable: dict[str, Any] = {}
     for name, attribute in node.attributes.items():
         value = attribute.value
         tensor = isinstance(value, ir.TensorProtocol)
-        found[name] = (value.dtype, tuple(value.shape), value.numpy().tobytes()) if tensor else repr(value)
-    return (node.op_type, *sorted(found.items()))
+        comparable[name] = (value.dtype, tuple(value.shape), value.numpy().tobytes()) if tensor else repr(value)
+    return (node.op_type, *sorted(comparable.items()))
 
 
 def _differ(those: Sequence[ir.Node | ir.Value | None], what: str) -> ExportError:

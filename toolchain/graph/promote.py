@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 
 def promote_types(model: ir.Model) -> ir.Model:
-    """Changes the model, and returns it."""
+    """Inserts the missing Casts in place; returns the model."""
     opset = model.opset_imports[""]
     for node in list(model.graph):
         if node.domain or not node.outputs:

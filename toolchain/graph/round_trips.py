@@ -24,14 +24,14 @@ MOVES = frozenset(
 
 
 def drop_round_trips(model: ir.Model) -> ir.Model:
-    """Changes the model, whose values must have types, and returns it.
+    """Removes the round trips in place; the values must have types. Returns the model.
 
     For graphs with modules kept in float32: elsewhere, as in FLUX's rotary embedding, a model rounds by its own design.
     """
-    found: dict[ir.Value, ir.Value | None] = {}
+    origins: dict[ir.Value, ir.Value | None] = {}
     for node in list(model.graph):
         value = node.inputs[0] if _casts(node, ir.DataType.FLOAT) else None
-        wide = None if value is None or value.dtype not in LOW else _wide(value, found)
+        wide = None if value is None or value.dtype not in LOW else _wide(value, origins)
         if wide is not None:
             same = ir.node("Identity", [wide])
             same.outputs[0].shape, same.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
@@ -45,29 +45,29 @@ def _casts(node: ir.Node, *dtypes: ir.DataType) -> bool:
     return node.op_type == "Cast" and not node.domain and node.attributes["to"].as_int() in dtypes
 
 
-def _wide(value: ir.Value, found: dict[ir.Value, ir.Value | None]) -> ir.Value | None:
+def _wide(value: ir.Value, origins: dict[ir.Value, ir.Value | None]) -> ir.Value | None:
     """The float32 value that a narrow one was rounded from, moved likewise; None where there is none."""
-    if value not in found:
-        found[value] = None
+    if value not in origins:
+        origins[value] = None
         node = value.producer()
         if node is not None and _casts(node, *LOW):
             source = node.inputs[0]
-            found[value] = source if source is not None and source.dtype is ir.DataType.FLOAT else None
+            origins[value] = source if source is not None and source.dtype is ir.DataType.FLOAT else None
         elif node is not None and node.op_type in MOVES and not node.domain:
-            _move(node, found)
-    return found[value]
+            _move(node, origins)
+    return origins[value]
 
 
-def _move(node: ir.Node, found: dict[ir.Value, ir.Value | None]) -> None:
+def _move(node: ir.Node, origins: dict[ir.Value, ir.Value | None]) -> None:
     """The same node over float32, if all that it moves comes from there."""
     count = len(node.inputs) if node.op_type == "Concat" else 1
-    sources = [None if value is None else _wide(value, found) for value in node.inputs[:count]]
+    sources = [None if value is None else _wide(value, origins) for value in node.inputs[:count]]
     if None in sources:
         return
     # Without the name: the node itself stays, where somebody needs the narrow value.
     moved = ir.node(node.op_type, [*sources, *node.inputs[count:]], node.attributes, num_outputs=len(node.outputs))
     for narrow, wide in zip(node.outputs, moved.outputs, strict=True):
         wide.shape, wide.type = narrow.shape, ir.TensorType(ir.DataType.FLOAT)
-        found[narrow] = wide
+        origins[narrow] = wide
     assert node.graph is not None
     node.graph.insert_after(node, moved)

@@ -1,6 +1,6 @@
-"""Whether a graph is typed as ONNX has it: the inputs of every operator, and every shape that follows from others.
+"""Checks a graph against ONNX's typing rules: the inputs of every operator, and every inferred shape.
 
-What a backend would refuse late, and in words of its own, is told here by node, operator and types.
+What a backend would refuse later, in its own words, is reported here with node, operator and types.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ NODE = re.compile(r"\(op_type:\s*(?P<op>\w+)(?:, node name:\s*(?P<name>[^)]*))?\
 
 
 def check_types(model: ir.Model) -> None:
-    """Strict inference of types and shapes; weights are placeholders. Raises ExportError at the first fault."""
+    """Strict type and shape inference; weights are placeholders. ExportError for the first error."""
     import onnx
 
     try:
         onnx.shape_inference.infer_shapes(ir.to_proto(model), check_type=True, strict_mode=True, data_prop=True)
     except (onnx.shape_inference.InferenceError, ValueError) as error:
-        found = NODE.search(str(error))
+        match = NODE.search(str(error))
         where = f"{model.graph.name}, opset {model.opset_imports.get('')}"
-        nodes = [n for n in model.graph if found and (n.op_type, n.name or "") == (found["op"], found["name"] or "")]
+        nodes = [n for n in model.graph if match and (n.op_type, n.name or "") == (match["op"], match["name"] or "")]
         raise ExportError(
-            f"the graph breaks ONNX's rules of types and shapes: {found['why'] if found else error}",
+            f"the graph breaks ONNX's rules of types and shapes: {match['why'] if match else error}",
             where=f"{where}, {nodes[0].op_type} {nodes[0].name}" if nodes else where,
             got=_described(nodes[0]) if nodes else None,
             hint="no backend would take it; report it with what diffbuild doctor prints",

@@ -18,12 +18,12 @@ NARROW, WIDE = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
 
 def widen_operators(model: ir.Model) -> ir.Model:
-    """Changes the model, and returns it."""
+    """Inserts the Casts in place; returns the model."""
     for node in list(model.graph):
         values = (*node.inputs, *node.outputs)
         if not node.domain and node.op_type in NO_BFLOAT16 and any(v is not None and v.dtype is NARROW for v in values):
-            made, outputs = _widened(node)
-            ir.convenience.replace_nodes_and_values(model.graph, node, [node], made, node.outputs, outputs)
+            nodes, outputs = _widened(node)
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], nodes, node.outputs, outputs)
     return model
 
 

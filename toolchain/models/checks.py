@@ -112,23 +112,23 @@ def check_t5(source: ModelSource, folder: str, network: str, recipe: Recipe, mos
         require_vocabulary(source.path / tokenizer, t5=True, generic=source.class_of(tokenizer) == GENERIC)
         if (source.path / tokenizer / "tokenizer_config.json").is_file():
             require_right(source.path / tokenizer, source.config(tokenizer))
-    own = recipe.component(folder)
-    if own.tokens > most_tokens:
+    encoder = recipe.component(folder)
+    if encoder.tokens > most_tokens:
         raise RecipeError(
             "the model takes no prompts of this length",
             where=f"{recipe.name}: components.{folder}.tokens",
             expected=f"at most {most_tokens}",
-            got=own.tokens,
+            got=encoder.tokens,
         )
     last = f"encoder.block.{layers - 1}.layer.1.DenseReluDense.wo"
     parents = [last[:i] for i, c in enumerate(f"{last}.") if c == "."]
-    kept = any(fnmatch.fnmatchcase(name, pattern) for name in parents for pattern in own.keep_float32)
-    if own.dtype == "float16" and not kept:
+    kept = any(fnmatch.fnmatchcase(name, pattern) for name in parents for pattern in encoder.keep_float32)
+    if encoder.dtype == "float16" and not kept:
         raise RecipeError(
             "T5 overflows in float16: the sum over its blocks would be infinite",
             where=f"{recipe.name}: components.{folder}",
             expected=f'keep_float32 = ["{T5_WIDE}"], which transformers does by itself, or dtype = "bfloat16"',
-            got=f'dtype = "float16", keep_float32 = {list(own.keep_float32)}',
+            got=f'dtype = "float16", keep_float32 = {list(encoder.keep_float32)}',
         )
 
 

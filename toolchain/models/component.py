@@ -1,4 +1,4 @@
-"""What is compiled, as data: components with their inputs and outputs, and the family that they make up."""
+"""Components (what is compiled) and families (the kinds of model that they make up), as data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Component:
     """One compiled part of a model.
 
-    folder      subfolder of the diffusers model that holds its config.json and weights
+    folder      subfolder of the diffusers model with its config.json and weights
     prefix      attribute path of the checkpoint's module inside the exported wrapper, with a trailing dot
     per_bucket  False where the graph is the same for every bucket (text encoders run one prompt at a time)
     spec        (source, bucket, recipe) -> signature
@@ -47,15 +47,15 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A kind of model: its components in the order in which a picture passes through them.
+    """A kind of model: its components, in the order in which a picture passes through them.
 
-    pipeline   the diffusers pipeline class that draws as this family does
-    others     its classes over the same networks, which leave their own names in a model's folder when they save it
-    check      (source, recipe) -> raises ModelError for what this family does not cover and RecipeError for what the
-               recipe cannot ask of this model, before any long work
-    settings   (source) -> what the runtime must know of the model
-    checker    what looks at finished pictures, compiled only where the recipe asks for it
-    inversion  whether its pipeline writes the other vectors of a textual inversion behind its first token
+    pipeline   the diffusers pipeline class that this family reproduces
+    others     diffusers' other pipeline classes over the same networks, whose names a saved model may carry
+    check      (source, recipe) -> ModelError for a model that this family does not cover, RecipeError for a recipe that
+               does not fit the model, before any long work
+    settings   (source) -> the settings of the model that the runtime needs
+    checker    the safety checker, compiled only where the recipe asks for it
+    inversion  whether the pipeline expands the first token of a textual inversion to all of its vectors
     """
 
     name: str
@@ -72,9 +72,10 @@ class Family:
         return self.components if self.checker is None else (*self.components, self.checker)
 
     def component(self, name: str) -> Component:
+        """The component of that name, the safety checker included; it must exist."""
         return next(c for c in self._all if c.name == name)
 
     def parts(self, recipe: Recipe) -> tuple[Component, ...]:
-        """The components that are compiled for the recipe."""
-        wanted = self._all if recipe.safety.checker else self.components
-        return tuple(c for c in wanted if c.name not in recipe.without)
+        """The components that a recipe compiles, in order."""
+        compiled = self._all if recipe.safety.checker else self.components
+        return tuple(c for c in compiled if c.name not in recipe.without)

@@ -56,8 +56,8 @@ def _narrow_buffers(module: nn.Module, low: torch.dtype) -> None:
     persistent = module.state_dict(keep_vars=True).keys()
     for name, buffer in list(module.named_buffers()):
         if name in persistent and buffer.is_floating_point():
-            owner, _, own = name.rpartition(".")
-            module.get_submodule(owner)._buffers[own] = buffer.to(low)
+            parent, _, attribute = name.rpartition(".")
+            module.get_submodule(parent)._buffers[attribute] = buffer.to(low)
 
 
 def _keep_float32(module: nn.Module, low: torch.dtype, out: torch.dtype) -> None:

@@ -24,7 +24,7 @@ HEAD_SIZE = 128
 
 
 def check(source: ModelSource, recipe: Recipe) -> None:
-    """Refuses what the step graph does not cover, from the configs alone."""
+    """Checks the configs. ModelError for what the graphs do not cover, RecipeError where the recipe does not fit."""
     checks.check_classes(source, CLASSES)
     latent_channels = source.setting("vae", "latent_channels")
     checks.check_vae(source, vae.shifted)
@@ -65,6 +65,7 @@ def check_transformer(source: ModelSource) -> None:
 
 
 def settings(source: ModelSource) -> ModelSettings:
+    """The settings of the model that the runtime needs."""
     factor = vae.vae_factor(source)
     return ModelSettings(
         scheduler=source.config("scheduler"),

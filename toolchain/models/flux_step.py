@@ -41,6 +41,7 @@ class FluxStep(nn.Module):
         pooled: Tensor,
         true_cfg: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """One evaluation: the next state [D, B, C, h, w] float32 and the next step [1] int64."""
         row, latents, time = begin(state, step, timesteps, table, self.guided, self.dtype)
         rows, _, height, width = latents.shape
         text, image = context.shape[1], height // 2 * (width // 2)

@@ -65,7 +65,7 @@ def _from_hub(repository: str, revision: str | None, weights: bool, safety: bool
     if constants.is_offline_mode():
         return _from_cache(repository, revision, None)
     try:
-        found = HfApi().model_info(repository, revision=revision)
+        info = HfApi().model_info(repository, revision=revision)
     except HFValidationError as error:
         raise _not_an_id(repository, error) from None
     except RevisionNotFoundError:
@@ -83,8 +83,8 @@ def _from_hub(repository: str, revision: str | None, weights: bool, safety: bool
         message = "the hub cannot be reached (%s); using the copy of %s on this machine, commit %s"
         log.warning(message, first_line(error), repository, source.revision)
         return source
-    commit = found.sha
-    files = select_files([f.rfilename for f in found.siblings or []], weights, safety)
+    commit = info.sha
+    files = select_files([f.rfilename for f in info.siblings or []], weights, safety)
     try:
         folder = Path(snapshot_download(repository, revision=commit, allow_patterns=files))
     except RepositoryNotFoundError:  # gated: everyone may look it up

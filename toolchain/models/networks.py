@@ -17,8 +17,10 @@ def make_network(source: ModelSource, folder: str, cls: str, recipe: Recipe, com
 
     from toolchain.models.construct import construct
 
-    config, own = source.config(folder), recipe.component(component)
-    return construct(lambda: getattr(diffusers, cls).from_config(config), own.dtype, own.keep_float32, component)
+    config, precision = source.config(folder), recipe.component(component)
+    return construct(
+        lambda: getattr(diffusers, cls).from_config(config), precision.dtype, precision.keep_float32, component
+    )
 
 
 def load_network(source: ModelSource, folder: str, cls: str) -> nn.Module:

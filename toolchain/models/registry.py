@@ -45,15 +45,15 @@ def named_family(name: str) -> Family:
 
 def family_of(source: ModelSource, recipe: Recipe) -> Family:
     """The family that a recipe names, after checking that the model is of it. Raises ModelError and RecipeError."""
-    found, family = family_for(source), named_family(recipe.family)
+    detected, family = family_for(source), named_family(recipe.family)
     pipeline = str(source.index["_class_name"])
-    if found is not family:
+    if detected is not family:
         raise ModelError(
             "the recipe is for another family than the model",
             where=source.path / "model_index.json",
             expected=f"a model of family {family.name} ({family.pipeline})",
-            got=f"{pipeline}, family {found.name}",
-            hint=f"use a recipe with family = {found.name!r}",
+            got=f"{pipeline}, family {detected.name}",
+            hint=f"use a recipe with family = {detected.name!r}",
         )
     family.check(source, recipe)
     if pipeline != family.pipeline:
@@ -63,5 +63,5 @@ def family_of(source: ModelSource, recipe: Recipe) -> Family:
 
 @cache
 def _say_that_it_is_ordinary(model: str, pipeline: str, base: str) -> None:
-    """Once for a model: a command plans more than once."""
+    """Logs once per model that a variant of the pipeline is compiled as the ordinary one."""
     log.warning("%s was saved by %s over ordinary networks: it is compiled as a %s", model, pipeline, base)

@@ -35,7 +35,7 @@ COMPILED, LEFT_OUT = "compiled", "left out"
 
 
 def state(source: ModelSource, recipe: Recipe) -> str | None:
-    """What becomes of the model's safety checker; None for a model that neither has nor requires one."""
+    """COMPILED or LEFT_OUT; None for a model that neither has nor requires a safety checker."""
     if recipe.safety.checker:
         return COMPILED
     has = source.index.get(CHECKER) not in (None, [None, None])
@@ -43,7 +43,7 @@ def state(source: ModelSource, recipe: Recipe) -> str | None:
 
 
 def extracted(source: ModelSource) -> SafetyInput:
-    """How a picture becomes what the checker looks at. ModelError for another way than CLIP's."""
+    """The preprocessing that the model's feature extractor asks for. ModelError where it is not CLIP's."""
     config, where = source.config(EXTRACTOR), source.path / EXTRACTOR / "preprocessor_config.json"
     size, crop = config.get("size", SIDE), config.get("crop_size", SIDE)
     resize = size.get("shortest_edge") if isinstance(size, dict) else size
@@ -83,11 +83,11 @@ def _module(source: ModelSource, recipe: Recipe) -> nn.Module:
     from toolchain.models.construct import construct
     from toolchain.models.safety_module import SafetyChecker
 
-    own = recipe.component(CHECKER)
+    precision = recipe.component(CHECKER)
     config = _config(source)
-    config.vision_config.dtype = own.dtype
-    checker = construct(lambda: StableDiffusionSafetyChecker(config), own.dtype, own.keep_float32, CHECKER)
-    return SafetyChecker(checker, own.dtype)
+    config.vision_config.dtype = precision.dtype
+    checker = construct(lambda: StableDiffusionSafetyChecker(config), precision.dtype, precision.keep_float32, CHECKER)
+    return SafetyChecker(checker, precision.dtype)
 
 
 def _reference(source: ModelSource, recipe: Recipe) -> nn.Module:
@@ -100,7 +100,7 @@ def _reference(source: ModelSource, recipe: Recipe) -> nn.Module:
 
 
 def safety_checker() -> Component:
-    """What a CLIP image processor made of a picture [1, 3, S, S] -> scores [1, 17], above 0 for what is unsafe, and
+    """The checker: a picture preprocessed for CLIP [1, 3, S, S] -> scores [1, 17], above 0 for what is unsafe, and
     `flagged` [1] int64: 1 where any is, rounded as diffusers does."""
     return Component(
         name=CHECKER,

@@ -24,6 +24,7 @@ class SafetyChecker(nn.Module):
         self.dtype: torch.dtype = getattr(torch, dtype)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [1, 17] float32, above 0 for what is unsafe, and flagged [1] int64: 1 where any score is."""
         checker: Any = self.checker
         embeddings: Any = checker.get_submodule(self.embeddings)
         # Set here, because the model's own are a buffer outside the checkpoint, which has no values under fake tensors.

@@ -19,7 +19,7 @@ CLASSES = {
 
 
 def check(source: ModelSource, recipe: Recipe) -> None:
-    """Refuses what the step graph does not cover, from the configs alone."""
+    """Checks the configs. ModelError for what the graphs do not cover, RecipeError where the recipe does not fit."""
     checks.check_classes(source, CLASSES)
     latent_channels = source.setting("vae", "latent_channels")
     checks.check_vae(source, vae.scaled)
@@ -33,6 +33,7 @@ def check(source: ModelSource, recipe: Recipe) -> None:
 
 
 def settings(source: ModelSource) -> ModelSettings:
+    """The settings of the model that the runtime needs."""
     factor = vae.vae_factor(source)
     return ModelSettings(
         scheduler=scheduler_config(source),

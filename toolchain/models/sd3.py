@@ -32,7 +32,7 @@ HEAD_SIZE = 64
 
 
 def check(source: ModelSource, recipe: Recipe) -> None:
-    """Refuses what the graphs do not cover, from the configs alone."""
+    """Checks the configs. ModelError for what the graphs do not cover, RecipeError where the recipe does not fit."""
     _check_t5_is_there(source, recipe)
     checks.check_classes(source, CLASSES if T5 in recipe.without else CLASSES | T5_CLASSES)
     latent_channels = source.setting("vae", "latent_channels")
@@ -118,6 +118,7 @@ def _patch_size(source: ModelSource) -> int:
 
 
 def settings(source: ModelSource) -> ModelSettings:
+    """The settings of the model that the runtime needs."""
     factor = vae.vae_factor(source)
     token = factor * _patch_size(source)
     return ModelSettings(

@@ -37,6 +37,7 @@ class SD3Step(nn.Module):
         pooled_2: Tensor,
         context_3: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """One evaluation: the next state [D, B, C, h, w] float32 and the next step [1] int64."""
         row, latents, time = begin(state, step, timesteps, table, self.guided, self.dtype)
         joined = self.join(context, context_2, context_3).to(self.dtype)
         projections = torch.cat([pooled, pooled_2], dim=-1).to(self.dtype)

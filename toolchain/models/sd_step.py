@@ -28,6 +28,7 @@ class UNetStep(nn.Module):
         guidance_rescale: Tensor,
         context: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        """One evaluation: the next state [D, B, C, h, w] float32 and the next step [1] int64."""
         row, latents, time = begin(state, step, timesteps, table, self.guided, self.dtype)
         output = self.unet(latents, time, context.to(self.dtype), return_dict=False)[0]
         output = guide_unet(output, self.guided, guidance, guidance_rescale)

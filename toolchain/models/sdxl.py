@@ -25,7 +25,7 @@ FOREIGN_SETTINGS = {key: why for key, why in checks.FOREIGN_UNET_SETTINGS.items(
 
 
 def check(source: ModelSource, recipe: Recipe) -> None:
-    """Refuses what the graphs do not cover, from the configs alone."""
+    """Checks the configs. ModelError for what the graphs do not cover, RecipeError where the recipe does not fit."""
     _refuse_refiner(source)
     checks.check_classes(source, CLASSES)
     latent_channels = source.setting("vae", "latent_channels")
@@ -82,18 +82,19 @@ def _check_vae(source: ModelSource, recipe: Recipe) -> None:
     if not config.get("force_upcast", True):
         return
     for part in ("vae_decoder", "vae_encoder"):
-        own = recipe.component(part)
-        if part not in recipe.without and own.dtype == "float16" and not own.keep_float32:
+        half = recipe.component(part)
+        if part not in recipe.without and half.dtype == "float16" and not half.keep_float32:
             raise RecipeError(
                 "the model's VAE overflows in float16: its pictures would be black",
                 where=f"{recipe.name}: components.{part}.dtype",
                 expected=f'"float32" or "bfloat16", because of force_upcast = true in {where}',
-                got=own.dtype,
+                got=half.dtype,
                 hint="a VAE that was trained for float16 says force_upcast = false",
             )
 
 
 def settings(source: ModelSource) -> ModelSettings:
+    """The settings of the model that the runtime needs."""
     factor = vae.vae_factor(source)
     layers = min(clip_layers(source, folder) for folder in ENCODERS)
     return ModelSettings(

@@ -31,6 +31,7 @@ class SDXLStep(nn.Module):
         pooled: Tensor,
         time_ids: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        """One evaluation: the next state [D, B, C, h, w] float32 and the next step [1] int64."""
         row, latents, time = begin(state, step, timesteps, table, self.guided, self.dtype)
         joined = torch.cat([context, context_2], dim=-1).to(self.dtype)
         # The sizes stay in float32, where a side of more than 2048 pixels is exact; the UNet casts

@@ -17,7 +17,7 @@ INCOMPLETE = "a network of which it lacks tensors"
 
 
 def repository_of(checkpoint: Path) -> str:
-    """The hub repository whose configs diffusers takes for a checkpoint: names and shapes of its tensors tell."""
+    """The hub repository whose configs diffusers takes for a checkpoint, by the names and shapes of its tensors."""
     from diffusers.loaders.single_file_utils import fetch_diffusers_config
 
     shapes = {key: SimpleNamespace(shape=ref.shape) for key, ref in read_header(checkpoint).items()}
@@ -35,11 +35,11 @@ def convert(checkpoint: Path, config: ModelSource, pipeline: str, out: Path) -> 
 
     try:
         with quiet_libraries():
-            made = getattr(diffusers, pipeline).from_single_file(
+            converted = getattr(diffusers, pipeline).from_single_file(
                 str(checkpoint), config=str(config.path), local_files_only=True
             )
-            _require_whole(made.components)
-            made.save_pretrained(out)
+            _require_whole(converted.components)
+            converted.save_pretrained(out)
     except Exception as error:  # the converter looks up keys and shapes, and raises whatever that raises
         raise ModelError(
             f"diffusers cannot make a {pipeline} of the single file",
@@ -52,7 +52,7 @@ def convert(checkpoint: Path, config: ModelSource, pipeline: str, out: Path) -> 
 
 
 def _require_whole(components: Mapping[str, Any]) -> None:
-    """ValueError for a network of which the converter found a part alone: it leaves the rest without values."""
+    """ValueError for a network that the checkpoint holds in part: the converter leaves the rest without values."""
     for name, part in components.items():
         if not hasattr(part, "named_parameters"):
             continue

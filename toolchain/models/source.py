@@ -30,17 +30,17 @@ class ModelSource:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """model_index.json."""
+        """The content of model_index.json."""
         return self._json(self.path / "model_index.json")
 
     def config(self, folder: str) -> dict[str, Any]:
-        """The config of one component, of a whole CLIPModel that of its text encoder: what the libraries make of it."""
+        """The config of one component as the libraries read it: of a whole CLIPModel, that of its text encoder."""
         config = self.config_file(folder)
         nested = config.get("text_config") if folder.startswith("text_encoder") else None
         return CLIP_DEFAULTS | nested if isinstance(nested, dict) else config
 
     def config_file(self, folder: str) -> dict[str, Any]:
-        """All that the file says; the scheduler's and the tokenizer's have names of their own.
+        """The whole config file of a component, scheduler, tokenizer or feature extractor. ModelError.
 
         The scheduler's class is the one in model_index.json, as in diffusers, whatever its own file says.
         """
@@ -59,12 +59,13 @@ class ModelSource:
         return config[key]
 
     def variant(self, folder: str) -> str | None:
-        """ "fp16" or the like where a component has no other weights: diffusers and transformers must be told."""
+        """The variant of a component's weights, such as "fp16", where there is only that one; else None."""
         names = (path.name for path in (self.path / folder).glob("*.safetensors"))
         variants = {match["variant"] for match in map(WEIGHTS.fullmatch, names) if match}
         return variants.pop() if len(variants) == 1 else None
 
     def has_weights(self, folder: str) -> bool:
+        """Whether a component's folder holds any safetensors file."""
         return any((self.path / folder).glob("*.safetensors"))
 
     def class_of(self, folder: str) -> str:

@@ -42,15 +42,15 @@ def advance(row: Row, state: Tensor, output: Tensor, noise: Tensor) -> Tensor:
     flat = row.a @ state.reshape(state.shape[0], -1)
     flat = flat + row.b[:, None] * output.float().reshape(1, -1) + row.c[:, None] * noise.reshape(1, -1)
     if row.clamp is not None:
-        own, out, limit, into = row.clamp
-        estimate = own * state[0].reshape(1, -1) + out * output.float().reshape(1, -1)
+        u, v, limit, w = row.clamp
+        estimate = u * state[0].reshape(1, -1) + v * output.float().reshape(1, -1)
         # Maximum and minimum, because TensorRT's clamp takes its bounds as constants.
-        flat = flat + into[:, None] * torch.minimum(torch.maximum(estimate, -limit), limit)
+        flat = flat + w[:, None] * torch.minimum(torch.maximum(estimate, -limit), limit)
     return flat.reshape(state.shape)
 
 
 class Evaluation(NamedTuple):
-    """What the network is given: latents [B, ...] or, guided, [2B, ...] in its dtype; time [B] or [2B] float32."""
+    """The inputs of the network: latents [B, ...] or, guided, [2B, ...] in its dtype; time [B] or [2B] float32."""
 
     row: Row
     latents: Tensor
@@ -60,7 +60,7 @@ class Evaluation(NamedTuple):
 def begin(
     state: Tensor, step: Tensor, timesteps: Tensor, table: Tensor, guided: bool, dtype: torch.dtype
 ) -> Evaluation:
-    """The step until the network: the sample scaled, and doubled for classifier-free guidance."""
+    """The step before the network: scales the sample, and doubles the batch for classifier-free guidance."""
     row = table_row(table, step)
     latents = (state[0] * row.scale).to(dtype)
     if guided:
@@ -69,7 +69,7 @@ def begin(
 
 
 def finish(row: Row, state: Tensor, step: Tensor, output: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The step after the network and its guidance: the next state and the next step."""
+    """The step after the network and its guidance: the next state and step."""
     return advance(row, state, output, noise), step + 1
 
 
@@ -88,12 +88,12 @@ def rescale(output: Tensor, guided: Tensor, share: Tensor) -> Tensor:
 
 
 def guide_unet(output: Tensor, guided: bool, guidance: Tensor, guidance_rescale: Tensor) -> Tensor:
-    """What UNet families make of the network's output: guided and rescaled where the batch is doubled; in float32."""
+    """Guidance of the UNet families in float32: guides and rescales a doubled batch, returns the output otherwise."""
     if guided:
         return rescale(output, guide(output, guidance), guidance_rescale)
     return output.float() + unused(guidance, guidance_rescale)
 
 
 def unused(*inputs: Tensor) -> Tensor:
-    """Zero, made of the inputs that a graph has only so that every graph of its family has the same signature."""
+    """Zero, computed from inputs that a graph has only for the signature that all graphs of its family share."""
     return 0 * torch.stack([x.float().sum() for x in inputs]).sum()

@@ -71,12 +71,14 @@ def clip_text_encoder(
 
         from toolchain.models.construct import construct
 
-        own = recipe.component(folder)
+        precision = recipe.component(folder)
         # The model with projection builds its inner model in the config's dtype, whatever the default is.
         decided = ("dtype", "torch_dtype", "attn_implementation", "_attn_implementation")
         given = {key: value for key, value in source.config(folder).items() if key not in decided}
-        config = transformers.CLIPTextConfig(**given | OWN_OPTIONS | {"dtype": own.dtype})
-        return wrap(construct(lambda: getattr(transformers, cls)(config), own.dtype, own.keep_float32, folder))
+        config = transformers.CLIPTextConfig(**given | OWN_OPTIONS | {"dtype": precision.dtype})
+        return wrap(
+            construct(lambda: getattr(transformers, cls)(config), precision.dtype, precision.keep_float32, folder)
+        )
 
     def reference(source: ModelSource, recipe: Recipe) -> nn.Module:
         import transformers
@@ -107,8 +109,8 @@ def t5_text_encoder(folder: str, *, context: str, tokens: int, optional: bool) -
         from toolchain.models.text_module import T5TextEncoder
 
         config = T5Config(**source.config(folder))
-        own = recipe.component(folder)
-        return T5TextEncoder(construct(lambda: T5EncoderModel(config), own.dtype, own.keep_float32, folder))
+        precision = recipe.component(folder)
+        return T5TextEncoder(construct(lambda: T5EncoderModel(config), precision.dtype, precision.keep_float32, folder))
 
     def reference(source: ModelSource, recipe: Recipe) -> nn.Module:
         from transformers import T5EncoderModel

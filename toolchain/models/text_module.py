@@ -27,6 +27,7 @@ class ClipTextEncoder(nn.Module):
     def forward(
         self, ids: Tensor, clip_skip: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """The hidden state, the pooled output, or both."""
         # Given here, because the model's own are a buffer, which has no values under fake tensors.
         positions = torch.arange(ids.shape[1])[None]
         output = self.text(
@@ -59,5 +60,6 @@ class T5TextEncoder(nn.Module):
         self.text = text
 
     def forward(self, ids: Tensor) -> Tensor:
+        """The last hidden state."""
         hidden: Tensor = self.text(ids)[0]
         return hidden.float()

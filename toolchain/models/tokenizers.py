@@ -1,4 +1,4 @@
-"""Tokenizers for the bundle: read with transformers, written for the runtime, which has only `tokenizers`."""
+"""Tokenizers of a bundle: read with transformers, written for the runtime, which has `tokenizers` alone."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def require_right(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def _vectors(added: Collection[str]) -> dict[str, str]:
     """Added token -> the text that diffusers puts in its place, `TextualInversionLoaderMixin.maybe_convert_prompt`."""
-    found = {}
+    expansions = {}
     for token in added:
         numbered = (f"{token}_{i}" for i in itertools.count(1))
         others = list(itertools.takewhile(added.__contains__, numbered))
         if others:
-            found[token] = " ".join([token, *others])
-    return found
+            expansions[token] = " ".join([token, *others])
+    return expansions
 
 
 def _require_repeatable(folder: Path, tokenizer: Any, settings: dict[str, Any]) -> None:
@@ -87,14 +87,14 @@ def _require_repeatable(folder: Path, tokenizer: Any, settings: dict[str, Any]) 
 
 
 def require_vocabulary(folder: Path, *, t5: bool, generic: bool) -> None:
-    """ModelError without it: transformers makes a tokenizer of two words then, and says nothing."""
-    wanted = set() if generic else {"spiece.model"} if t5 else {"vocab.json", "merges.txt"}
-    held = {name for name in (*wanted, "tokenizer.json") if (folder / name).is_file()}
-    if "tokenizer.json" not in held and (generic or held != wanted):
+    """ModelError for a missing vocabulary, without which transformers silently makes a tokenizer of two words."""
+    needed = set() if generic else {"spiece.model"} if t5 else {"vocab.json", "merges.txt"}
+    held = {name for name in (*needed, "tokenizer.json") if (folder / name).is_file()}
+    if "tokenizer.json" not in held and (generic or held != needed):
         raise ModelError(
             "the tokenizer is incomplete",
             where=folder,
-            expected=", or ".join(filter(None, [" and ".join(sorted(wanted, reverse=True)), "tokenizer.json"])),
+            expected=", or ".join(filter(None, [" and ".join(sorted(needed, reverse=True)), "tokenizer.json"])),
             got=", ".join(sorted(held)) or "none of them",
             hint="download the model again",
         )

@@ -35,6 +35,7 @@ class VaeEncoder(nn.Module):
         self.dtype: torch.dtype = getattr(torch, dtype)
 
     def forward(self, pixels: Tensor, noise: Tensor, start_noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+        """The noised latents."""
         image = (2 * (pixels.float() / 255) - 1).permute(0, 3, 1, 2)
         posterior = self.vae.encode(image.to(self.dtype), return_dict=False)[0]  # type: ignore[operator]
         sample: Tensor = posterior.mean.float() + posterior.std.float() * noise
@@ -53,6 +54,7 @@ class VaeDecoder(nn.Module):
         self.dtype: torch.dtype = getattr(torch, dtype)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels as uint8, and as float32 before rounding."""
         latents = latents / per_channel(self.scaling_factor) + per_channel(self.shift_factor)
         decoded: Tensor = self.vae.decode(latents.to(self.dtype), return_dict=False)[0]  # type: ignore[operator]
         image = (decoded.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)

@@ -41,6 +41,7 @@ BUCKET_SETS = {
 
 
 def bucket_problem(text: str) -> str | None:
+    """Why `text` is not a bucket; None where it is one."""
     if not re.fullmatch(r"-?[0-9]{1,9}x-?[0-9]{1,9}x-?[0-9]{1,9}", text):
         return "not a bucket"
     batch, height, width = sizes = tuple(map(int, text.split("x")))

@@ -45,10 +45,10 @@ def parse_recipe(text: str, name: str, where: str) -> Recipe:
 
 
 def _nearby(path: Path) -> str:
-    """What may have been meant: the files where it was looked for, or a shipped recipe."""
+    """A hint: the recipes in the folder that was searched, and the nearest shipped one."""
     folder = path if path.is_dir() else path.parent
-    places = [p for p in (folder, folder / "recipes") if p.is_dir() and p.resolve() != shipped.folder()]
-    found = [str(f) for place in places for f in sorted(place.glob("*.toml")) if f.name != "pyproject.toml"]
-    listed = [f"recipes nearby: {', '.join(found[:20])}"] if found else []
+    folders = [p for p in (folder, folder / "recipes") if p.is_dir() and p.resolve() != shipped.folder()]
+    files = [str(file) for p in folders for file in sorted(p.glob("*.toml")) if file.name != "pyproject.toml"]
+    listed = [f"recipes nearby: {', '.join(files[:20])}"] if files else []
     listed.append(f"diffbuild recipes lists those that come with it{nearest(path.stem, shipped.names())}")
     return "; ".join(listed)

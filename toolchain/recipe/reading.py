@@ -167,6 +167,7 @@ def _join(path: str, key: str) -> str:
 
 
 def nearest(name: str, known: Any) -> str:
+    """ ", did you mean ...?" with the most similar of the `known` names; empty where none is similar."""
     import difflib  # here, because a right recipe has no use for it
 
     close = difflib.get_close_matches(name, known, n=1)

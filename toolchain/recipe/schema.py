@@ -67,9 +67,9 @@ class Sampling:
         counts: dict[int, bool] = {}
         for entry in self.step_counts:
             counts |= {steps: counts.get(steps, False) or type(entry) is int for steps in step_range(entry)}
-        found = {scheduler: dict(counts) for scheduler in (self.scheduler, *self.schedulers)}
-        found[self.scheduler][self.steps] = True
-        return found
+        tables = {scheduler: dict(counts) for scheduler in (self.scheduler, *self.schedulers)}
+        tables[self.scheduler][self.steps] = True
+        return tables
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Recipe:
         """Whether anything is computed in less than float32: a component's type, or products in TF32."""
         options = getattr(self, self.backend, None)  # whether the name is a backend's is checked elsewhere
         tf32: bool = getattr(options, "tf32", False)
-        return tf32 or any(own.dtype != "float32" for own in self.components.values())
+        return tf32 or any(component.dtype != "float32" for component in self.components.values())
 
     @property
     def picture_limits(self) -> dict[str, float]:

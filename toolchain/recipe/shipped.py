@@ -1,6 +1,6 @@
 """The recipes that come with diffbuild, by name.
 
-A clone has them in `recipes/` beside this package, a wheel in it: `pyproject.toml` maps the one to the other.
+In a clone they lie in `recipes/` beside this package, in a wheel inside it: `pyproject.toml` maps one to the other.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from pathlib import Path
 
 
 def folder() -> Path:
+    """The folder of the recipes' TOML files."""
     here = Path(__file__).parents[1]
     installed = here / "recipes"
     return installed if installed.is_dir() else here.parent / "recipes"
 
 
 def names() -> list[str]:
+    """The names of the shipped recipes, sorted."""
     return sorted(path.stem for path in folder().glob("*.toml"))
 
 
@@ -26,7 +28,7 @@ def find(recipe: Path) -> Path:
 
 
 def about(name: str) -> str:
-    """What a shipped recipe says of itself: the first sentence of the comment at its beginning."""
+    """The description of a shipped recipe: the first sentence of its leading comment."""
     comment = []
     for line in (folder() / f"{name}.toml").read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):

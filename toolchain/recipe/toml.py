@@ -1,4 +1,4 @@
-"""Plain data as the text of a TOML file, which Python's own library only reads."""
+"""Writing TOML: Python's own library only reads it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ LINE = 100
 
 def toml(data: Mapping[str, Any], path: str = "") -> str:
     """Plain data as TOML: a table's own keys first, then the tables in it."""
-    own = [f"{_key(k)} = {_value(v)}" for k, v in data.items() if not isinstance(v, Mapping)]
-    parts = ["\n".join([*([f"[{path}]"] if path and own else []), *own])]
+    lines = [f"{_key(k)} = {_value(v)}" for k, v in data.items() if not isinstance(v, Mapping)]
+    parts = ["\n".join([*([f"[{path}]"] if path and lines else []), *lines])]
     parts += [toml(v, f"{path}.{_key(k)}" if path else _key(k)) for k, v in data.items() if isinstance(v, Mapping)]
     return "\n\n".join(part for part in parts if part)
 

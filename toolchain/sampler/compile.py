@@ -225,13 +225,13 @@ def _clamped(name: str, trace: _Trace, i: int) -> tuple[float, float, float]:
     """u, v and limit of what evaluation i clamps: u times the sample and v times the network's output."""
     estimate, limit = trace.clamps[i]
     sample = trace.response[i]
-    out = float(estimate[1 + i])
-    own = float(estimate @ sample / (sample @ sample))  # the sample holds nothing of this output
-    rest = estimate - own * sample
-    rest[1 + i] -= out
+    v = float(estimate[1 + i])
+    u = float(estimate @ sample / (sample @ sample))  # the sample holds nothing of this output
+    rest = estimate - u * sample
+    rest[1 + i] -= v
     if np.abs(rest).max() > RANK_TOLERANCE * np.abs(estimate).max():
         raise SamplerError(f"{name} clamps what comes from more than its sample and this evaluation")
-    return own, out, limit
+    return u, v, limit
 
 
 def _basis(name: str, response: Float64, evaluations: int, i: int) -> Float64:

@@ -150,7 +150,7 @@ def _unknown_name(name: str) -> RequestError:
 
 
 def reference_kwargs(spec: SchedulerSpec) -> dict[str, Any]:
-    """What a diffusers pipeline call needs beside the scheduler for the same result."""
+    """Arguments of a diffusers pipeline call that reproduce a spec, beside the scheduler."""
     return {**{key: value for key, value in spec.options if key == "eta"}, **spec.lists}
 
 
@@ -173,7 +173,7 @@ def family_of(model_config: Mapping[str, Any]) -> str:
 
 
 def layout_for(model_config: Mapping[str, Any]) -> Layout:
-    """What the step graph of a model must have room for, so that every scheduler that can drive it may.
+    """The layout of a model's step graph, large enough for every scheduler that can drive the model.
 
     A config that says neither "clip_sample": false nor "skip_prk_steps": true leaves open what diffusers' defaults ask
     of DDIM, DDPM and PNDM.
@@ -185,7 +185,7 @@ def layout_for(model_config: Mapping[str, Any]) -> Layout:
 
 
 def compatible(model_config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names that can drive the model whose scheduler_config.json this is."""
+    """The names of the schedulers that can drive a model, by its scheduler_config.json."""
     family = family_of(model_config)
     return tuple(name for name, entry in SCHEDULERS.items() if _drives(entry, family))
 
@@ -195,7 +195,7 @@ def _drives(entry: Entry, family: str) -> bool:
 
 
 def entry_for(spec: SchedulerSpec, model_config: Mapping[str, Any]) -> Entry:
-    """The class that a spec stands for. SamplerError where it cannot drive the model, without a look at diffusers."""
+    """The scheduler of a spec, without importing diffusers. SamplerError where it cannot drive the model."""
     entry, family = _entry(spec, model_config), family_of(model_config)
     if not _drives(entry, family):
         raise SamplerError(
@@ -221,8 +221,8 @@ def create(spec: SchedulerSpec, model_config: Mapping[str, Any]) -> Any:
     cls = _load(entry.cls)
     overrides = {**entry.fixed, **_family_overrides(spec, entry, cls, model_config)}
     overrides.update(_option_overrides(spec, cls))
-    own = spec.name == MODEL
-    config = {key: value for key, value in model_config.items() if not (own and key == DEFAULTED)}
+    is_own = spec.name == MODEL
+    config = {key: value for key, value in model_config.items() if not (is_own and key == DEFAULTED)}
     try:
         with quiet():
             scheduler = cls.from_config(config, **overrides)
@@ -236,7 +236,7 @@ def create(spec: SchedulerSpec, model_config: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without diffusers' log lines and deprecation warnings, which are for those who write pipelines."""
+    """Silences diffusers' log lines and deprecation warnings, which address authors of pipelines."""
     from diffusers.utils import logging
 
     with _QUIET:

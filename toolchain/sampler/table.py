@@ -34,7 +34,7 @@ F = TypeVar("F", bound=np.floating[Any])
 
 @dataclass(frozen=True)
 class Layout:
-    """What a step graph and the rows of its table have room for.
+    """The size of a step graph and of the rows of its table.
 
     states   of the sampler's memory; PNDM's Runge-Kutta steps need the fifth
     clamps   whether the step clamps an estimate of the picture: columns for u, v, limit and w of
@@ -61,7 +61,7 @@ ROW = PLAIN.width
 
 
 def table_name(scheduler: str, steps: int, *, tokens: int = 0, skip: int = 0) -> str:
-    """What a table is called in a bundle: euler/20, flow-euler/20/4096-tokens, euler/20/from-8."""
+    """The name of a table in a bundle: euler/20, flow-euler/20/4096-tokens, euler/20/from-8."""
     parts = [scheduler, str(steps), *([f"{tokens}-tokens"] if tokens else []), *([f"from-{skip}"] if skip else [])]
     return "/".join(parts)
 
@@ -77,24 +77,24 @@ def parse_table_name(name: str) -> tuple[str, int, int, int]:
 
 
 def describe_tables(names: Iterable[str]) -> list[str]:
-    """Names of tables for people: one for the numbers of steps of a scheduler, such as euler/1-50."""
-    found: dict[tuple[str, ...], list[int]] = {}
+    """Table names for display, with the step counts of a scheduler as ranges, such as euler/1-50."""
+    counts: dict[tuple[str, ...], list[int]] = {}
     for name in names:
         scheduler, steps, tokens, skip = parse_table_name(name)
         rest = [f"{tokens}-tokens"] * (tokens > 0) + ["image to image"] * (skip > 0)
-        found.setdefault((scheduler, *rest), []).append(steps)
-    return ["/".join([scheduler, spans(steps), *rest]) for (scheduler, *rest), steps in found.items()]
+        counts.setdefault((scheduler, *rest), []).append(steps)
+    return ["/".join([scheduler, spans(steps), *rest]) for (scheduler, *rest), steps in counts.items()]
 
 
 def spans(numbers: Iterable[int]) -> str:
     """Whole numbers as ranges, such as 1-50,100."""
-    found: list[list[int]] = []
+    ranges: list[list[int]] = []
     for number in sorted(set(numbers)):
-        if found and number == found[-1][-1] + 1:
-            found[-1][1:] = [number]
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [number]
         else:
-            found.append([number])
-    return ",".join("-".join(map(str, ends)) for ends in found)
+            ranges.append([number])
+    return ",".join("-".join(map(str, ends)) for ends in ranges)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,12 +134,12 @@ class SamplerTable:
 
     @property
     def layout(self) -> Layout:
-        """The least that a step graph must have room for."""
+        """The smallest layout that a step graph must have for this table."""
         return LAYOUTS[self.rows.shape[1]]
 
     @property
     def states(self) -> int:
-        """How many of the states carry anything, counting the sample itself."""
+        """How many states are used, the sample included."""
         a, b, c, _ = split(self.rows)
         used = (a != 0).any(axis=(0, 1)) | (a != 0).any(axis=(0, 2)) | (b != 0).any(axis=0) | (c != 0).any(axis=0)
         clamp = split_clamp(self.rows)
@@ -218,20 +218,20 @@ def split_clamp(rows: NDArray[F]) -> tuple[NDArray[F], NDArray[F], NDArray[F], N
 
 
 def fit(rows: Float32, layout: Layout) -> Float32:
-    """The same coefficients in a layout with as much room or more. RequestError where it has less."""
-    own = LAYOUTS[rows.shape[-1]]
-    if own == layout:
+    """The same coefficients in a layout of the same size or a larger one. RequestError for a smaller one."""
+    given = LAYOUTS[rows.shape[-1]]
+    if given == layout:
         return rows
-    if own.states > layout.states or own.clamps > layout.clamps:
-        needs = "clamps its estimate of the picture" if own.clamps > layout.clamps else f"has {own.states} states"
+    if given.states > layout.states or given.clamps > layout.clamps:
+        needs = "clamps its estimate of the picture" if given.clamps > layout.clamps else f"has {given.states} states"
         raise RequestError(
             f"the scheduler {needs}, and the step of this bundle has no room for that",
             expected=layout,
-            got=own,
+            got=given,
             hint="build the bundle again, or take another scheduler",
         )
     wide = np.zeros((len(rows), layout.width), np.float32)
-    n, clamp, target = own.states, split_clamp(rows), split_clamp(wide)
+    n, clamp, target = given.states, split_clamp(rows), split_clamp(wide)
     a, b, c, scale = split(wide)
     a[:, :n, :n], b[:, :n], c[:, :n], scale[:] = split(rows)
     if clamp is not None and target is not None:
@@ -249,8 +249,8 @@ def step_reference(row: Float32, state: Float32, model_output: Float32, noise: F
     mixed: Float32 = np.tensordot(a, state, axes=1) + b.reshape(wide) * model_output + c.reshape(wide) * noise
     clamp = split_clamp(row)
     if clamp is not None:
-        own, out, limit, into = clamp
-        mixed = mixed + into.reshape(wide) * np.clip(own * state[0] + out * model_output, -limit, limit)
+        u, v, limit, w = clamp
+        mixed = mixed + w.reshape(wide) * np.clip(u * state[0] + v * model_output, -limit, limit)
     return mixed.astype(np.float32, copy=False)
 
 

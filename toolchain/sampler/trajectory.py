@@ -28,17 +28,18 @@ class Schedule:
 
     @property
     def clamps(self) -> bool:
-        """Whether its config asks for it; a class may still not do it."""
+        """Whether the config asks for a clamped estimate; not every class follows it."""
         return bool(self.scheduler.config.get("clip_sample"))
 
     def model_input(self, index: int, sample: torch.Tensor) -> torch.Tensor:
-        """What the network is given; flow-matching schedulers have no scaling."""
+        """The scaled sample that the network is given; flow-matching schedulers do not scale."""
         if not hasattr(self.scheduler, "scale_model_input"):
             return sample
         scaled: torch.Tensor = self.scheduler.scale_model_input(sample, self.timesteps[index])
         return scaled
 
     def step(self, index: int, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """The sample after evaluation `index`."""
         arguments = (model_output, self.timesteps[index], sample)
         following: torch.Tensor = self.scheduler.step(*arguments, **self.step_kwargs, return_dict=False)[0]
         return following
@@ -46,7 +47,7 @@ class Schedule:
 
 @contextmanager
 def refusals(what: str) -> Iterator[None]:
-    """Whatever diffusers raises, as a SamplerError, and its log lines and warnings not at all."""
+    """Turns what diffusers raises into a SamplerError, and silences its log lines and warnings."""
     try:
         with quiet():
             yield

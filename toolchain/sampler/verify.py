@@ -1,4 +1,4 @@
-"""A table against the scheduler that it came from: both drive the same nonlinear test model with the same noises."""
+"""Verifies a table against the scheduler that it was compiled from, on a nonlinear test model with the same noises."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def table_errors(table: SamplerTable, make: Callable[[], Schedule]) -> Errors:
     noises = torch.randn(table.evaluations + 2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     signal, sigma = table.noising if table.start and table.noising else (0.0, table.init_noise_sigma)
     sample = signal * noises[-2] + sigma * noises[-1]
-    found = _by_table(table, sample, noises)
+    by_table = _by_table(table, sample, noises)
 
-    least = float(sample.abs().max()) if table.layout.clamps else 0.0
+    floor = float(sample.abs().max()) if table.layout.clamps else 0.0
 
     def difference(dtype: torch.dtype) -> float:
-        wanted = _by_scheduler(table, make(), sample.to(dtype), noises.to(dtype))
-        largest, off = max(float(np.abs(wanted).max()), least), float(np.abs(found - wanted).max())
+        expected = _by_scheduler(table, make(), sample.to(dtype), noises.to(dtype))
+        largest, off = max(float(np.abs(expected).max()), floor), float(np.abs(by_table - expected).max())
         return off / largest if off else 0.0
 
     return Errors(exact=difference(torch.float64), float32=difference(torch.float32))
 
 
 def _test_model(model_input: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    """A network that is not linear in the sample and feels a timestep that is off by one."""
+    """A network that is nonlinear in the sample and sensitive to a timestep that is off by one."""
     return torch.tanh(0.3 * model_input + 0.5 * torch.sin(timestep.to(torch.float32)))
 
 
@@ -80,7 +80,7 @@ def _by_scheduler(table: SamplerTable, schedule: Schedule, sample: torch.Tensor,
 
 
 def verify_table(table: SamplerTable, make: Callable[[], Schedule]) -> Errors:
-    """`table_errors` where they are within TOLERANCE and FLOAT32_TOLERANCE, else SamplerError."""
+    """Returns `table_errors`. SamplerError where they exceed TOLERANCE or FLOAT32_TOLERANCE."""
     errors = table_errors(table, make)
     if not (errors.exact <= TOLERANCE and errors.float32 <= FLOAT32_TOLERANCE):  # written so that NaN fails
         raise SamplerError(

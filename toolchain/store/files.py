@@ -1,7 +1,7 @@
-"""Writing that is all or nothing: a file or folder is whole under its final name, or it is not there.
+"""Atomic writes: a file or folder is complete under its final name, or it is not there.
 
 The recipe is the same everywhere: a unique temporary name on the same filesystem, fsync of every file and folder, one
-rename, fsync of the parent. An `OSError` leaves this module as a `StoreError` that names the path and what to do.
+rename, fsync of the parent. An `OSError` leaves this module as a `StoreError` with the path and a hint.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ else:
 def _hint(error: OSError, where: Path) -> str | None:
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
-            place = next((p for p in (where, *where.parents) if p.is_dir()), Path("/"))
+            folder = next((p for p in (where, *where.parents) if p.is_dir()), Path("/"))
             with suppress(OSError):
-                free_mb = shutil.disk_usage(place).free / 1e6
-                return f"{free_mb:.1f} MB are free at {place}; free some space or choose a folder on another disk"
+                free_mb = shutil.disk_usage(folder).free / 1e6
+                return f"{free_mb:.1f} MB are free at {folder}; free some space or choose a folder on another disk"
             return "free some space or choose a folder on another disk"
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return (
@@ -90,18 +90,18 @@ def store_errors(what: str, where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else where
+        path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else where
         raise StoreError(
             f"{what}: {error.strerror or error}",
-            where=place,
+            where=path,
             got=errno.errorcode.get(error.errno or 0),
-            hint=_hint(error, place),
+            hint=_hint(error, path),
         ) from error
 
 
 @contextmanager
 def fill_errors(what: str, folder: Path) -> Iterator[None]:
-    """For a caller's code that fills `folder`: what the disk did becomes a StoreError, its other errors stay."""
+    """Around a caller's code that fills `folder`: errors of the disk become a StoreError, others pass unchanged."""
     try:
         yield
     except OSError as error:
@@ -338,8 +338,8 @@ def _parent_lock(target: Path) -> Iterator[None]:
 
 def _siblings(target: Path, ending: str) -> list[Path]:
     """Temporary folders of publications of `target`, oldest first."""
-    found = (p for p in target.parent.iterdir() if p.name.startswith(f".{target.name}.") and p.name.endswith(ending))
-    return sorted((p for p in found if p.name.count(".") == target.name.count(".") + 4), key=os.path.getmtime)
+    named = (p for p in target.parent.iterdir() if p.name.startswith(f".{target.name}.") and p.name.endswith(ending))
+    return sorted((p for p in named if p.name.count(".") == target.name.count(".") + 4), key=os.path.getmtime)
 
 
 def _recover(target: Path) -> None:
@@ -370,8 +370,8 @@ def _require_replaceable(new: Path, target: Path, owns: Callable[[str], bool]) -
             got=", ".join(sorted(there)[:5]),
             hint="choose another output folder, or empty this one",
         )
-    made = {name for name, _ in walk_files(new)}
-    foreign = foreign_files(target, lambda name: name in made or owns(name))
+    written = {name for name, _ in walk_files(new)}
+    foreign = foreign_files(target, lambda name: name in written or owns(name))
     if foreign:
         raise StoreError(
             "refusing to replace a folder that holds other files",

@@ -1,7 +1,7 @@
-"""What an artifact says of itself: its key, its manifest, and how two sets of inputs differ.
+"""Manifests of artifacts: their keys and files, and how two sets of inputs differ.
 
-A manifest carries the sha256 of every file and of itself. That finds damage; it is no signature against somebody who
-rewrites both.
+A manifest holds the sha256 of every file and of itself. That detects damage, but is not a signature: somebody may
+rewrite both.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Artifact:
         return self.path / name
 
     def verify(self) -> None:
-        """Reads every byte: StoreError naming the first file that is not what the manifest says, or is extra."""
+        """Reads every byte. StoreError for the first file that differs from the manifest or is not in it."""
         for name, what, expected, got in self.problems():
             raise StoreError(
                 f"artifact {self.stage} {self.subject} is damaged: {name}: {what}",
@@ -97,24 +97,24 @@ class Artifact:
             )
 
     def problems(self) -> Iterator[tuple[str, str, object, object]]:
-        """Everything `verify` objects to, as (file, what, expected, got)."""
+        """Every problem of the artifact's files, as (file, problem, expected, got)."""
         loaded = load(self.path)
         if loaded != self:
             yield MANIFEST, loaded if isinstance(loaded, str) else "changed since it was read", None, None
         if self.path.is_symlink():
             yield ".", "is a symbolic link", "a folder", "a link"
         with store_errors("cannot read an artifact", self.path):
-            found = dict(walk_files(self.path))
+            present = dict(walk_files(self.path))
         for name, record in self.files.items():
-            if name not in found:
+            if name not in present:
                 yield name, "is missing", f"{record.size} bytes", None
-            elif not stat.S_ISREG(found[name].st_mode):
-                yield name, "is no regular file", "a regular file", stat.filemode(found[name].st_mode)
-            elif found[name].st_size != record.size:
-                yield name, "has another size", f"{record.size} bytes", f"{found[name].st_size} bytes"
+            elif not stat.S_ISREG(present[name].st_mode):
+                yield name, "is no regular file", "a regular file", stat.filemode(present[name].st_mode)
+            elif present[name].st_size != record.size:
+                yield name, "has another size", f"{record.size} bytes", f"{present[name].st_size} bytes"
             elif (digest := file_digest(self.path / name)) != record.sha256:
                 yield name, "has another content", f"sha256 {record.sha256}", f"sha256 {digest}"
-        for name in sorted(found.keys() - self.files.keys() - {MANIFEST}):
+        for name in sorted(present.keys() - self.files.keys() - {MANIFEST}):
             yield name, "does not belong to it", None, "an extra file"
 
 
@@ -184,10 +184,10 @@ def _versions() -> dict[str, Json]:
     from platform import machine, python_version, system
 
     try:
-        own = metadata.version("diffbuild")
+        diffbuild = metadata.version("diffbuild")
     except metadata.PackageNotFoundError:
-        own = "unknown"
-    return {"diffbuild": own, "python": python_version(), "platform": f"{system()} {machine()}"}
+        diffbuild = "unknown"
+    return {"diffbuild": diffbuild, "python": python_version(), "platform": f"{system()} {machine()}"}
 
 
 def manifest_of(folder: Path, stage: str, subject: str, key: str, inputs: dict[str, Json]) -> bytes:

@@ -1,4 +1,4 @@
-"""The weight file of a component: every initializer of its graphs, streamed once out of the checkpoint.
+"""The weight file of a component: every initializer of its graphs, streamed from the checkpoint in one pass.
 
 One file serves all buckets. A tensor is copied, converted to the graph's dtype or transposed, one at a time.
 """
@@ -65,7 +65,7 @@ class WeightUse:
 
 
 def weight_uses(model: ir.Model) -> list[WeightUse]:
-    """The weights of a graph by name, sorted."""
+    """The weights of a graph, sorted by name."""
     uses = []
     for name, value in model.graph.initializers.items():
         if is_weight(value):
@@ -83,7 +83,7 @@ def find_tensors(uses: Iterable[WeightUse], checkpoint: Mapping[str, TensorRef],
 
     Raises WeightsError that names what is missing, with the nearest key, and what has another shape.
     """
-    found: dict[str, TensorRef] = {}
+    tensors: dict[str, TensorRef] = {}
     problems = []
     for use in uses:
         key = next((k for k in _spellings(use.key) if k in checkpoint), None)
@@ -92,13 +92,13 @@ def find_tensors(uses: Iterable[WeightUse], checkpoint: Mapping[str, TensorRef],
             problems.append(f"{use.key}: missing" + (f"; the nearest is {close[0]}" if close else ""))
             continue
         ref = checkpoint[key]
-        wanted = use.shape[::-1] if use.transposed else use.shape
+        shape = use.shape[::-1] if use.transposed else use.shape
         # Old VAE checkpoints hold their attention projections as 1x1 convolutions.
-        if ref.shape != wanted and ref.shape != (*wanted, 1, 1):
-            problems.append(f"{key}: expected shape {list(wanted)}, got {list(ref.shape)}")
+        if ref.shape != shape and ref.shape != (*shape, 1, 1):
+            problems.append(f"{key}: expected shape {list(shape)}, got {list(ref.shape)}")
         elif ref.dtype not in NUMPY:
             problems.append(f"{key}: expected a floating-point tensor, got {ref.dtype}")
-        found[use.name] = ref
+        tensors[use.name] = ref
     if problems:
         shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise WeightsError(
@@ -107,7 +107,7 @@ def find_tensors(uses: Iterable[WeightUse], checkpoint: Mapping[str, TensorRef],
             where=where,
             hint="config.json and the weights belong together; download the folder again",
         )
-    return found
+    return tensors
 
 
 def _spellings(key: str) -> list[str]:

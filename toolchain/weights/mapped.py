@@ -2,7 +2,7 @@
 
 The format (huggingface/safetensors, README): eight bytes, the header's length as little-endian uint64; the header,
 JSON: name -> {"dtype", "shape", "data_offsets": [begin, end]}, perhaps "__metadata__"; then the data, without holes.
-A flipped bit in the data cannot be seen here: sha256 is the business of who keeps the file.
+A flipped bit in the data is not detected here: whoever stores the file keeps its sha256.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 GIT_LFS = b"version "
 FLOATS = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
 """What a weight may be stored as."""
-# What stands beside weights that are no plain numbers any more: a LoRA's matrices; scales and tables as bitsandbytes,
-# quanto, compressed-tensors, GPTQ and FP8 with scales call them.
+# Tensors beside weights that are not plain numbers: a LoRA's matrices; the scales and tables of bitsandbytes, quanto,
+# compressed-tensors, GPTQ and FP8 with scales call them.
 LORA = re.compile(r"\.(base_layer|lora_[AB]|lora_(up|down))\.")
 QUANTIZED = re.compile(
     r"(^|[._])(absmax|quant_map|quant_state\..*|SCB|_data|_scale|(weight|input)_scale(_inv)?|scale_(weight|input)|"
@@ -213,6 +213,7 @@ class MappedWeights:
             self._maps[path] = _map(path)
 
     def keys(self) -> Iterator[str]:
+        """The tensors' names."""
         return iter(self.refs)
 
     def array(self, key: str) -> npt.NDArray[Any]:
@@ -230,7 +231,7 @@ class MappedWeights:
         return data.view(numpy_dtype(ref.dtype)).reshape(ref.shape)
 
     def release_pages(self) -> None:
-        """Takes what was read so far out of this process's memory; an array reads it again, from the system's cache."""
+        """Drops the pages that were read from this process's resident memory; reading an array maps them again."""
         for data in self._maps.values():
             file = data.base
             while isinstance(file, (memoryview, np.ndarray)):
@@ -239,7 +240,7 @@ class MappedWeights:
                 file.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
-        """Let go of the files; no array can be taken after it."""
+        """Releases the files; no array can be read afterwards."""
         self.refs, self._maps = {}, {}
 
     def __enter__(self) -> MappedWeights:

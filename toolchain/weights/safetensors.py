@@ -63,19 +63,19 @@ def read_folder(folder: Path, *, variant: str | None = None) -> dict[str, Tensor
 
 def _find_entry(folder: Path, variant: str | None) -> Path:
     """The single file, or the index."""
-    found: dict[str | None, list[Path]] = {}
+    sets: dict[str | None, list[Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         for match in filter(None, (name.fullmatch(path.name) for name in NAMES)):
-            found.setdefault(match["variant"], []).append(path)
-    if not found:
+            sets.setdefault(match["variant"], []).append(path)
+    if not sets:
         raise _no_weights(folder)
-    if variant is None and None not in found and len(found) == 1:
-        (variant,) = found
-    entries = found.get(variant, [])
-    names = ", ".join(path.name for paths in found.values() for path in paths)
+    if variant is None and None not in sets and len(sets) == 1:
+        (variant,) = sets
+    entries = sets.get(variant, [])
+    names = ", ".join(path.name for paths in sets.values() for path in paths)
     if not entries:
-        wanted = f"the variant {variant!r}" if variant else "weights without a variant, or of one variant only"
-        raise ModelError("the weights asked for are not there", where=folder, expected=wanted, got=names)
+        expected = f"the variant {variant!r}" if variant else "weights without a variant, or of one variant only"
+        raise ModelError("the weights asked for are not there", where=folder, expected=expected, got=names)
     if len(entries) > 1:
         raise ModelError(
             "more than one set of weights", where=folder, expected="one", got=names, hint="remove all but one"
