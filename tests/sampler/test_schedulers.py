@@ -11,21 +11,22 @@ import pytest
 
 from tests.sampler.scheduler_configs import COGVIDEOX, CONTINUOUS, EDM, FLOW, FLOW_SOLVER, SD, SD_V
 from toolchain.errors import RequestError, SamplerError
+from toolchain.sampler.accepted import ACCEPTED
 from toolchain.sampler.schedulers import (
     DEFAULTED,
     FLOW_SIGMAS,
     SCHEDULERS,
     UNSUPPORTED,
-    accepted_options,
     compatible,
     create,
+    entry_for,
     family_of,
     layout_for,
     parse,
     reference_kwargs,
     step_kwargs,
 )
-from toolchain.sampler.spec import OPTIONS, SchedulerSpec, with_list
+from toolchain.sampler.spec import FLAGS, LISTS, OPTIONS, VALUES, SchedulerSpec, with_list
 from toolchain.sampler.table import Layout, fit
 
 
@@ -218,11 +219,29 @@ def test_refusals_name_the_reason(spec: str, config: dict[str, Any], parts: list
         assert part in message
 
 
-def test_accepted_options_come_from_the_class() -> None:
-    assert accepted_options(diffusers.DDIMScheduler) == ("rescale-zero-snr", "spacing", "eta")
-    wanted = tuple(o for o in OPTIONS if o not in ("eta", "sigmas"))
-    assert accepted_options(diffusers.DPMSolverMultistepScheduler) == wanted
-    assert accepted_options(diffusers.IPNDMScheduler) == ()
+# algorithm_type is also an argument of solvers that know no SDE form.
+SDE_CLASSES = {f"DPMSolver{kind}Scheduler" for kind in ("Multistep", "MultistepInverse", "Singlestep")}
+SDE_CLASSES |= {"EDMDPMSolverMultistepScheduler"}
+
+
+@pytest.mark.parametrize("name", sorted({entry.cls for entry in SCHEDULERS.values()}))
+def test_accepted_options_are_those_of_the_class(name: str) -> None:
+    cls = getattr(diffusers, name)
+    settings = inspect.signature(cls.__init__).parameters
+    expected = {key for key, (setting, _) in FLAGS.items() if setting in settings}
+    expected |= {key for key, setting in VALUES.items() if setting in settings}
+    expected |= {"sde"} if name in SDE_CLASSES else set()
+    expected |= {"eta"} if "eta" in inspect.signature(cls.step).parameters else set()
+    expected |= {key for key in LISTS if key in inspect.signature(cls.set_timesteps).parameters}
+    # use_karras_sigmas and the like are settings; sde is an algorithm, which FLAGS does not tell from a setting.
+    expected -= set() if name in SDE_CLASSES else {"sde"}
+    assert set(ACCEPTED[name]) == expected
+    assert list(ACCEPTED[name]) == [option for option in OPTIONS if option in expected]
+
+
+def test_plan_knows_which_options_a_scheduler_has() -> None:
+    with pytest.raises(SamplerError, match="the scheduler lms has no option order"):
+        entry_for(parse("lms:order=3"), SD)
 
 
 def test_the_classes_with_flow_sigmas_are_those_of_diffusers() -> None:

@@ -18,7 +18,8 @@ from typing import Any
 
 from toolchain.errors import RequestError, SamplerError
 from toolchain.sampler import webui
-from toolchain.sampler.spec import FLAGS, LISTS, OPTIONS, SIGMA_FLAGS, VALUES, OptionValue, SchedulerSpec, read_option
+from toolchain.sampler.accepted import ACCEPTED
+from toolchain.sampler.spec import FLAGS, LISTS, SIGMA_FLAGS, VALUES, OptionValue, SchedulerSpec, read_option
 from toolchain.sampler.table import PLAIN, Layout
 
 MODEL = "model"
@@ -93,16 +94,6 @@ UNSUPPORTED: dict[str, str] = {
     "RePaintScheduler": "its step also takes an image and a mask",
     "CogVideoXDPMScheduler": "its step also takes the estimate of the step before",
 }
-
-# algorithm_type is also an argument of solvers that know no SDE form.
-_SDE_CLASSES = frozenset(
-    {
-        "DPMSolverMultistepScheduler",
-        "DPMSolverMultistepInverseScheduler",
-        "DPMSolverSinglestepScheduler",
-        "EDMDPMSolverMultistepScheduler",
-    }
-)
 
 _QUIET = threading.RLock()
 """Log level and warning filters are the process's: two threads at once would leave each other's behind."""
@@ -204,6 +195,15 @@ def entry_for(spec: SchedulerSpec, model_config: Mapping[str, Any]) -> Entry:
             expected="one of " + ", ".join(compatible(model_config)),
             got=spec.canonical,
         )
+    _require_options(spec, entry.cls)
+    sigmas = [key for key, _ in spec.options if key in SIGMA_FLAGS]
+    if family == "flow" and entry.cls in FLOW_SIGMAS and spec.name != MODEL and sigmas:
+        raise SamplerError(
+            f"{sigmas[0]} sigmas would replace the flow sigmas that this model needs",
+            where=entry.cls,
+            got=spec.canonical,
+            hint=f"leave {sigmas[0]} out, or use flow-euler:{sigmas[0]}",
+        )
     if family == "flow" and "timesteps" in spec.lists:
         raise SamplerError(
             "diffusers' pipelines of flow-matching models take no timesteps", got=spec.canonical, hint="give sigmas"
@@ -219,8 +219,8 @@ def create(spec: SchedulerSpec, model_config: Mapping[str, Any]) -> Any:
     """
     entry = entry_for(spec, model_config)
     cls = _load(entry.cls)
-    overrides = {**entry.fixed, **_family_overrides(spec, entry, cls, model_config)}
-    overrides.update(_option_overrides(spec, cls))
+    overrides = {**entry.fixed, **_family_overrides(spec, cls, model_config)}
+    overrides.update(_option_overrides(spec))
     is_own = spec.name == MODEL
     config = {key: value for key, value in model_config.items() if not (is_own and key == DEFAULTED)}
     try:
@@ -285,37 +285,19 @@ def _settings(cls: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(cls.__init__).parameters
 
 
-def _family_overrides(spec: SchedulerSpec, entry: Entry, cls: Any, model_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that carry a model's family over to a class made for another; SamplerError where none can."""
+def _family_overrides(spec: SchedulerSpec, cls: Any, model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that carry a model's family over to a class made for another."""
     if family_of(model_config) != "flow" or spec.name == MODEL:
         return {}
     shift = model_config.get("shift", model_config.get("flow_shift", 1.0))
     if "flow_shift" not in _settings(cls):
         return {"shift": shift}
-    sigmas = [key for key, _ in spec.options if key in SIGMA_FLAGS]
-    if sigmas:
-        raise SamplerError(
-            f"{sigmas[0]} sigmas would replace the flow sigmas that this model needs",
-            where=entry.cls,
-            got=spec.canonical,
-            hint=f"leave {sigmas[0]} out, or use flow-euler:{sigmas[0]}",
-        )
     return {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
 
 
-def _option_overrides(spec: SchedulerSpec, cls: Any) -> dict[str, Any]:
-    accepted = accepted_options(cls)
+def _option_overrides(spec: SchedulerSpec) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for key, value in spec.options:
-        if key not in accepted:
-            takers = [name for name, entry in SCHEDULERS.items() if key in accepted_options(_load(entry.cls))]
-            raise SamplerError(
-                f"the scheduler {spec.name} has no option {key}",
-                where=cls.__name__,
-                expected=", ".join(accepted) or "no option",
-                got=spec.canonical,
-                hint=f"{key} can be given to {', '.join(takers)}" if key in LISTS else None,
-            )
         if key in FLAGS:
             setting, value = FLAGS[key]
             overrides[setting] = value
@@ -324,15 +306,18 @@ def _option_overrides(spec: SchedulerSpec, cls: Any) -> dict[str, Any]:
     return overrides
 
 
-def accepted_options(cls: Any) -> tuple[str, ...]:
-    """The options that a diffusers scheduler class takes, in the order of OPTIONS."""
-    settings = _settings(cls)
-    has = {key: setting in settings for key, (setting, _) in FLAGS.items()}
-    has |= {key: setting in settings for key, setting in VALUES.items()}
-    has["sde"] = cls.__name__ in _SDE_CLASSES
-    has["eta"] = "eta" in inspect.signature(cls.step).parameters
-    has |= {key: key in inspect.signature(cls.set_timesteps).parameters for key in LISTS}
-    return tuple(key for key in OPTIONS if has[key])
+def _require_options(spec: SchedulerSpec, cls: str) -> None:
+    """SamplerError for an option that the class does not take."""
+    for key, _ in spec.options:
+        if key not in ACCEPTED[cls]:
+            takers = [name for name, entry in SCHEDULERS.items() if key in ACCEPTED[entry.cls]]
+            raise SamplerError(
+                f"the scheduler {spec.name} has no option {key}",
+                where=cls,
+                expected=", ".join(ACCEPTED[cls]) or "no option",
+                got=spec.canonical,
+                hint=f"{key} can be given to {', '.join(takers)}" if key in LISTS else None,
+            )
 
 
 def _refuse_nonlinear(scheduler: Any, cls: Any) -> None:
