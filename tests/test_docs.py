@@ -173,6 +173,15 @@ def test_functions_for_a_new_family_exist() -> None:
         assert re.search(rf"^def {name}\(", files[module], flags=re.MULTILINE), f"{module}.{name}"
 
 
+def test_a_new_backend_touches_what_names_the_others() -> None:
+    """Every module outside a backend's own folder that names a backend of today is a file of the page."""
+    page = PAGES["CONTRIBUTING.md"].split("## A new backend")[1].split("\n## ")[0]
+    home = ROOT / "toolchain" / "engines" / "onnxruntime_cuda"
+    for path in sorted((ROOT / "toolchain").rglob("*.py")):
+        if re.search(r"\bonnxruntime_cuda\b", path.read_text()) and path.parent != home:
+            assert str(path.relative_to(ROOT)) in page, path
+
+
 def test_the_examples_draw_with_tables_of_the_bundle() -> None:
     """So that they run where diffusers is not."""
     tables = load_recipe(ROOT / "recipes" / "sd15-fp32.toml").sampling.tables
