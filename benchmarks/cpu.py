@@ -1,4 +1,4 @@
-"""Measures the numbers of the README's table on this machine and writes them as JSON.
+"""Measures the numbers of the tables in README.md and docs/measurements.md on this machine and writes them as JSON.
 
     python benchmarks/cpu.py --output benchmarks/results/cpu.json
 
