@@ -82,6 +82,13 @@ def test_a_changed_config_names_the_key_and_both_values(built: dict[str, str], t
     assert "config.norm_eps: 1e-05 -> 0.5" in "\n".join(plan_lines(made))
 
 
+def test_a_changed_tokenizer_names_the_setting(built: dict[str, str], tiny_copy: Path, tmp_path: Path) -> None:
+    edit(tiny_copy / "tokenizer" / "tokenizer_config.json", do_lower_case=False)
+    (change,) = plan(tiny_copy, built["store"], tmp_path, RECIPE).step(StepId("tokenizer", "tokenizer")).changed
+    assert change.startswith("files.tokenizer_config.json.do_lower_case: ")
+    assert change.endswith(" -> false")
+
+
 def test_infinities_of_a_config_are_values_too(built: dict[str, str], tiny_copy: Path, tmp_path: Path) -> None:
     """As diffusers writes them: lambda_min_clipped is -Infinity in most configs of DPM solvers."""
     edit(tiny_copy / "scheduler" / "scheduler_config.json", lambda_min_clipped=float("-inf"))

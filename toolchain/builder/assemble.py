@@ -157,6 +157,7 @@ class _Writer:
         self.files: dict[str, FileEntry] = {}
 
     def fill(self, folder: Path) -> None:
+        """Writes the bundle into `folder`, and verifies it. Raises StoreError for a damaged artifact."""
         bundle = self.bundle(folder)
         (folder / MANIFEST).write_bytes(encode(bundle.to_json()))
         try:

@@ -50,6 +50,7 @@ class Plan:
 
     @property
     def misses(self) -> int:
+        """How many steps have to be built."""
         return sum(not step.hit for step in self.steps)
 
     @property
@@ -58,6 +59,7 @@ class Plan:
         return self.recipe.options(self.backend.name)
 
     def step(self, wanted: StepId) -> Step:
+        """The step of an id, which must be in the plan."""
         return next(step for step in self.steps if step.id == wanted)
 
     def artifact(self, wanted: StepId) -> Artifact | None:

@@ -86,9 +86,11 @@ class Planner:
         return next((name for name in names if name != self.recipe.name), None)
 
     def config(self, component: Component) -> dict[str, Json]:
+        """What of the component's config.json decides its graph."""
         return compiled(self.source.config(component.folder))
 
     def key(self, step: StepId) -> str:
+        """The key of a step that was added before."""
         return next(s.key for s in self.steps if s.id == step)
 
     def buckets(self, component: Component) -> dict[str, Bucket]:
@@ -98,6 +100,7 @@ class Planner:
         return {str(bucket): bucket for bucket in self.recipe.buckets}
 
     def graphs(self, component: Component) -> None:
+        """One step for the graph of each bucket."""
         for label, bucket in self.buckets(component).items():
             spec = component.spec(self.source, bucket, self.recipe)
             inputs: dict[str, Json] = {
@@ -128,6 +131,7 @@ class Planner:
         return entries
 
     def engines(self, component: Component) -> None:
+        """The steps from a component's graphs to its engines. Raises WeightsError for files that cannot be read."""
         folder = self.source.path / component.folder
         files = find_weights(folder)
         labels = list(self.buckets(component))
@@ -208,6 +212,7 @@ class Planner:
         return self.add(step, self._code("engine", backend=True), inputs, run, [graph, *roles.values()])
 
     def tokenizers(self) -> None:
+        """One step for each tokenizer."""
         for component in self.family.parts(self.recipe):
             if component.tokenizer is None:
                 continue
@@ -216,7 +221,7 @@ class Planner:
             ids = component.spec(self.source, self.recipe.buckets[0], self.recipe).input("ids")
             files = sorted(f for f in folder.glob("*") if f.suffix in (".json", ".txt", ".model"))
             inputs: dict[str, Json] = {
-                "files": {f.name: self.store.digest_of(f) for f in files},
+                "files": {f.name: _config_in(f) or self.store.digest_of(f) for f in files},
                 "class": cls,
                 "t5": t5,
                 "inversion": self.family.inversion,
@@ -280,6 +285,17 @@ def _precision(own: ComponentRecipe) -> dict[str, Json]:
     `tokens` is in the signature where there is such a choice, and in float32 there is nothing to keep.
     """
     return {"dtype": own.dtype, "keep_float32": [*sorted(own.keep_float32)] if own.dtype != "float32" else []}
+
+
+def _config_in(file: Path) -> Json:
+    """The settings in a small file of JSON, so that `plan` can name the one that changed; None for any other file."""
+    if file.name not in ("tokenizer_config.json", "special_tokens_map.json"):
+        return None
+    try:
+        settings: Json = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # told by whoever needs it
+    return settings
 
 
 def compiled(config: Mapping[str, Any]) -> dict[str, Json]:

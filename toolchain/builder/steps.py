@@ -68,6 +68,7 @@ class Step:
 
     @property
     def stage(self) -> Stage:
+        """What kind of artifact it writes."""
         return self.id.stage
 
     @property
