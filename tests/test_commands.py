@@ -14,8 +14,10 @@ import click
 import pytest
 
 from tests.test_cli import run
+from tests.tiny_single_file import write_single_file
 from toolchain.builder import open_model, plan
 from toolchain.cli.main import cli
+from toolchain.store.artifacts import Store
 
 
 def commands(group: click.Group, path: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -80,6 +82,22 @@ def test_a_model_is_resolved_and_planned_once(
         command = command.replace(name, str(path))
     run(*command.split())
     assert counts == {"resolve_model": 1, "make_plan": plans}
+
+
+@pytest.mark.parametrize("command", ["check", "bench --against diffusers"])
+def test_a_single_file_is_converted_in_the_store_of_the_command(
+    command: str, monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """Where `build --store` has converted it before, so that no second copy of the weights comes to be elsewhere."""
+    path = write_single_file(tiny_model, "sd1", tmp_path / "one.safetensors")
+    report = SimpleNamespace(passed=True, to_json=dict, lines=list)
+    monkeypatch.setattr("toolchain.check.compare.compare", lambda *_, **__: report)
+    monkeypatch.setattr("toolchain.bench.run.bench", lambda *_, **__: report)
+    monkeypatch.delenv("DIFFBUILD_STORE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    run(*command.split(), tiny_bundle, "--model", path, "--config", tiny_model, "--store", tmp_path / "store")
+    assert [artifact.stage for artifact in Store(tmp_path / "store").artifacts()] == ["model"]
+    assert not (tmp_path / "artifacts").exists()
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, counts: dict[str, int]) -> None:

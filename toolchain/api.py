@@ -1,10 +1,8 @@
 """One function for each command of the command line, for use in Python too.
 
-Paths may be given as text. A `recipe` is a Recipe, a file, or the name of one that comes with diffbuild; a `model` is a
-diffusers folder, a hub id, or a .safetensors file that holds all of a model, with `config` for what such a file does
-not say (see `toolchain.builder.open_model`); a `store` that is not given is $DIFFBUILD_STORE, or ./artifacts.
-
-Importing this module imports nothing heavy: each function imports what it needs.
+A `recipe` is a Recipe, a file, or the name of one that comes with diffbuild; a `model` is a diffusers folder, a hub id,
+or a .safetensors file that holds all of a model, with `config` for what such a file does not say; a `store` that is not
+given is $DIFFBUILD_STORE, or ./artifacts. Each function imports what it needs: importing this module is cheap.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ StepShare = Callable[["Step", str, float | None], None]
 
 @dataclass(frozen=True)
 class ShippedRecipe:
-    """A recipe that comes with diffbuild, and the sentence that it begins with."""
+    """A recipe that comes with diffbuild, and its first sentence."""
 
     recipe: Recipe
     about: str
@@ -80,7 +78,7 @@ def write_recipe(
     output   None: the model's name, .toml, in the working directory
     backend  None: the fastest that runs here
 
-    Raises UsageError for an output that is there already or cannot be written, ModelError.
+    Raises ModelError, and UsageError for an output that exists already or cannot be written.
     """
     from toolchain.builder.open_model import open_model
     from toolchain.builder.starter import best_backend, write_starter
@@ -132,7 +130,7 @@ def plan_build(
 ) -> Plan:
     """What a build would do: every step, hit or miss, and the field that changed.
 
-    Needs no library of the engines. Raises RecipeError, ModelError, WeightsError and UsageError.
+    Needs no engine library. Raises RecipeError, ModelError, WeightsError and UsageError.
     """
     from toolchain.builder.open_model import open_model
     from toolchain.builder.plan import make_plan
@@ -239,6 +237,7 @@ def check_bundle(
     *,
     revision: str | None = None,
     config: str | Path | None = None,
+    store: str | Path | None = None,
     report: str | Path | None = None,
     html: str | Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
@@ -262,7 +261,7 @@ def check_bundle(
         raise UsageError("--report and --html name the same file", where=html, expected="two files")
     opened = read_bundle(bundle)
     require_trusted(opened)
-    source = open_model(model, revision, config=config, safety=opened.recipe.safety.checker)
+    source = open_model(model, revision, config=config, store=store, safety=opened.recipe.safety.checker)
     compared = compare(opened, source, progress=progress)
     if report is not None:
         compared.save(Path(report))
@@ -304,7 +303,7 @@ def trace_bundle(
 
     prompt     None: the recipe's first
     operators  profile the operators inside each engine as well; ONNX Runtime on the CPU alone
-    options    of a call of `toolchain.Pipeline`; None leaves the choice to the bundle
+    options    as in `generate`
 
     Raises UsageError, BundleError and RequestError.
     """

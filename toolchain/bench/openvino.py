@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def plain_graphs(bundle: Bundle, model: Path, out: Path, progress: Callable[[str], None]) -> Path:
+def plain_graphs(
+    bundle: Bundle, model: Path, out: Path, progress: Callable[[str], None], store: str | Path | None = None
+) -> Path:
     """Writes `COMPONENT-BUCKET.onnx` for every engine of the bundle, and the weights beside them, into `out`: returned.
 
     model  the diffusers folder that the bundle was built from
+    store  where the graphs and weights are, or are built; None: the default store
 
     Raises ModelError, ExportError, WeightsError and StoreError.
     """
@@ -36,7 +39,7 @@ def plain_graphs(bundle: Bundle, model: Path, out: Path, progress: Callable[[str
     from toolchain.models.hub import resolve_model
     from toolchain.store.artifacts import Store, default_store
 
-    plan = make_plan(bundle.recipe, resolve_model(str(model)), Store(default_store()))
+    plan = make_plan(bundle.recipe, resolve_model(str(model)), Store(Path(store or default_store())))
     wanted = replace(plan, steps=tuple(step for step in plan.steps if step.stage in ("graph", "weights")))
     built = execute(wanted, lambda step, what: progress(f"{step.stage} {step.subject}") if what == "start" else None)
     out.mkdir()

@@ -52,6 +52,7 @@ def measure(
     model: str | None = None,
     revision: str | None = None,
     config: str | None = None,
+    store: str | Path | None = None,
     against: tuple[str, ...] = (),
     repeats: int = 5,
     prompt: str | None = None,
@@ -64,8 +65,10 @@ def measure(
     bundle = read_bundle(path)
     require_trusted(bundle)
     work = workload(bundle, prompt, batch, size, steps)
-    folder = open_model(model, revision, config=config).path if model is not None and against else None
-    return bench(bundle, work, against=against, model=folder, repeats=repeats, sweeps=sweep, progress=progress)
+    folder = open_model(model, revision, config=config, store=store).path if model is not None and against else None
+    return bench(
+        bundle, work, against=against, model=folder, store=store, repeats=repeats, sweeps=sweep, progress=progress
+    )
 
 
 def bench(
@@ -74,6 +77,7 @@ def bench(
     *,
     against: tuple[str, ...] = (),
     model: Path | None = None,
+    store: str | Path | None = None,
     repeats: int = 5,
     sweeps: tuple[str, ...] = (),
     progress: Callable[[str], None] = lambda text: None,
@@ -81,6 +85,7 @@ def bench(
     """Measures a bundle, and the other contenders that it is compared with.
 
     model  the diffusers folder that the bundle was built from, for the other contenders
+    store  where the bundle was built, for its graphs; None: the default store
 
     Raises UsageError for a contender that is not installed or has no model, BundleError for a bundle that cannot run
     here, DiffbuildError with a contender's output when it fails.
@@ -92,7 +97,7 @@ def bench(
             for name in (OURS, *against):
                 given = model
                 if name == OPENVINO and model is not None:
-                    given = plain_graphs(bundle, model, Path(scratch) / "graphs", progress)
+                    given = plain_graphs(bundle, model, Path(scratch) / "graphs", progress, store)
                 progress(f"starting {name}")
                 contenders.append(Contender(name, bundle.path, given, work, Path(scratch)))
             rounds: list[dict[str, Any]] = []

@@ -18,6 +18,7 @@ from toolchain.cli.console import (
     model_option,
     origin_options,
     size,
+    store_option,
     verbosity,
 )
 
@@ -33,6 +34,7 @@ new_file = click.Path(dir_okay=False, path_type=Path)
 @bundle_argument
 @model_option
 @origin_options
+@store_option
 @click.option("--report", type=new_file, metavar="FILE.json", help="Also write the report.")
 @click.option("--html", type=new_file, metavar="FILE.html", help="Also write a page with pictures and charts.")
 @json_option
@@ -57,6 +59,7 @@ def check(bundle: Path, model: str, as_json: bool, **options: Any) -> None:
 @bundle_argument
 @click.option("--model", metavar="DIR_OR_HUB_ID", help="The model that the bundle was built from, for --against.")
 @origin_options
+@store_option
 @click.option(
     "--against", multiple=True, type=click.Choice(["diffusers", "compile", "openvino"]), help="Also measure, in turn."
 )
