@@ -434,3 +434,13 @@ def test_the_recipes_fit_the_published_configs(tmp_path: Path, name: str) -> Non
         "pooled": (2, 1280),
         "time_ids": (2, 6),
     }
+
+
+def test_a_watermark_that_diffusers_would_add_is_told(model: Path, tmp_path: Path, caplog: Any) -> None:
+    FAMILY.check(resolve_model(str(model)), RECIPE)
+    assert not caplog.records
+    marked = shutil.copytree(model, tmp_path / "marked")
+    index = json.loads((marked / "model_index.json").read_text())
+    (marked / "model_index.json").write_text(json.dumps(index | {"add_watermarker": True}))
+    FAMILY.check(resolve_model(str(marked)), RECIPE)
+    assert "asks for an invisible watermark (add_watermarker)" in caplog.text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from functools import cache
 
 from toolchain.errors import ModelError, RecipeError
 from toolchain.models import checks, vae
@@ -12,6 +14,8 @@ from toolchain.models.source import ModelSource
 from toolchain.models.text_encoders import clip_layers
 from toolchain.recipe import Recipe
 from toolchain.settings import ModelSettings
+
+log = logging.getLogger("toolchain")
 
 CLASSES = {
     "text_encoder": ("CLIPTextModel",),
@@ -36,6 +40,14 @@ def check(source: ModelSource, recipe: Recipe) -> None:
     checks.check_lengths(source, ENCODERS)
     _check_unet(source, latent_channels)
     _check_vae(source, recipe)
+    if source.index.get("add_watermarker"):
+        _warn_of_watermark(source.name)
+
+
+@cache
+def _warn_of_watermark(model: str) -> None:
+    """Once for a model: a command may check it more than once."""
+    log.warning("%s asks for an invisible watermark (add_watermarker), which pictures drawn here do not bear", model)
 
 
 def _refuse_refiner(source: ModelSource) -> None:
