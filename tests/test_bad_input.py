@@ -295,7 +295,29 @@ RECIPES = [
 ]
 
 MODELS = [
-    Case("missing model", lambda w: w.build(model=w.root / "no/model"), 1, ("no such model",), "check --model"),
+    *(
+        Case(
+            f"no model at {path}",
+            lambda w, path=path: w.build(model=path.replace("ROOT", str(w.root))),  # type: ignore[misc]
+            1,
+            ("no such folder or file", "a diffusers folder, or a .safetensors file"),
+            "check the spelling",
+        )
+        for path in (
+            "ROOT/none",
+            "ROOT/no/model",
+            "./none",
+            "../none",
+            "~/none-of-this-name/model",
+            "none/",
+            "owner/name/",
+            "none.safetensors",
+            "owner/name.safetensors",
+            "owner/name/unet",
+            "tests/no-model-of-this-name",  # where the tests run, the folder `tests` is
+        )
+    ),
+    Case("model without a name", lambda w: w.build(model="none"), 1, ("no such model", "owner/name"), "check --model"),
     Case(
         "hub id without a network",
         lambda w: w.build(model="nobody/nothing-of-this-name"),

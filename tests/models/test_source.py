@@ -145,10 +145,29 @@ def test_a_recipe_of_another_family(tiny_model: Path) -> None:
         family_of(resolve_model(str(tiny_model)), recipe_for(family="sd9"))
 
 
-@pytest.mark.parametrize("name", ["", "no/such/folder", "./missing", "/missing"])
-def test_a_missing_folder(name: str) -> None:
-    with pytest.raises(ModelError, match="no such model"):
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("", "no such model"),
+        *((path, "no such folder or file") for path in ("no/such/folder", "./missing", "/missing", "~/missing/model")),
+    ],
+)
+def test_a_missing_folder(name: str, what: str) -> None:
+    with pytest.raises(ModelError, match=what):
         resolve_model(name)
+
+
+def test_a_hub_id_beside_a_folder_of_its_owner_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only what is nowhere is called a path with a typo."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    with pytest.raises(ModelError, match="no such folder or file") as error:
+        resolve_model("owner/name")
+    assert "as a hub id: the model is not on this machine" in str(error.value)
+    source = ModelSource(tmp_path, "owner/name", "c0ffee")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    monkeypatch.setattr("toolchain.models.hub._from_hub", lambda *_: source)
+    assert resolve_model("owner/name") is source
 
 
 def test_offline_is_a_clear_error() -> None:

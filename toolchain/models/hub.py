@@ -15,26 +15,35 @@ SAFETY_FOLDERS = ("safety_checker", "feature_extractor")
 UNUSED_FOLDERS = (*SAFETY_FOLDERS, "image_encoder", "controlnet", "adapter")
 VARIANT = re.compile(r"(?P<stem>.+)\.(fp16|bf16|non_ema|ema_only)(?P<rest>(-\d+-of-\d+)?\.safetensors(\.index\.json)?)")
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
 log = logging.getLogger("toolchain")
 
 
 def resolve_model(
     model: str, revision: str | None = None, *, weights: bool = True, safety: bool = False
 ) -> ModelSource:
-    """A local folder as it is; anything shaped like `owner/name` from the hub, pinned to a commit.
+    """A local folder as it is; anything else that is shaped like `owner/name` from the hub, pinned to a commit.
 
-    weights: False where the configs are enough: the weights are not downloaded then.
-    safety: whether the safety checker is wanted, which is not downloaded otherwise.
+    weights  False where the configs are enough: the weights are not downloaded then
+    safety   whether the safety checker is wanted, which is not downloaded otherwise
 
-    Raises ModelError for a missing folder, remote code, or an unreachable hub.
+    Raises ModelError for a missing folder or repository, remote code, or an unreachable hub.
     """
     path = Path(model).expanduser()
     if revision is not None and path.exists():
         raise UsageError("a revision belongs to a hub id, and the model is a local path", where=path, got=revision)
     if model and path.is_dir():
         source = ModelSource(path.resolve(), model, None)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith((".", "/")):
-        source = _from_hub(model, revision, weights, safety)
+    elif _is_plainly_a_path(model):
+        raise _no_such_path(model)
+    elif HUB_ID.fullmatch(model):
+        try:
+            source = _from_hub(model, revision, weights, safety)
+        except _NotFoundError as error:
+            if path.parent.is_dir():  # models/sd15 beside a folder models: a path with a typo, more likely
+                raise _no_such_path(model, f"as a hub id: {error.what}") from error
+            raise
     else:
         raise ModelError(
             "no such model",
@@ -44,6 +53,27 @@ def resolve_model(
         )
     _refuse_remote_code(source)
     return source
+
+
+def _is_plainly_a_path(model: str) -> bool:
+    """Whether this cannot be a hub id; models/sd15 can, also beside a folder models."""
+    return (
+        model.startswith(("/", "./", "../", "~"))
+        or model.endswith(("/", ".safetensors"))
+        or model.count("/") > 1
+        or Path(model).is_absolute()
+    )
+
+
+class _NotFoundError(ModelError):
+    """Neither on the hub nor in its cache."""
+
+
+def _no_such_path(model: str, got: str | None = None) -> ModelError:
+    path = Path(model).expanduser()
+    expected = "a diffusers folder, or a .safetensors file"
+    hint = "check the spelling" + ("" if path.parent.is_dir() else f"; there is no folder {path.parent} either")
+    return ModelError("no such folder or file", where=path, expected=expected, got=got, hint=hint)
 
 
 def _refuse_remote_code(source: ModelSource) -> None:
@@ -113,7 +143,7 @@ def _from_cache(repository: str, revision: str | None, reason: Exception | None)
         # The client calls a copy incomplete that lacks what is left out on purpose; it says where the copy is.
         folder = getattr(error, "snapshot_path", "")
         if not folder:
-            raise ModelError(
+            raise _NotFoundError(
                 "the model is not on this machine and the hub cannot be reached",
                 where=repository,
                 got=first_line(reason or error),
@@ -123,7 +153,7 @@ def _from_cache(repository: str, revision: str | None, reason: Exception | None)
 
 
 def _not_found(repository: str) -> ModelError:
-    return ModelError(
+    return _NotFoundError(
         "neither a local folder nor a repository on the hub",
         where=repository,
         hint="check the spelling; for a private or gated repository run: hf auth login",
@@ -131,7 +161,7 @@ def _not_found(repository: str) -> ModelError:
 
 
 def _not_an_id(repository: str, error: Exception) -> ModelError:
-    return ModelError(
+    return _NotFoundError(
         "neither a local folder nor a name that the hub allows",
         where=repository,
         expected="a diffusers folder, or a hub id such as owner/name",
