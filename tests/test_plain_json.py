@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import toolchain
 from tests.check.test_check_report import entry, report
 from tests.test_bench import ROUNDS
-from toolchain.bench.results import BenchReport, Result, Spread, summarize
+from toolchain.bench.results import BenchReport, ContenderResult, Spread, summarize
 from toolchain.check.report import CheckReport, Picture
 from toolchain.cli.main import cli
 from toolchain.store.plain_json import encode, plain
@@ -69,7 +69,7 @@ def checked() -> CheckReport:
 
 def benched() -> BenchReport:
     ours = summarize({"process_ms": 50.0}, ROUNDS, {"peak_mb": None})
-    theirs = Result({}, {"denoise_ms": Spread(30, 29, 31)}, Spread(35, 34, 36), None, {"speed": math.nan})
+    theirs = ContenderResult({}, {"denoise_ms": Spread(30, 29, 31)}, Spread(35, 34, 36), None, {"speed": math.nan})
     return BenchReport(
         bundle="bundle",
         recipe="tiny",

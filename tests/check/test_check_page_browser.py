@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.check.page_samples import bundle, failing, passing
 from toolchain.bench.page import page
-from toolchain.bench.results import BenchReport, Result, Spread
+from toolchain.bench.results import BenchReport, ContenderResult, Spread
 from toolchain.check.page import POLICY, render
 from toolchain.check.report import CheckReport
 
@@ -121,7 +121,9 @@ def bench_page() -> str:
 
     names = ("diffbuild", "diffusers", "compile", "openvino")
     stages = {stage: times(11852.3) for stage in ("tokenize_ms", "text_ms", "denoise_ms", "decode_ms", "overhead_ms")}
-    result = Result({"process_ms": 50.0, "imports_ms": 2e4}, stages, times(61234.5), 48123.0, {}, 2180.0, 4100.0)
+    result = ContenderResult(
+        {"process_ms": 50.0, "imports_ms": 2e4}, stages, times(61234.5), 48123.0, {}, 2180.0, 4100.0
+    )
     work = {"prompt": "a red circle", "batch": 1, "size": "1024x1024", "steps": 50, "scheduler": "model"}
     return page(
         BenchReport(

@@ -100,8 +100,8 @@ def test_a_value_that_no_module_gives_is_found_in_the_module_around_it(tiny_mode
     with reference_module(component, source, recipe) as module:
         within = RoundedComponent(component, source, recipe, module)
         within._call(spec, feed.inputs)
-        assert within._made is not None
-        for owner in (module, within._made):
+        assert within._rounded is not None
+        for owner in (module, within._rounded):
             owner.vae.decoder.conv_act = Squares()  # type: ignore[union-attr]
             owner.vae.decoder.conv_norm_out = torch.nn.Identity()  # type: ignore[union-attr]
             owner.vae.decoder.mid_block = torch.nn.Identity()  # type: ignore[union-attr]

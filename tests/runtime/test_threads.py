@@ -17,9 +17,12 @@ import numpy as np
 import pytest
 
 import toolchain
+from toolchain.bundle.bundle import read_bundle
 from toolchain.engines.backend import Buffers
+from toolchain.engines.onnxruntime.run import OnnxRuntimeRunner
 from toolchain.errors import RequestError
 from toolchain.runtime.lock import FairLock
+from toolchain.runtime.pipeline import Pipeline
 from toolchain.signature import GraphSpec
 
 THREADS, CALLS = 64, 50
@@ -72,14 +75,16 @@ class Sums:
         self.spec = None  # type: ignore[assignment]
 
 
-def test_every_thread_gets_its_own_pictures(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Summing(OnnxRuntimeRunner):
+    """A backend that opens `Sums`."""
+
+    def open(self, folder: Path, weights: object, spec: GraphSpec, options: object, memory: object, **_: Any) -> Any:
+        return Sums(spec)
+
+
+def test_every_thread_gets_its_own_pictures(tiny_bundle: Path) -> None:
     """Prompts differ from thread to thread, seeds and guidance from call to call."""
-    for module in ("pipeline", "text"):
-        monkeypatch.setattr(
-            f"toolchain.runtime.{module}.open_engine",
-            lambda bundle, backend, name, bucket, memory, observer: Sums(bundle.engine(name, bucket).spec),
-        )
-    pipe = toolchain.load(tiny_bundle, open_buckets=1)
+    pipe = Pipeline(read_bundle(tiny_bundle), open_buckets=1, backend=Summing())
 
     def latents(thread: int, call: int) -> np.ndarray:
         prompt = f"a {WORDS[thread % 8]} {WORDS[thread // 8]}"
@@ -250,6 +255,7 @@ def test_who_is_interrupted_while_waiting_leaves_the_queue() -> None:
     code = """
 import signal, threading, time
 from toolchain.runtime.lock import FairLock
+from toolchain.runtime.pipeline import Pipeline
 lock, order = FairLock(), []
 def waits():
     with lock:
