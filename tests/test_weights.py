@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from toolchain.errors import WeightsError
-from toolchain.weights.mapped import DTYPES, MappedWeights, TensorRef, read_header
+from toolchain.weights.mapped import STORAGE_DTYPES, MappedWeights, TensorRef, read_header
 
 ARRAYS: dict[str, np.ndarray[Any, Any]] = {
     "conv.weight": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
@@ -191,4 +191,4 @@ def test_unreadable_files(tmp_path: Path, name: str) -> None:
 
 def test_item_sizes_agree_with_the_library() -> None:
     for dtype, size in {"BOOL": 1, "F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "C64": 8, "F64": 8, "I64": 8}.items():
-        assert np.dtype(DTYPES[dtype]).itemsize == size
+        assert np.dtype(STORAGE_DTYPES[dtype]).itemsize == size

@@ -62,18 +62,10 @@ def _attach(model: ir.Model, weights: Path, target: Path) -> None:
     """A graph with its weights as external data: ONNX's own way, which knows offsets into any file."""
     import onnx_ir as ir
 
-    from toolchain.graph.placeholder import is_weight, static_shape
+    from toolchain.weights.external import attach_weights
     from toolchain.weights.mapped import read_header
 
-    places = read_header(weights)
-    for name, value in model.graph.initializers.items():
-        if is_weight(value):
-            tensor, ref = value.const_value, places[str(name)]
-            assert tensor is not None
-            shape = ir.Shape(static_shape(tensor))
-            value.const_value = ir.ExternalTensor(
-                weights.name, ref.offset, ref.nbytes, tensor.dtype, shape=shape, name=str(name), base_dir=weights.parent
-            )
+    attach_weights(model, read_header(weights), weights.name, weights.parent)
     ir.save(model, target)
 
 

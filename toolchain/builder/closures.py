@@ -84,6 +84,7 @@ CLOSURES: dict[str, tuple[str, ...]] = {
         "graph.placeholder",
         "graph.transpose",
         "weights.derived",
+        "weights.external",
         "weights.mapped",
         "weights.safetensors",
     ),
@@ -98,6 +99,7 @@ CLOSURES: dict[str, tuple[str, ...]] = {
         "graph.placeholder",
         "graph.transpose",
         "weights.derived",
+        "weights.external",
         "weights.mapped",
         "weights.safetensors",
     ),
@@ -123,6 +125,7 @@ CLOSURES: dict[str, tuple[str, ...]] = {
         "graph.parser_tables",
         "graph.placeholder",
         "graph.profiles",
+        "weights.external",
         "weights.mapped",
     ),
     "engines.tensorrt_rtx.build": (
@@ -148,6 +151,7 @@ CLOSURES: dict[str, tuple[str, ...]] = {
         "graph.parser_tables",
         "graph.placeholder",
         "graph.profiles",
+        "weights.external",
         "weights.mapped",
     ),
     "models.flux_components": (

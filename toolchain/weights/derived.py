@@ -22,14 +22,14 @@ from toolchain.graph.transpose import SUFFIX
 from toolchain.weights.mapped import FLOATS, MappedWeights, TensorRef, numpy_dtype
 from toolchain.weights.safetensors import write_safetensors
 
-DTYPES = {
+SAFETENSORS_DTYPES = {
     ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16", ir.DataType.DOUBLE: "F64",
     ir.DataType.INT8: "I8", ir.DataType.INT16: "I16", ir.DataType.INT32: "I32", ir.DataType.INT64: "I64",
     ir.DataType.UINT8: "U8", ir.DataType.UINT16: "U16", ir.DataType.UINT32: "U32", ir.DataType.UINT64: "U64",
     ir.DataType.BOOL: "BOOL",
 }  # fmt: skip
-"""What a weight file holds: no format has a place there for four bits or strings; float8 is widened."""
-NUMPY = {
+"""ONNX's type -> its name in a weight file, which has none for four bits or strings; float8 is widened."""
+FLOAT_DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -37,7 +37,8 @@ NUMPY = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-assert tuple(NUMPY) == FLOATS
+"""A float's name in a safetensors file -> numpy's type, of ml_dtypes for bfloat16 and float8."""
+assert tuple(FLOAT_DTYPES) == FLOATS
 # Checkpoints older than the current class use other names for the same tensors; diffusers and transformers rename
 # them while loading. (current part, older part)
 RENAMED = (
@@ -73,7 +74,9 @@ def weight_uses(model: ir.Model) -> list[WeightUse]:
             assert tensor is not None
             transposed = name.endswith(SUFFIX)
             uses.append(
-                WeightUse(name, name.removesuffix(SUFFIX), DTYPES[tensor.dtype], static_shape(tensor), transposed)
+                WeightUse(
+                    name, name.removesuffix(SUFFIX), SAFETENSORS_DTYPES[tensor.dtype], static_shape(tensor), transposed
+                )
             )
     return sorted(uses, key=lambda use: use.name)
 
@@ -96,7 +99,7 @@ def find_tensors(uses: Iterable[WeightUse], checkpoint: Mapping[str, TensorRef],
         # Old VAE checkpoints hold their attention projections as 1x1 convolutions.
         if ref.shape != shape and ref.shape != (*shape, 1, 1):
             problems.append(f"{key}: expected shape {list(shape)}, got {list(ref.shape)}")
-        elif ref.dtype not in NUMPY:
+        elif ref.dtype not in FLOAT_DTYPES:
             problems.append(f"{key}: expected a floating-point tensor, got {ref.dtype}")
         tensors[use.name] = ref
     if problems:
@@ -127,7 +130,7 @@ def write_weights(uses: list[WeightUse], tensors: Mapping[str, TensorRef], path:
     def read(name: str) -> NDArray[Any]:
         use, ref = by_name[name], tensors[name]
         raw = files[ref.file].array(ref.key)
-        array = raw.view(NUMPY[ref.dtype]).reshape(use.shape[::-1] if use.transposed else use.shape)
+        array = raw.view(FLOAT_DTYPES[ref.dtype]).reshape(use.shape[::-1] if use.transposed else use.shape)
         return _convert(array, use, ref)
 
     try:
@@ -141,7 +144,7 @@ def _convert(array: NDArray[Any], use: WeightUse, ref: TensorRef) -> NDArray[Any
     if use.transposed:
         array = array.T
     with np.errstate(over="ignore"):
-        converted = np.ascontiguousarray(array, dtype=NUMPY[use.dtype])
+        converted = np.ascontiguousarray(array, dtype=FLOAT_DTYPES[use.dtype])
     if not np.isfinite(converted).all():
         was = (
             "infinite or NaN in the checkpoint" if not np.isfinite(array).all() else f"beyond the range of {use.dtype}"

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from toolchain.errors import ModelError, WeightsError
 
 # numpy has no bfloat16 and no float8: their bits come as unsigned integers.
-DTYPES = {
+STORAGE_DTYPES = {
     "BOOL": "bool", "U8": "<u1", "I8": "<i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8",
     "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8", "C64": "<c8", "BF16": "<u2", "F8_E4M3": "<u1",
     "F8_E5M2": "<u1", "F8_E8M0": "<u1",
@@ -57,7 +57,7 @@ class TensorRef:
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
     """The numpy dtype that holds a safetensors dtype; BF16 and float8 as unsigned integers. KeyError if unknown."""
-    return np.dtype(DTYPES[dtype])
+    return np.dtype(STORAGE_DTYPES[dtype])
 
 
 def read_header(path: Path) -> dict[str, TensorRef]:
@@ -126,8 +126,8 @@ def _tensor_ref(path: Path, key: str, entry: Any, start: int) -> TensorRef:
             "a tensor is not described", where=where, expected="dtype, shape, data_offsets", got=repr(entry)[:100]
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise WeightsError("unknown dtype", where=where, expected=f"one of {', '.join(DTYPES)}", got=dtype)
+    if not isinstance(dtype, str) or dtype not in STORAGE_DTYPES:
+        raise WeightsError("unknown dtype", where=where, expected=f"one of {', '.join(STORAGE_DTYPES)}", got=dtype)
     if not _sizes(shape):
         raise WeightsError("the shape is wrong", where=where, expected="a list of sizes", got=shape)
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from toolchain.errors import ModelError, WeightsError
-from toolchain.weights.mapped import DTYPES, NOT_QUANTIZED, TensorRef, numpy_dtype, read_header
+from toolchain.weights.mapped import NOT_QUANTIZED, STORAGE_DTYPES, TensorRef, numpy_dtype, read_header
 
 Data = bytes | memoryview | npt.NDArray[Any]
 
@@ -157,9 +157,9 @@ def write_safetensors(
 
 def _itemsize(path: Path, tensor: tuple[str, str, tuple[int, ...]]) -> int:
     name, dtype, _ = tensor
-    if dtype not in DTYPES:
+    if dtype not in STORAGE_DTYPES:
         where = f"{path}, tensor {name!r}"
-        raise WeightsError("unknown dtype", where=where, expected=f"one of {', '.join(DTYPES)}", got=dtype)
+        raise WeightsError("unknown dtype", where=where, expected=f"one of {', '.join(STORAGE_DTYPES)}", got=dtype)
     return numpy_dtype(dtype).itemsize
 
 

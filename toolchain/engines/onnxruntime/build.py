@@ -90,7 +90,7 @@ def _settings(options: OnnxRuntimeOptions) -> tuple[str, Any, tuple[str, ...]]:
 
 def _pack(graph: Path, weights: Mapping[str, Path], out: Path, *, options: OnnxRuntimeOptions) -> None:
     from toolchain.graph.placeholder import static_shape
-    from toolchain.weights.derived import DTYPES
+    from toolchain.weights.derived import SAFETENSORS_DTYPES
     from toolchain.weights.safetensors import write_safetensors
 
     with (
@@ -100,8 +100,8 @@ def _pack(graph: Path, weights: Mapping[str, Path], out: Path, *, options: OnnxR
         known = tensors_by_content({"weights": base})
         packed = {}
         for name, tensor in initializers(model):
-            large = tensor.nbytes > PACKED_FROM_BYTES and tensor.dtype in DTYPES
+            large = tensor.nbytes > PACKED_FROM_BYTES and tensor.dtype in SAFETENSORS_DTYPES
             if large and content_of(tensor.numpy()) not in known:
-                packed[name] = (DTYPES[tensor.dtype], static_shape(tensor), tensor)
+                packed[name] = (SAFETENSORS_DTYPES[tensor.dtype], static_shape(tensor), tensor)
         names = sorted(packed)
         write_safetensors(out / PACKED, [(n, *packed[n][:2]) for n in names], lambda n: packed[n][2].numpy())

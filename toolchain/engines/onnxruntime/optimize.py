@@ -62,9 +62,9 @@ def _weight_values(model: ir.Model, weights: MappedWeights) -> tuple[list[str], 
     import onnxruntime
 
     from toolchain.graph.placeholder import is_weight
-    from toolchain.weights.derived import DTYPES
+    from toolchain.weights.derived import SAFETENSORS_DTYPES
 
-    element_types = {name: int(dtype) for dtype, name in DTYPES.items()}
+    element_types = {name: int(dtype) for dtype, name in SAFETENSORS_DTYPES.items()}
     names = [str(name) for name, value in model.graph.initializers.items() if is_weight(value)]
     kinds = [element_types[weights.refs[name].dtype] for name in names]
     make = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type
@@ -78,7 +78,7 @@ def save_engine(model: ir.Model, weights: Mapping[str, Path], path: Path) -> Non
     """
     import onnx_ir as ir
 
-    from toolchain.graph.placeholder import static_shape
+    from toolchain.weights.external import point_into
 
     with ExitStack() as stack:
         known = tensors_by_content({role: stack.enter_context(MappedWeights(file)) for role, file in weights.items()})
@@ -89,8 +89,7 @@ def save_engine(model: ir.Model, weights: Mapping[str, Path], path: Path) -> Non
                 value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
             else:
                 role, ref = match
-                location = (FILES[role], ref.offset, ref.nbytes, tensor.dtype)
-                value.const_value = ir.ExternalTensor(*location, shape=ir.Shape(static_shape(tensor)), name=name)
+                point_into(value, ref, FILES[role])
         ir.save(model, path)
 
 

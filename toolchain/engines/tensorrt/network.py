@@ -69,13 +69,11 @@ def _beside_weights(model: ir.Model, file: Path, weights: MappedWeights, scratch
     """The graph as a file whose external data are a copy of the weight file: paths may not leave the graph's folder."""
     import onnx_ir as ir
 
+    from toolchain.weights.external import attach_weights
+
     shutil.copyfile(file, scratch / WEIGHTS)
     whole = model.clone()
-    for name in weight_names(whole):
-        value, ref = whole.graph.initializers[name], weights.refs[name]
-        assert value.const_value is not None
-        place = (WEIGHTS, ref.offset, ref.nbytes, value.const_value.dtype)
-        value.const_value = ir.ExternalTensor(*place, shape=value.const_value.shape, name=name)  # type: ignore[arg-type]
+    attach_weights(whole, weights.refs, WEIGHTS)
     ir.save(whole, scratch / GRAPH)
     return scratch / GRAPH
 

@@ -33,11 +33,11 @@ log = logging.getLogger("toolchain")
 
 REBUILD = "build it again, from the same recipe"
 LOG_LINES = 8
-# trt.nptype raises for bfloat16.
-DTYPES = {
+NUMPY_DTYPES = {
     "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "UINT8": "uint8", "INT32": "int32",
     "INT64": "int64", "BOOL": "bool",
 }  # fmt: skip
+"""TensorRT's name of a type -> numpy's; trt.nptype raises for bfloat16."""
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -205,7 +205,7 @@ class OpenPlan:
             elif len(shape) == len(outputs.get(name, ())):
                 shape = tuple(there if size == -1 else size for size, there in zip(shape, outputs[name], strict=True))
             dtype = engine.get_tensor_dtype(name).name
-            dtype = DTYPES.get(dtype, dtype)
+            dtype = NUMPY_DTYPES.get(dtype, dtype)
             if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
                 dtype = f"host {dtype}"
             found.add(_described(TensorSpec(name, dtype, shape), side))
