@@ -1,6 +1,6 @@
-"""What `DeviceMemory` promises, as tests that run on the pretended GPU and on a real one.
+"""What `DeviceMemory` and `CapturingMemory` promise, as tests that run on the pretended GPU and on a real one.
 
-A class that derives from `DeviceContract` needs a fixture `make`: cuda_graph -> a DeviceMemory, closed at the end.
+A class that derives from `DeviceContract` needs a fixture `make`: cuda_graph -> a CapturingMemory, closed at the end.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from toolchain.cuda import memory as device_memory
+from toolchain.cuda import staging
+from toolchain.cuda.capturing import CUDA_GRAPHS
 from toolchain.cuda.driver import ALLOCATION
+from toolchain.cuda.loop import by_turns
 from toolchain.errors import EngineError
 
 Make = Callable[..., Any]
@@ -132,16 +134,16 @@ class DeviceContract:
         assert not first.any()
 
     def test_pinned_memory_has_a_limit(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(device_memory, "STAGED_BYTES", 4096)
+        monkeypatch.setattr(staging, "STAGED_BYTES", 4096)
         memory = make()
         rows = memory.zeros((64, 128), F32)
         for index in range(64):
             memory.write(rows[index], index)
         assert memory.counters.synchronisations == 7  # 8 rows of 512 bytes fit
         assert (memory.read(rows)[0] == np.arange(64)[:, None]).all()
-        assert memory.counters.pinned_bytes == device_memory.CHUNK_BYTES
+        assert memory.counters.pinned_bytes == staging.CHUNK_BYTES
 
-    @pytest.mark.parametrize("mode", device_memory.CUDA_GRAPHS)
+    @pytest.mark.parametrize("mode", CUDA_GRAPHS)
     def test_launches_do_what_was_captured(self, make: Make, mode: str) -> None:
         memory = make(mode)
         ends, enqueues = swap(memory)
@@ -189,7 +191,7 @@ class DeviceContract:
         assert 0 < memory.elapsed_ms(first, second) < 60_000
         del first, second
         gc.collect()
-        assert len(memory._marks) == 2
+        assert len(memory._free_events) == 2
 
     def test_engines_share_one_scratch_block(self, make: Make) -> None:
         memory = make()
@@ -220,7 +222,7 @@ class DeviceContract:
         memory = make(mode)
         register = ShiftRegister(memory)
         assert memory.loop(*register.launches) is None
-        assert register.place_after(partial(device_memory.by_turns, *register.launches), 7) == 7
+        assert register.place_after(partial(by_turns, *register.launches), 7) == 7
 
     def test_a_loop_is_its_steps_by_turns(self, make: Make) -> None:
         memory = make("loop")
@@ -241,7 +243,7 @@ class DeviceContract:
         launches = [memory.capture(enqueue) for enqueue in enqueues]
         launches[0]()
         memory.release(launches[0], enqueues[0])
-        assert list(memory._graphs) == launches[1:]
+        assert list(memory.graphs._executables) == launches[1:]
         launches[1]()
         memory.read()
 

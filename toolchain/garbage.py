@@ -1,4 +1,4 @@
-"""Python's collector of garbage, held back for a while."""
+"""Python's garbage collection, paused for a while."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def kept_garbage() -> Iterator[None]:
-    """Nothing is collected meanwhile; afterwards it is as before."""
+def gc_paused() -> Iterator[None]:
+    """Pauses garbage collection; afterwards it is on if it was on before."""
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -1,7 +1,7 @@
 """Steps of torch's own cuBLAS and cuDNN work on our stream: launched kernel by kernel, captured, and as one WHILE node.
 
 What is compared is not an engine but how work gets onto the GPU: the same network, of convolutions, norms and attention
-in the sizes of Stable Diffusion, drives a state through some steps with `DeviceMemory` in each of its three ways, by
+in the sizes of Stable Diffusion, drives a state through some steps with `CapturingMemory` in each of its three ways, by
 torch's own graphs, and by torch alone, whose latents all others must equal.
 """
 
@@ -21,7 +21,9 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.gpu_run.record import Record, is_pretended
-from toolchain.cuda.memory import DeviceBuffer, DeviceMemory, by_turns
+from toolchain.cuda.capturing import CapturingMemory
+from toolchain.cuda.loop import by_turns
+from toolchain.cuda.memory import DeviceBuffer
 
 GUIDANCE = 5.0
 REPEATS = 5
@@ -97,7 +99,7 @@ class Cuda:
 
     device = "cuda"
 
-    def __init__(self, memory: DeviceMemory) -> None:
+    def __init__(self, memory: CapturingMemory) -> None:
         self._stream = torch.cuda.ExternalStream(memory.stream)
         self._pool = torch.cuda.MemPool()
 
@@ -122,7 +124,7 @@ class Pretended:
 
     device = "cpu"
 
-    def __init__(self, memory: DeviceMemory) -> None:
+    def __init__(self, memory: CapturingMemory) -> None:
         self._stream = memory.stream
 
     def tensor(self, buffer: DeviceBuffer) -> torch.Tensor:
@@ -161,10 +163,10 @@ class Inputs:
 
 
 class Driven:
-    """Two states that take turns, in one of `DeviceMemory`'s ways."""
+    """Two states that take turns, in one of `CapturingMemory`'s ways."""
 
     def __init__(self, inputs: Inputs, way: str, torch_on: Any) -> None:
-        self.memory = DeviceMemory(way)
+        self.memory = CapturingMemory(way)
         self._noise = inputs.noise
         self._torch = torch_on(self.memory)
         self._states = [self.memory.zeros(inputs.noise.shape, inputs.noise.dtype) for _ in range(2)]

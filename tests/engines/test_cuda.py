@@ -17,8 +17,8 @@ import pytest
 from tests.device_contract import DeviceContract, Make, ShiftRegister, others_may_allocate, swap
 from tests.pretend import pretended
 from toolchain.cuda import driver as cuda
+from toolchain.cuda.capturing import CapturingMemory
 from toolchain.cuda.loop import UNROLLED
-from toolchain.cuda.memory import DeviceMemory
 from toolchain.errors import EngineError
 
 
@@ -42,8 +42,8 @@ def gpu(fake: Any) -> Iterator[Any]:
 def make(gpu: Any) -> Iterator[Make]:
     made = []
 
-    def make_memory(cuda_graph: str = "step") -> DeviceMemory:
-        made.append(DeviceMemory(cuda_graph))
+    def make_memory(cuda_graph: str = "step") -> CapturingMemory:
+        made.append(CapturingMemory(cuda_graph))
         return made[-1]
 
     yield make_memory
@@ -156,7 +156,7 @@ def test_the_reason_for_no_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch, failur
     with pytest.raises(EngineError, match="no GPU can be used"):
         cuda.device_facts()
     with pytest.raises(EngineError):
-        DeviceMemory()
+        CapturingMemory()
 
 
 def test_without_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:

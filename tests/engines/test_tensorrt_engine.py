@@ -75,7 +75,7 @@ def test_a_whole_run_is_one_launch(folder: Path, failure: str, monkeypatch: pyte
     assert counter[0] == 6
     assert memory.counters.launches == 1
     engine.close()
-    assert (memory._loops, memory._graphs) == ({}, {})  # they hold the contexts' kernels
+    assert (memory._loops, memory.graphs._executables) == ({}, {})  # they hold the contexts' kernels
     memory.close()
 
 
@@ -363,7 +363,7 @@ def test_closing_frees_everything_in_order(folder: Path, memory_first: bool, mod
     gc.collect()
     assert freed == ["context", "engine", "runtime"]
     memory.close()
-    assert memory._graphs == {}
+    assert memory.graphs._executables == {}
 
 
 def test_contexts_and_plans_are_not_freed_while_another_thread_allocates_or_captures(

@@ -9,7 +9,7 @@ import pytest
 
 from tests.device_contract import DeviceContract, Make, ShiftRegister, swap
 from toolchain.cuda import driver as cuda
-from toolchain.cuda.memory import DeviceMemory
+from toolchain.cuda.capturing import CapturingMemory
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,8 +23,8 @@ def _a_gpu() -> None:
 def make() -> Iterator[Make]:
     made = []
 
-    def make_memory(cuda_graph: str = "step") -> DeviceMemory:
-        made.append(DeviceMemory(cuda_graph))
+    def make_memory(cuda_graph: str = "step") -> CapturingMemory:
+        made.append(CapturingMemory(cuda_graph))
         return made[-1]
 
     yield make_memory

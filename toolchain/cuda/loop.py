@@ -11,16 +11,14 @@ import ctypes
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from toolchain.cuda.driver import ALLOCATION, call, cudart, device_facts
-from toolchain.cuda.memory import by_turns
+from toolchain.cuda.graphs import CudaGraphs
+from toolchain.cuda.memory import DeviceMemory
 from toolchain.errors import EngineError
-
-if TYPE_CHECKING:
-    from toolchain.cuda.memory import DeviceMemory
 
 Enqueue = Callable[[], None]
 Pair = tuple[Enqueue, Enqueue]
@@ -41,9 +39,9 @@ extern "C" __global__ void next_pass(cudaGraphConditionalHandle handle, int *lef
 class StepLoop:
     """Launches steps by turns: first, second, first ... What remains of an odd number is one launch of the first."""
 
-    def __init__(self, memory: DeviceMemory, launches: Pair, enqueues: Pair) -> None:
+    def __init__(self, memory: DeviceMemory, graphs: CudaGraphs, launches: Pair, enqueues: Pair) -> None:
         """Two launches and what enqueues the same work. What cannot be captured is done otherwise, with a warning."""
-        self._memory = memory
+        self._memory, self._graphs = memory, graphs
         self._launches = launches
         self._enqueues = enqueues
         self._unrolled: dict[int, Enqueue] = {}
@@ -69,13 +67,15 @@ class StepLoop:
             return
         if passes not in self._unrolled:
             if len(self._unrolled) == UNROLLED:
-                self._memory.release(self._unrolled.pop(next(iter(self._unrolled))))
+                self._memory.drain()
+                self._graphs.destroy(self._unrolled.pop(next(iter(self._unrolled))))
             self._unrolled[passes] = self._unroll(passes)
         self._unrolled[passes]()
 
     def close(self) -> None:
         """Frees graphs, trip count and kernel, once the GPU is done with them."""
-        self._memory.release(*self._unrolled.values(), *([self._while] if self._while else []))
+        self._memory.drain()
+        self._graphs.destroy(*self._unrolled.values(), *([self._while] if self._while else []))
         self._memory.free(self._left)
         self._unrolled, self._while = {}, None
         if self._module is not None:
@@ -85,7 +85,7 @@ class StepLoop:
 
     def _unroll(self, passes: int) -> Enqueue:
         try:
-            return self._memory.instantiate(self._memory.record(partial(by_turns, *self._enqueues, 2 * passes)))
+            return self._graphs.instantiate(self._graphs.capture(partial(by_turns, *self._enqueues, 2 * passes)))
         except EngineError as error:
             self._memory.warn(f"steps are launched one by one: {error.where}: {error.got}")
             return partial(by_turns, *self._launches, 2 * passes)
@@ -106,11 +106,17 @@ class StepLoop:
                 by_turns(*self._enqueues, 2)
                 count_down()
 
-            self._memory.record(enqueue, into=body)
+            self._graphs.capture(enqueue, into=body)
         except BaseException:
             cudart().cudaGraphDestroy(graph)
             raise
-        return self._memory.instantiate(graph)
+        return self._graphs.instantiate(graph)
+
+
+def by_turns(first: Enqueue, second: Enqueue, steps: int) -> None:
+    """Launches so many steps one by one: first, second, first ..."""
+    for index in range(steps):
+        (second if index % 2 else first)()
 
 
 def _add_while(graph: Any, handle: Any) -> Any:

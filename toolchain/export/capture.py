@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from toolchain.errors import DiffbuildError, ExportError, ModelError, first_line
-from toolchain.garbage import kept_garbage
+from toolchain.garbage import gc_paused
 from toolchain.graph import IR_VERSION, OPSET
 from toolchain.graph.liveness import facts
 from toolchain.graph.opset import allow_bfloat16
@@ -66,7 +66,7 @@ def capture(component: Component, source: ModelSource, recipe: Recipe, bucket: B
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         # A trace makes millions of objects and little garbage: looking for it takes 5 to 10 % of the time.
-        with _quiet(), _translations_read_once(), kept_garbage(), fake, torch.no_grad():
+        with _quiet(), _translations_read_once(), gc_paused(), fake, torch.no_grad():
             module = make_module(component, source, recipe)
             inputs = {t.name: torch.zeros(t.shape, dtype=getattr(torch, t.dtype)) for t in spec.inputs}
             program = torch.export.export(module, (), inputs, strict=False)

@@ -14,6 +14,7 @@ from typing import Any
 
 from toolchain.cuda.capacity import largest_open, warn_of_load, weight_bytes
 from toolchain.cuda.driver import ALLOCATION, available, free_memory_bytes
+from toolchain.cuda.graphs import abandon_capture
 from toolchain.cuda.memory import DeviceMemory
 from toolchain.engines.device_buffers import EngineBuffers
 from toolchain.engines.onnxruntime.package import GPU, command
@@ -63,7 +64,7 @@ class OnnxRuntimeCudaRunner:
         """GPU memory. Warns where the weights will not fit: each session has its own copy."""
         weights = {folder: weight_bytes(folder.parent) for folder in folders}
         warn_of_load(largest_open(weights, open_buckets), 0, free_memory_bytes())  # activations: only its kernels know
-        return DeviceMemory("off")
+        return DeviceMemory()
 
     def open(
         self,
@@ -138,7 +139,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         except EngineError as error:
             if not self._captures:
                 raise
-            self._memory.abandon_capture()
+            abandon_capture(self._memory)
             launch = partial(self._launch, number, _run_options(NO_GRAPH))
             launch()
             self._memory.synchronize()
@@ -169,7 +170,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
 
     def close(self) -> None:
         """Waits for the GPU and frees session, bindings and buffers."""
-        self._memory.release()
+        self._memory.drain()
         self._buffers.free()
         with ALLOCATION:
             self._bindings = {}  # bindings hold the session

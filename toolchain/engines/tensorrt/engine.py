@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.cuda.capacity import largest_open, warn_of_load, weight_bytes
+from toolchain.cuda.capturing import CapturingMemory
 from toolchain.cuda.driver import ALLOCATION, free_memory_bytes
-from toolchain.cuda.memory import ALIGNMENT, DeviceBuffer, DeviceMemory
+from toolchain.cuda.memory import DeviceBuffer
+from toolchain.cuda.staging import ALIGNMENT
 from toolchain.engines.device_buffers import EngineBuffers
 from toolchain.engines.tensorrt.library import Library
 from toolchain.engines.tensorrt.open_plan import OpenPlan, read_facts
@@ -16,11 +18,11 @@ from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec
 
 
-class TensorRtMemory(DeviceMemory):
+class TensorRtMemory(CapturingMemory):
     """A GPU's memory and the plans that are open there."""
 
     def __init__(self, library: Library, cuda_graph: str = "step", kernel_specialization: str = "eager") -> None:
-        """cuda_graph: see `DeviceMemory`; kernel_specialization: see `OpenPlan`."""
+        """cuda_graph: see `CapturingMemory`; kernel_specialization: see `OpenPlan`."""
         super().__init__(cuda_graph)
         self._library, self._kernel_specialization = library, kernel_specialization
         self._plans: dict[Path, OpenPlan] = {}
