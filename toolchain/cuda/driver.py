@@ -1,4 +1,4 @@
-"""CUDA through cuda-python alone: its calls, and what GPU there is.
+"""CUDA through cuda-python: calls with their errors raised, and facts about the GPU.
 
 `cuda.bindings` imports without a driver, so that `available` can say what is missing. One process uses one GPU, the
 first that CUDA_VISIBLE_DEVICES leaves.
@@ -12,7 +12,8 @@ from typing import Any
 from toolchain.errors import EngineError
 
 ALLOCATION = threading.RLock()
-"""Held by whoever allocates or frees: a library that captures in CUDA's global mode keeps others from it with this."""
+"""A lock around everything that allocates or frees GPU memory: ONNX Runtime captures graphs in CUDA's global mode, in
+which an allocation by any other thread spoils the capture."""
 
 LEAST_DRIVER = 13000
 """CUDA version that the driver must know, as CUDA counts: 1000 * major + 10 * minor. cuda-python 13 needs it."""
@@ -26,7 +27,7 @@ def cudart() -> Any:
 
 
 def call(function: str, *args: Any) -> Any:
-    """The value, or the list of values, of a function of the CUDA runtime. EngineError with CUDA's own words."""
+    """The value, or the list of values, of a function of the CUDA runtime. EngineError with CUDA's message."""
     code, *values = getattr(cudart(), function)(*args)
     if code:
         raise EngineError("a CUDA call failed", where=function, got=describe(code))
@@ -34,7 +35,7 @@ def call(function: str, *args: Any) -> Any:
 
 
 def describe(code: Any) -> str:
-    """An error's name and CUDA's words for it."""
+    """An error code's name and message."""
     name, text = (getattr(cudart(), f)(code)[1].decode() for f in ("cudaGetErrorName", "cudaGetErrorString"))
     return f"{name}: {text}"
 
@@ -70,17 +71,17 @@ def device_facts() -> dict[str, Any]:
     reason = available()
     if reason:
         raise EngineError("no GPU can be used", got=reason, hint="diffbuild doctor")
-    found = call("cudaGetDeviceProperties", 0)
+    properties = call("cudaGetDeviceProperties", 0)
     return {
-        "name": found.name.rstrip(b"\0").decode(),
-        "compute_capability": f"{found.major}.{found.minor}",
-        "sm_count": int(found.multiProcessorCount),
-        "memory_bytes": int(found.totalGlobalMem),
+        "name": properties.name.rstrip(b"\0").decode(),
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "sm_count": int(properties.multiProcessorCount),
+        "memory_bytes": int(properties.totalGlobalMem),
         "driver": _version(call("cudaDriverGetVersion")),
         "cuda": _version(call("cudaRuntimeGetVersion")),
     }
 
 
 def free_memory_bytes() -> int:
-    """GPU memory that nobody uses now. EngineError without a GPU."""
+    """Free GPU memory. EngineError without a GPU."""
     return int(call("cudaMemGetInfo")[0])

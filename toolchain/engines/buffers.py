@@ -1,4 +1,4 @@
-"""Where the buffers of engines lie: host memory, or a GPU's behind one stream.
+"""The buffers of engines: in host memory, or on a GPU behind one stream.
 
 The runtime works on a `Memory` alone and never asks which it is. On a GPU everything but `read` only enqueues: a
 picture costs one synchronisation with the host, at its end.
@@ -22,10 +22,12 @@ class Buffer(Protocol):
     """A dense tensor in some memory, of fixed address and shape. numpy arrays are the buffers of the host."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
 
     @property
-    def dtype(self) -> np.dtype[Any]: ...
+    def dtype(self) -> np.dtype[Any]:
+        """Element type."""
 
     def __getitem__(self, rows: int | slice, /) -> Any:
         """A view of one row, without the first axis, or of several: to copy from and to write to."""
@@ -51,13 +53,13 @@ def check_buffer(tensor: TensorSpec, buffer: AnyBuffer | None, where: Path, *, a
 
 
 class Memory(Protocol):
-    """The buffers of one pipeline. What is asked of it happens in order; not safe for concurrent use."""
+    """The memory of one pipeline. Its work happens in the order of the calls; not safe for concurrent use."""
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """A new buffer, freed with the memory if not before."""
 
     def free(self, *buffers: Any) -> None:
-        """Gives up buffers that `zeros` made and that nothing launched or read will use again."""
+        """Frees buffers that came from `zeros` and that no later launch or read uses."""
 
     def write(self, target: Any, value: ArrayLike) -> None:
         """Copies `value`, broadcast and cast to the buffer, into it. The caller may change `value` afterwards."""
@@ -66,13 +68,13 @@ class Memory(Protocol):
         """Copies a buffer into another of the same shape and dtype."""
 
     def read(self, *sources: Any) -> list[NDArray[Any]]:
-        """Copies of buffers on the host, after everything that was asked for before. Waits once for all of them."""
+        """Copies of buffers on the host, after all work before it. Waits once for all of them."""
 
     def loop(self, first: Callable[[], None], second: Callable[[], None]) -> Callable[[int], None] | None:
-        """What runs a number of steps, `first` and `second` by turns, as one launch; None where nothing can."""
+        """What runs a number of steps, `first` and `second` by turns, as one launch; None where it is impossible."""
 
     def mark(self) -> Any:
-        """A moment in the order of the work."""
+        """A point in the order of the work; on a GPU an event."""
 
     def elapsed_ms(self, first: Any, second: Any) -> float:
         """Milliseconds of work between two marks; both must lie before a `read`."""
@@ -82,31 +84,38 @@ class Memory(Protocol):
 
 
 class HostMemory:
-    """numpy arrays: done as soon as it is asked for."""
+    """`Memory` of numpy arrays: every call has done its work when it returns."""
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """A new array."""
         return np.zeros(shape, dtype)
 
     def free(self, *buffers: NDArray[Any]) -> None:
-        pass  # they go with their last reference
+        """Nothing: arrays are freed with their last reference."""
 
     def write(self, target: NDArray[Any], value: ArrayLike) -> None:
+        """Writes a value, broadcast and cast."""
         target[...] = value
 
     def copy(self, target: NDArray[Any], source: NDArray[Any]) -> None:
+        """Copies an array into another."""
         target[...] = source
 
     def read(self, *sources: NDArray[Any]) -> list[NDArray[Any]]:
+        """Copies of arrays."""
         return [source.copy() for source in sources]
 
     def loop(self, first: Callable[[], None], second: Callable[[], None]) -> None:
-        return None
+        """None: steps are launched one by one."""
+        return
 
     def mark(self) -> float:
+        """Now, in seconds."""
         return time.perf_counter()
 
     def elapsed_ms(self, first: float, second: float) -> float:
+        """Milliseconds between two marks."""
         return (second - first) * 1e3
 
     def close(self) -> None:
-        pass
+        """Nothing: see `free`."""

@@ -1,4 +1,4 @@
-"""What this machine can do: the facts behind `diffbuild doctor`."""
+"""Facts about this machine: for `diffbuild doctor`, and to note with measurements."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GPU_FIELDS = ("name", "compute_cap", "memory.total", "driver_version")
 
 
 def examine(store: Path) -> dict[str, Any]:
-    """Everything that `doctor` tells. `works` is whether one backend at least can run here."""
+    """All facts that `doctor` prints. `works` is whether at least one backend can run here."""
     from toolchain.engines.builders import BUILDERS
     from toolchain.engines.onnxruntime.device import cpu_features, physical_cores
     from toolchain.engines.onnxruntime.package import clash
@@ -41,17 +41,17 @@ def examine(store: Path) -> dict[str, Any]:
 
     reasons = {name: runner.available() for name, runner in RUNNERS.items()}
     libraries = {use: {name: _version(name) for name in names} for use, names in LIBRARIES.items()}
-    found, no_gpu = gpus()
+    gpu_rows, no_gpu = gpus()
     return {
         "works": any(reason is None for reason in reasons.values()),
         "backends": {name: _backend(BUILDERS[name], reason) for name, reason in reasons.items()},
         "versions": {"diffbuild": _version("diffbuild"), "python": platform.python_version()},
         "libraries": libraries,
-        "missing": {use: _missing(found) for use, found in libraries.items()},
+        "missing": {use: _missing(versions) for use, versions in libraries.items()},
         "system": _system(),
         "cpu": {"features": cpu_features(), "physical_cores": physical_cores()},
         "advisories": [line for line in [clash(), advisory(TENSORRT.installed())] if line],
-        "gpus": found,
+        "gpus": gpu_rows,
         "no_gpu": no_gpu,
         "store": _store(store),
     }
@@ -73,19 +73,19 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _missing(found: Mapping[str, str | None]) -> list[str]:
-    lacking = [name for name, number in found.items() if number is None]
-    have_one = any(found.get(name) for name in ALTERNATIVES)
+def _missing(versions: Mapping[str, str | None]) -> list[str]:
+    lacking = [name for name, number in versions.items() if number is None]
+    have_one = any(versions.get(name) for name in ALTERNATIVES)
     return [name for name in lacking if not (have_one and name in ALTERNATIVES)]
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
     """Versions of those of `packages` that are installed."""
-    return {name: found for name in packages if (found := _version(name)) is not None}
+    return {name: number for name in packages if (number := _version(name)) is not None}
 
 
 def machine() -> dict[str, Any]:
-    """What a measurement was made on: numbers mean nothing without it."""
+    """The machine of a measurement, to be noted with its numbers."""
     from toolchain.engines.onnxruntime.device import cpu_features, physical_cores
 
     return {
@@ -123,20 +123,20 @@ def gpus() -> tuple[list[dict[str, str]], str | None]:
     except (OSError, subprocess.TimeoutExpired) as error:
         return [], f"nvidia-smi does not answer: {error}"
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        return [], f"nvidia-smi: {said[0] if said else f'exit code {done.returncode}'}"
+        output = (done.stderr or done.stdout).strip().splitlines()
+        return [], f"nvidia-smi: {output[0] if output else f'exit code {done.returncode}'}"
     rows = [[entry.strip() for entry in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
-    found = [dict(zip(("name", "compute_capability", "memory", "driver"), row, strict=False)) for row in rows]
-    return found, None if found else "nvidia-smi lists none"
+    listed = [dict(zip(("name", "compute_capability", "memory", "driver"), row, strict=False)) for row in rows]
+    return listed, None if listed else "nvidia-smi lists none"
 
 
 def _store(store: Path) -> dict[str, Any]:
     path = Path(os.path.abspath(store))
-    place = next(p for p in (path, *path.parents) if p.is_dir())
-    writable = os.access(place, os.W_OK | os.X_OK)
+    existing = next(p for p in (path, *path.parents) if p.is_dir())
+    writable = os.access(existing, os.W_OK | os.X_OK)
     return {
         "path": str(path),
         "exists": path.is_dir(),
         "writable": writable,
-        "free_bytes": shutil.disk_usage(place).free,
+        "free_bytes": shutil.disk_usage(existing).free,
     }

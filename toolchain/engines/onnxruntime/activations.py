@@ -1,4 +1,4 @@
-"""What a session of ONNX Runtime on the CPU will keep in memory, told from its optimised graph when it is built."""
+"""What a session of ONNX Runtime on the CPU will keep in memory, computed from its optimised graph at build time."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def run_order(graph: ir.Graph) -> list[ir.Node]:
             order.append(node)
         elif node not in seen:
             seen.add(node)
-            sources = {made for value in node.inputs if value is not None and (made := value.producer()) is not None}
+            sources = {
+                source for value in node.inputs if value is not None and (source := value.producer()) is not None
+            }
             stack += [(node, True), *((source, False) for source in sorted(sources, key=index.__getitem__))]
     return order
 
@@ -123,8 +125,8 @@ def _conv(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
     pads = _integers(node, "pads", [0] * 2 * sides)
     extents = [d * (k - 1) + 1 for d, k in zip(dilations, weight[2:], strict=True)]
     padded = [s + pads[i] + pads[i + sides] for i, s in enumerate(source[2:])]
-    made = [(p - e) // s + 1 for p, e, s in zip(padded, extents, strides, strict=True)]
-    return (source[0], weight[0], *made)
+    sizes = [(p - e) // s + 1 for p, e, s in zip(padded, extents, strides, strict=True)]
+    return (source[0], weight[0], *sizes)
 
 
 def _upsample(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
@@ -144,9 +146,9 @@ def _reshape(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
 
 def _concat(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
     axis = _integer(node, "axis", 0)
-    made = list(inputs[0])
-    made[axis] = sum(shape[axis] for shape in inputs)
-    return tuple(made)
+    shape = list(inputs[0])
+    shape[axis] = sum(one[axis] for one in inputs)
+    return tuple(shape)
 
 
 def _elementwise(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
@@ -180,10 +182,10 @@ def _constant(node: ir.Node, position: int) -> list[int]:
 
 
 def _integer(node: ir.Node, name: str, default: int) -> int:
-    found = node.attributes.get(name)
-    return default if found is None else found.as_int()
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_int()
 
 
 def _integers(node: ir.Node, name: str, default: list[int]) -> list[int]:
-    found = node.attributes.get(name)
-    return default if found is None else list(found.as_ints())
+    attribute = node.attributes.get(name)
+    return default if attribute is None else list(attribute.as_ints())

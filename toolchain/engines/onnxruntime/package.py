@@ -1,4 +1,4 @@
-"""Which of its two packages brought ONNX Runtime.
+"""Which of its two packages ONNX Runtime was installed from.
 
 They hold one module in one folder: the second to be installed writes over the first, and to remove either takes the
 files of both away.
@@ -22,48 +22,48 @@ EITHER = "pip install 'diffbuild[cpu]', or for an NVIDIA GPU pip install 'diffbu
 
 def installed() -> dict[str, str]:
     """Package -> version, of those of the two that are installed."""
-    found = {}
+    versions = {}
     for package in (CPU, GPU):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def module_version() -> str:
-    """The version of ONNX Runtime, by whatever package it came. EngineError where there is none."""
+    """The version of ONNX Runtime, whichever package it is from. EngineError where it is not installed."""
     if find_spec("onnxruntime") is None:
         raise EngineError("ONNX Runtime is not installed", hint=EITHER)
-    found = installed()
-    if len(found) == 1:
-        return next(iter(found.values()))
+    versions = installed()
+    if len(versions) == 1:
+        return next(iter(versions.values()))
     import onnxruntime  # of two packages the one that was installed last, or one under another name
 
     return str(onnxruntime.__version__)
 
 
 def clash() -> str | None:
-    """What is wrong where both packages are installed, and what mends it; None where they are not."""
-    found = installed()
-    if len(found) < 2:
+    """A message with the remedy where both packages are installed, else None."""
+    versions = installed()
+    if len(versions) < 2:
         return None
-    both = " and ".join(f"{package} {number}" for package, number in found.items())
-    mend = f"pip uninstall -y {' '.join(found)}, then {_extra(CPU)}, or {_extra(GPU)}"
-    return f"{both} are both installed, and write over each other's files: {mend}"
+    both = " and ".join(f"{package} {number}" for package, number in versions.items())
+    remedy = f"pip uninstall -y {' '.join(versions)}, then {_extra(CPU)}, or {_extra(GPU)}"
+    return f"{both} are both installed, and write over each other's files: {remedy}"
 
 
 @cache
 def warn_of_clash() -> None:
-    """Once in a process."""
-    if said := clash():
-        log.warning("%s", said)
+    """Logs `clash`, once in a process."""
+    if message := clash():
+        log.warning("%s", message)
 
 
 def command(package: str, number: str | None = None) -> str:
-    """What brings one of the packages, of any version that is driven or of that one, and removes the other first."""
-    found = installed()
-    removed = f"pip uninstall -y {' '.join(found)} && " if found.keys() - {package} else ""
+    """The command that removes the other package and installs this one, as version `number` or any supported one."""
+    versions = installed()
+    removed = f"pip uninstall -y {' '.join(versions)} && " if versions.keys() - {package} else ""
     return removed + (_extra(package) if number is None else f"pip install {package}=={number}")
 
 

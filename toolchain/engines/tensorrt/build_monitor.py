@@ -1,4 +1,4 @@
-"""What TensorRT's builder tells while it works, and the way to stop it. Imported by the builder's process alone.
+"""Progress and log of TensorRT's builder, and how a build is cancelled. Imported by the builder's process alone.
 
 TensorRT calls loggers and monitors from several threads. Their classes are made for the library at hand: a class of
 its own module is what each of the two libraries takes.
@@ -18,7 +18,7 @@ Say = Callable[[dict[str, Any]], None]
 
 EVERY_S = 0.1
 SILENCE_S = 5.0
-"""After so long without a word from the builder, its step is called long, and no percentage is told."""
+"""After so long without a message from the builder, progress is reported without a percentage."""
 SEVERITIES = "FEWIV"
 """First letters of ILogger.Severity, from INTERNAL_ERROR (fatal) to VERBOSE."""
 LAYERS = "Layers:"
@@ -35,8 +35,10 @@ class _Phase:
 
 
 class Phases:
-    """How far a build is, as the outermost phase and how much of it is done. Phases are nested, run side by side, and
-    may end before their last step."""
+    """Progress of a build: its outermost phase and the share of it that is done.
+
+    Phases are nested, run side by side, and may end before their last step.
+    """
 
     def __init__(self, say: Say) -> None:
         self._say = say
@@ -47,17 +49,20 @@ class Phases:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
+        """A phase of so many steps begins, inside another or outermost."""
         with self._lock:
             self._phases[name] = _Phase(parent, max(1, steps))
             self._tell(name)
 
     def step(self, name: str, step: int) -> None:
+        """A step of a phase is done, counted from 0."""
         with self._lock:
             if name in self._phases:
                 self._phases[name].done = step + 1
                 self._tell(name)
 
     def finish(self, name: str) -> None:
+        """A phase is done."""
         with self._lock:
             if name in self._phases:
                 self._phases[name].done = self._phases[name].steps
@@ -90,8 +95,8 @@ class Phases:
 
 
 def make_monitor(trt: Any, say: Say, cancelled: threading.Event, between: Callable[[], None]) -> Any:
-    """A progress monitor that tells `say`, calls `between` after each phase, and cancels the build once `cancelled` is
-    set."""
+    """A progress monitor that reports to `say`, calls `between` after each phase, and cancels the build once
+    `cancelled` is set."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """TensorRT takes an exception for a cancellation, and takes None for one too."""
@@ -132,9 +137,9 @@ def make_logger(trt: Any) -> Any:
                 self.layers.append(msg)
             if int(severity) >= int(trt.ILogger.Severity.VERBOSE) or msg == CHATTER:
                 return
-            found = ACTIVATIONS.search(msg)
-            if found:
-                self.activation_bytes = int(found[1])
+            match = ACTIVATIONS.search(msg)
+            if match:
+                self.activation_bytes = int(match[1])
             sys.stderr.write(f"[{SEVERITIES[int(severity)]}] {msg.rstrip()}\n")
 
     return Logger()

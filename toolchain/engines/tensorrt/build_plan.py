@@ -49,7 +49,8 @@ Options = TensorRtOptions | TensorRtRtxOptions
 
 
 def main() -> int:
-    """Builds what the job says. Exit code 0 when the engine is there, 1 when the reason was told."""
+    """Runs the job in the file that the command line names. Exit code 0 when the engine is built, 1 when an error was
+    reported."""
     job = json.loads(Path(sys.argv[1]).read_text())
     say = _talk()
     _die_with(job["parent"])
@@ -57,8 +58,8 @@ def main() -> int:
         say({"done": build(job, say, _listen())})
         return 0
     except DiffbuildError as error:
-        told = {"where": error.where, "expected": error.expected, "got": error.got}
-        say({"error": {"what": error.what, "hint": error.hint} | {k: v and str(v) for k, v in told.items()}})
+        details = {"where": error.where, "expected": error.expected, "got": error.got}
+        say({"error": {"what": error.what, "hint": error.hint} | {k: v and str(v) for k, v in details.items()}})
     except MemoryError:
         say({"error": {"what": "TensorRT's builder ran out of memory", "got": "out of host memory"}})
     except (OSError, RuntimeError) as error:  # a full disk; what pybind makes of C++'s exceptions
@@ -214,12 +215,12 @@ def _configure_search(trt: Any, config: Any, options: TensorRtOptions) -> None:
         config.build_route = options.build_route
 
 
-def _load_timing_cache(config: Any, place: str | None, say: Say) -> Any:
+def _load_timing_cache(config: Any, path: str | None, say: Say) -> Any:
     """Gives the builder what was measured before; a cache that it does not take is left out and later replaced."""
-    if place is None:
+    if path is None:
         return None
     try:
-        known = read_cache(Path(place))
+        known = read_cache(Path(path))
     except StoreError as error:
         say({"warning": f"{error.what}: {error.where}"})
         known = b""
@@ -227,21 +228,21 @@ def _load_timing_cache(config: Any, place: str | None, say: Say) -> Any:
     # Of one that is damaged TensorRT makes an empty one, or none, by its version; another GPU's it does not set.
     lost = known and (cache is None or bytes(memoryview(cache.serialize())) == bytes(memoryview(empty.serialize())))
     if lost or not config.set_timing_cache(cache, ignore_mismatch=False):
-        say({"warning": f"TensorRT does not take the timing cache {place}; it is measured anew"})
+        say({"warning": f"TensorRT does not take the timing cache {path}; it is measured anew"})
         cache = empty
         config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
 
 
-def _save_timing_cache(config: Any, place: Path, say: Say) -> None:
-    def combine(there: bytes, mine: bytes) -> bytes | None:
-        first, second = config.create_timing_cache(there), config.create_timing_cache(mine)
+def _save_timing_cache(config: Any, path: Path, say: Say) -> None:
+    def combine(saved: bytes, measured: bytes) -> bytes | None:
+        first, second = config.create_timing_cache(saved), config.create_timing_cache(measured)
         if first is None or not first.combine(second, ignore_mismatch=False):
             return None
         return bytes(memoryview(first.serialize()))
 
     try:
-        merge_cache(place, bytes(memoryview(config.get_timing_cache().serialize())), combine)
+        merge_cache(path, bytes(memoryview(config.get_timing_cache().serialize())), combine)
     except StoreError as error:  # an engine is worth more than the time that the next one takes
         say({"warning": f"the timing cache is not kept: {error.what}: {error.where}"})
 

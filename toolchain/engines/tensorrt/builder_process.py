@@ -1,11 +1,11 @@
-"""TensorRT's builder from outside: its process is started, listened to, cancelled, and its end explained.
+"""The process of TensorRT's builder: how it is started, watched and cancelled, and how its failure is explained.
 
 The builder runs in a process of its own because it can take its process with it (a crash in a kernel compiler, the
 kernel's OOM killer), because several builders in one process crash (KataGo pull request 1225), and because the GPU
 memory that it touched comes back only with the process.
 
 The child writes one JSON document per line on stdout: {"phase", "share"}, {"warning"}, and at its end {"done"} or
-{"error"}. What TensorRT says goes to stderr, which is kept to explain a failure.
+{"error"}. TensorRT's log goes to stderr, which is kept to explain a failure.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from toolchain.errors import EngineError
 log = logging.getLogger("toolchain")
 
 Progress = Callable[[str, float | None], None]
-"""Called with the name of a phase and how much of it is done, 0 to 1; None where nobody can tell."""
+"""Called with the name of a phase and the share of it that is done, 0 to 1, or None where it is unknown."""
 
 MODULE = build_plan.__name__
 GRACE_S = 10.0
@@ -69,14 +69,14 @@ NO_KERNEL = re.compile(r"could not find any implementation for node (\{.+?\}|[^\
 def run_builder(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """Runs toolchain.engines.tensorrt.build_plan on `job` and returns its report.
 
-    EngineError for whatever happens to the child; nothing of it stays behind. KeyboardInterrupt, or what `progress`
-    raises, cancels it.
+    Raises EngineError however the child fails; no process stays behind. KeyboardInterrupt, or what `progress` raises,
+    cancels it.
     """
     kills_before = _oom_kills()
-    with tempfile.TemporaryDirectory(prefix="diffbuild-") as folder, tempfile.TemporaryFile() as words:
-        place = Path(folder) / "job.json"
-        place.write_text(json.dumps({**job, "parent": os.getpid()}))
-        with _start(place, words) as child:
+    with tempfile.TemporaryDirectory(prefix="diffbuild-") as folder, tempfile.TemporaryFile() as stderr:
+        path = Path(folder) / "job.json"
+        path.write_text(json.dumps({**job, "parent": os.getpid()}))
+        with _start(path, stderr) as child:
             try:
                 ending = _listen(child, progress)
                 child.wait()
@@ -85,18 +85,18 @@ def run_builder(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
                 raise
         if child.returncode == 0 and "done" in ending:
             return dict(ending["done"])
-        said = _tail(words)
-    raise _explained(job, ending.get("error"), child.returncode, said, _oom_kills() - kills_before)
+        output = _tail(stderr)
+    raise _explained(job, ending.get("error"), child.returncode, output, _oom_kills() - kills_before)
 
 
-def _start(job: Path, words: IO[bytes]) -> subprocess.Popen[str]:
+def _start(job: Path, stderr: IO[bytes]) -> subprocess.Popen[str]:
     # The child finds the modules that this process finds, and none besides.
     search = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
     return subprocess.Popen(
         [sys.executable, "-P", "-m", MODULE, str(job)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=words,
+        stderr=stderr,
         env={**os.environ, "PYTHONPATH": search, "PYTHONUNBUFFERED": "1"},
         text=True,
         # A terminal's Ctrl-C reaches this process alone, which passes it on and waits.
@@ -105,7 +105,7 @@ def _start(job: Path, words: IO[bytes]) -> subprocess.Popen[str]:
 
 
 def _listen(child: subprocess.Popen[str], progress: Progress) -> dict[str, Any]:
-    """Passes on what the child tells while it works. Returns the last that it told, empty when it told nothing."""
+    """Passes progress and warnings on while the child works. Returns its last message, empty when there was none."""
     ending: dict[str, Any] = {}
     assert child.stdout is not None
     for line in child.stdout:
@@ -135,9 +135,9 @@ def _stop(child: subprocess.Popen[str]) -> None:
         child.wait()
 
 
-def _tail(words: IO[bytes]) -> str:
-    words.seek(max(0, words.seek(0, os.SEEK_END) - LOG_BYTES))
-    return words.read().decode(errors="replace")
+def _tail(stderr: IO[bytes]) -> str:
+    stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - LOG_BYTES))
+    return stderr.read().decode(errors="replace")
 
 
 def _oom_kills() -> int:
@@ -150,25 +150,25 @@ def _oom_kills() -> int:
 
 
 def _explained(
-    job: Mapping[str, Any], error: Mapping[str, Any] | None, code: int, said: str, oom_kills: int
+    job: Mapping[str, Any], error: Mapping[str, Any] | None, code: int, output: str, oom_kills: int
 ) -> EngineError:
-    """The error of a builder that failed: what it reported, or else what its end and its last words tell."""
+    """The error of a builder that failed: what it reported, or else what its exit status and its output show."""
     if error is None:
-        what, cause, hint = _ending(job, code, oom_kills, said)
+        what, cause, hint = _ending(job, code, oom_kills, output)
     else:
         what, cause, hint = error["what"], error.get("got"), error.get("hint")
     if hint is None:
-        known, hint = _named_cause(job, f"{cause}\n{said}")
+        known, hint = _named_cause(job, f"{cause}\n{output}")
         cause = cause or known
     # A full disk, say: what the builder did right is no news then.
-    told = error is not None and error.get("hint") is not None
-    lines = [] if told else [line for line in said.splitlines() if line.strip()][-LOG_LINES:]
+    has_hint = error is not None and error.get("hint") is not None
+    lines = [] if has_hint else [line for line in output.splitlines() if line.strip()][-LOG_LINES:]
     got = "\n    ".join([cause or "TensorRT does not say why", *lines])
     where, expected = ((error or {}).get(name) for name in ("where", "expected"))
     return EngineError(what, where=where or job["graph"], expected=expected, got=got, hint=hint)
 
 
-def _ending(job: Mapping[str, Any], code: int, oom_kills: int, said: str) -> tuple[str, str | None, str | None]:
+def _ending(job: Mapping[str, Any], code: int, oom_kills: int, output: str) -> tuple[str, str | None, str | None]:
     """What an exit status means: what happened, why, and what to do."""
     if code >= 0:
         return f"TensorRT's builder ended with exit code {code}", None, None
@@ -178,24 +178,24 @@ def _ending(job: Mapping[str, Any], code: int, oom_kills: int, said: str) -> tup
     if name in ("SIGKILL", "SIGTERM"):
         hint = "where nobody killed it, the system did: dmesg tells of the OOM killer, a batch system of its limits"
         return "TensorRT's builder was killed", name, hint
-    if HOST_MEMORY.search(said):
+    if HOST_MEMORY.search(output):
         return "TensorRT's builder crashed", f"out of host memory ({name})", MORE_MEMORY
     others = OTHER_KERNELS.format_map(job["options"]) if _searches(job) else OTHER_VERSION
     return "TensorRT's builder crashed", name, CRASHED + others
 
 
-def _named_cause(job: Mapping[str, Any], said: str) -> tuple[str | None, str | None]:
+def _named_cause(job: Mapping[str, Any], output: str) -> tuple[str | None, str | None]:
     """A failure that TensorRT names in its log, and what helps."""
-    if HOST_MEMORY.search(said):
+    if HOST_MEMORY.search(output):
         return "out of host memory", MORE_MEMORY
     if not _searches(job):
         return None, None
-    if found := CUDA_FAILURE.search(said):
-        cause, hint = CUDA_ERRORS.get(found[1], (f"CUDA does not start (error {found[1]})", "diffbuild doctor"))
+    if failure := CUDA_FAILURE.search(output):
+        cause, hint = CUDA_ERRORS.get(failure[1], (f"CUDA does not start (error {failure[1]})", "diffbuild doctor"))
         return cause, hint.format_map(job["options"])
-    kernel = NO_KERNEL.search(said)
+    kernel = NO_KERNEL.search(output)
     # Of tactics that do not fit, and are left out, it warns.
-    grave = "\n".join(line for line in said.splitlines() if not line.startswith(("[W]", "[I]")))
+    grave = "\n".join(line for line in output.splitlines() if not line.startswith(("[W]", "[I]")))
     if OUT_OF_MEMORY.search(grave):
         # TensorRT goes on without the tactics that do not fit, and names a node only when none is left for it.
         cause = "out of GPU memory" + (f" at node {kernel[1]}" if kernel else "")

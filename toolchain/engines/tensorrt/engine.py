@@ -87,6 +87,7 @@ class TensorRtEngine:
             raise
 
     def bind(self, buffers: Mapping[str, Any]) -> Callable[[], None]:
+        """A launch on these buffers, captured as the memory captures. Raises EngineError."""
         assert self._plan is not None, "the engine is closed"
         with ALLOCATION:
             context = self._context(self._plan, self._buffers.by_tensor(buffers))
@@ -98,6 +99,7 @@ class TensorRtEngine:
         return launch
 
     def close(self) -> None:
+        """Waits for the GPU, frees contexts and buffers, and leaves the plan."""
         self._memory.release(*self._launches)
         with ALLOCATION:
             for binding in self._bindings:
@@ -123,8 +125,8 @@ class TensorRtEngine:
         for tensor in self.spec.outputs:
             shape = tuple(context.get_tensor_shape(tensor.name))
             if shape != tensor.shape:
-                told = [f"{tensor.name} {list(shape)}, expected {list(tensor.shape)}"]
-                raise plan.failure("the engine gives an output of another shape", told)
+                details = [f"{tensor.name} {list(shape)}, expected {list(tensor.shape)}"]
+                raise plan.failure("the engine gives an output of another shape", details)
         return context
 
     def _choose_profile(self, plan: OpenPlan, context: Any) -> None:

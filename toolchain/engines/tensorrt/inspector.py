@@ -1,6 +1,6 @@
-"""What a TensorRT engine computes in, as its inspector tells, beside what the graph asked for.
+"""The precision of a TensorRT engine, as its inspector reports it, compared with what the graph asked for.
 
-TensorRT builds an engine of another precision without a word: a stray float32 scale or an option that a version no
+TensorRT builds an engine of another precision without a warning: a stray float32 scale or an option that a version no
 longer has is enough, and the engine is right and slow. Under strong typing every layer keeps the types of its nodes, so
 that a node whose weight is float16 and whose layer knows nothing but float32 is a fault.
 
@@ -87,20 +87,21 @@ class Precision:
         return OPAQUE * sum(self.layers.values()) <= sum(self.asked.values())
 
     def to_json(self) -> dict[str, Any]:
+        """As engine.json holds it."""
         wide = {dtype: list(names) for dtype, names in self.wide.items()}
         return {"asked": dict(self.asked), "layers": dict(self.layers), "wide": wide}
 
 
 def asked_dtypes(model: ir.Model) -> dict[str, str]:
     """Node -> dtype of its weight, for every convolution and product of a graph that reads a weight."""
-    found = {}
+    dtypes = {}
     for node in model.graph:
         if node.op_type in WEIGHTED and node.name:
             for value in node.inputs[:2]:
                 dtype = _weight_dtype(value)
                 if dtype is not None:
-                    found[node.name] = dtype
-    return found
+                    dtypes[node.name] = dtype
+    return dtypes
 
 
 def _weight_dtype(value: ir.Value | None) -> str | None:
@@ -138,10 +139,10 @@ def read_layers(information: Mapping[str, Any]) -> list[Layer]:
 def read_log(text: str) -> list[Layer]:
     """The layers of the builder's log; lines that describe none are passed over."""
     layers = []
-    for found in filter(None, map(LAYER.match, text.splitlines())):
-        dtypes = frozenset(d for d in map(_dtype, DATATYPE.findall(found["rest"])) if d)
-        nodes = _nodes({"Name": found["name"], "Metadata": found["metadata"]})
-        layers.append(Layer(found["name"], found["kind"], dtypes, nodes))
+    for match in filter(None, map(LAYER.match, text.splitlines())):
+        dtypes = frozenset(d for d in map(_dtype, DATATYPE.findall(match["rest"])) if d)
+        nodes = _nodes({"Name": match["name"], "Metadata": match["metadata"]})
+        layers.append(Layer(match["name"], match["kind"], dtypes, nodes))
     return layers
 
 
@@ -168,8 +169,8 @@ def compare_precision(asked: Mapping[str, str], layers: list[Layer]) -> Precisio
             of_node.setdefault(node, set()).update(layer.dtypes)
     wide: dict[str, tuple[str, ...]] = {}
     for node, dtype in asked.items():
-        found = of_node.get(node, set())
-        if dtype in SHORT and dtype not in found and "float32" in found:
+        layer_dtypes = of_node.get(node, set())
+        if dtype in SHORT and dtype not in layer_dtypes and "float32" in layer_dtypes:
             wide[dtype] = (*wide.get(dtype, ()), node)
     counted = Counter(dtype for layer in layers for dtype in layer.dtypes)
     named = sum(node in of_node for node in asked)

@@ -1,4 +1,4 @@
-"""NVIDIA's two libraries that one backend drives, TensorRT and TensorRT for RTX, and what differs between them.
+"""NVIDIA's two libraries that this package drives, TensorRT and TensorRT for RTX, and what differs between them.
 
 Both have the same interface in Python, under names of their own. TensorRT for RTX compiles for whole generations of
 GPUs, on any machine and without a GPU; kernels are finished on the user's GPU when an engine is opened.
@@ -27,7 +27,7 @@ OUT_OF_MEMORY = re.compile(r"out ?of ?memory|insufficient memory|MEM_ALLOC_FAILE
 BINDINGS, LIBRARIES = "tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13"
 """Packages of the public index that hold the two halves of TensorRT for RTX."""
 PAIR = f"pip install {BINDINGS}==1.7.1.116 {LIBRARIES}==0.5.0"
-"""The halves that belong together, and that were tried."""
+"""Versions of the two halves that belong together and that were tested."""
 SHARED_OBJECTS = ("libcudart.so", "libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so")
 """In the order in which they must be loaded."""
 
@@ -38,12 +38,12 @@ class Library:
 
     backend       name of the backend and of its table in a recipe
     title         what messages call it
-    oldest        versions that it is driven in: from this one on
-    newest        and below this one
-    install       the command that brings it
+    oldest        first supported version
+    newest        first version that is no longer supported
+    install       the command that installs it
     portable      whether engines are for generations of GPUs: built without one, and finished where they are opened
     load          imports the module
-    exactly       the command that brings this very version, as far as it is known
+    exactly       the command that installs a given version, None where it is not known
     """
 
     backend: str
@@ -63,15 +63,15 @@ class Library:
             raise EngineError(f"{self.title} cannot be imported", got=error, hint=_mend(error, self.install)) from error
 
     def version(self) -> str:
-        """EngineError as `module`, and for a version that is not driven."""
-        found = str(self.module().__version__)
-        if not self.oldest <= numbers(found) < self.newest:
+        """The installed version. EngineError as `module`, and for a version that is not supported."""
+        version = str(self.module().__version__)
+        if not self.oldest <= numbers(version) < self.newest:
             wanted = f"{self.title} {'.'.join(map(str, self.oldest))} or newer, below {'.'.join(map(str, self.newest))}"
-            raise EngineError(f"{wanted} is needed", got=f"{self.title} {found}", hint=self.install)
-        return found
+            raise EngineError(f"{wanted} is needed", got=f"{self.title} {version}", hint=self.install)
+        return version
 
     def installed(self) -> str | None:
-        """The version of whatever package brought it, driven or not; None where there is none."""
+        """The installed version, supported or not; None where there is none."""
         try:
             return str(self.module().__version__)
         except EngineError:
@@ -79,6 +79,7 @@ class Library:
 
 
 def numbers(version: str) -> Version:
+    """The numbers of a version or of a compute capability, to be compared."""
     return tuple(int(part) for part in re.findall(r"\d+", version))
 
 
@@ -107,15 +108,15 @@ def _tensorrt_rtx() -> Any:
 @cache
 def _load_shared_objects() -> None:
     """Loads the libraries for the bindings to find. EngineError for two halves that do not belong together."""
-    place = _libraries()
-    objects = [_shared_object(place, name) for name in SHARED_OBJECTS]
-    there, bindings = objects[1].name.partition(".so.")[2], _installed(BINDINGS)
-    if bindings is not None and numbers(bindings)[:3] != numbers(there)[:3]:
+    folder = _libraries()
+    objects = [_shared_object(folder, name) for name in SHARED_OBJECTS]
+    libraries, bindings = objects[1].name.partition(".so.")[2], _installed(BINDINGS)
+    if bindings is not None and numbers(bindings)[:3] != numbers(libraries)[:3]:
         raise EngineError(
             "the two halves of TensorRT for RTX are of two versions",
-            where=place,
+            where=folder,
             expected=f"libraries of {BINDINGS} {bindings}",
-            got=f"version {there}, which {LIBRARIES} {_installed(LIBRARIES)} brings",
+            got=f"version {libraries}, which {LIBRARIES} {_installed(LIBRARIES)} brings",
             hint=PAIR,
         )
     for path in objects:
@@ -129,12 +130,12 @@ def _libraries() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _shared_object(place: Path, name: str) -> Path:
+def _shared_object(folder: Path, name: str) -> Path:
     """The file of a library, whose name ends in its version: the package makes links of shorter names beside it."""
-    found = [path for path in place.glob(f"{name}*") if not path.is_symlink()]
-    if not found:
-        raise ImportError(f"{place} holds no {name}")
-    return found[0]
+    files = [path for path in folder.glob(f"{name}*") if not path.is_symlink()]
+    if not files:
+        raise ImportError(f"{folder} holds no {name}")
+    return files[0]
 
 
 def _installed(package: str) -> str | None:

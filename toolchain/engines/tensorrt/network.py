@@ -46,7 +46,7 @@ def parse(
 
 
 def hand_over(parser: Any, model: ir.Model, graph: Path, weights: MappedWeights) -> list[NDArray[Any]] | None:
-    """Gives the parser the weights where they lie, mapped; None where it cannot take them so."""
+    """Gives the parser pointers to the mapped weights and returns the arrays behind them; None where it takes none."""
     import numpy as np
 
     if not hasattr(parser, "load_initializer") or not parser.load_model_proto(graph.read_bytes()):
@@ -60,6 +60,7 @@ def hand_over(parser: Any, model: ir.Model, graph: Path, weights: MappedWeights)
 
 
 def weight_names(model: ir.Model) -> list[str]:
+    """Names of the initializers that a weight file holds, sorted."""
     from toolchain.graph.placeholder import is_weight
 
     return sorted(str(name) for name, value in model.graph.initializers.items() if is_weight(value))

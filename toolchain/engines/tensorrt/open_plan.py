@@ -1,8 +1,8 @@
 """A plan of TensorRT, opened: `engine.plan` and `engine.json` in a folder -> a deserialised engine with its weights.
 
-A plan is machine code: bundles are read from those whom one would let run a program, and their sha256 is compared
-before anything gets here. TensorRT may not run what a plan brings along for the host, and no recipe can ask for that:
-a plan for later versions of TensorRT would hold a runtime of its own.
+A plan is machine code: only bundles that are trusted as programs are, and whose sha256 was verified, get here.
+TensorRT may not run code for the host that a plan contains, and no recipe can ask for such a plan: one for later
+versions of TensorRT would hold a runtime of its own.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NUMPY_DTYPES = {
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What engine.json says. EngineError when it cannot be read or is of another format."""
+    """The facts in engine.json. EngineError when it cannot be read or is of another format."""
     path = folder / ENGINE_FACTS
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -74,7 +74,7 @@ class OpenPlan:
         self._library = library
         self._trt = library.module()
         self._log = _logger(self._trt)
-        self._log.lines.clear()  # what others said is not this one's failure
+        self._log.lines.clear()  # older messages are not about this plan
         self._runtime: Any = None
         self.engine: Any = None
         self._config: Any = None
@@ -92,21 +92,22 @@ class OpenPlan:
 
     @property
     def profiles(self) -> int:
+        """How many optimization profiles it has, one for each bucket."""
         return int(self.engine.num_optimization_profiles)
 
     def profile_of(self, spec: GraphSpec) -> int:
         """The number of the profile for just these shapes. EngineError for an engine of another signature."""
         expected = {_described(t, "input") for t in spec.inputs} | {_described(t, "output") for t in spec.outputs}
-        found = [self._signature(profile, spec) for profile in range(self.profiles)]
-        if expected not in found:
+        signatures = [self._signature(profile, spec) for profile in range(self.profiles)]
+        if expected not in signatures:
             raise EngineError(
                 "the engine has other inputs or outputs than its manifest says",
                 where=self.folder,
-                expected=sorted(expected - found[0]),
-                got=sorted(found[0] - expected),
+                expected=sorted(expected - signatures[0]),
+                got=sorted(signatures[0] - expected),
                 hint=REBUILD,
             )
-        return found.index(expected)
+        return signatures.index(expected)
 
     def context(self) -> Any:
         """A new execution context without memory of its own, or None: the log says why."""
@@ -115,11 +116,12 @@ class OpenPlan:
         return self.engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
 
     def keep_kernels(self) -> None:
-        """Writes down what was finished on this GPU since the last time, for the next process that opens the plan."""
+        """Saves kernels that were finished on this GPU since the last time, for the next process that opens it."""
         if self._kernels is not None:
             self._kernels.save()
 
     def close(self) -> None:
+        """Frees the engine. Its contexts must be freed before."""
         with ALLOCATION:
             self._kernels = self._config = None
             self.engine = None  # after its contexts and before its runtime
@@ -193,7 +195,7 @@ class OpenPlan:
 
     def _signature(self, profile: int, spec: GraphSpec) -> set[str]:
         """The engine's tensors under a profile. What is dynamic of an output is taken to be as in `spec`."""
-        trt, engine, found = self._trt, self.engine, set()
+        trt, engine, tensors = self._trt, self.engine, set()
         outputs = {t.name: t.shape for t in spec.outputs}
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
@@ -208,8 +210,8 @@ class OpenPlan:
             dtype = NUMPY_DTYPES.get(dtype, dtype)
             if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
                 dtype = f"host {dtype}"
-            found.add(_described(TensorSpec(name, dtype, shape), side))
-        return found
+            tensors.add(_described(TensorSpec(name, dtype, shape), side))
+        return tensors
 
 
 def _described(tensor: TensorSpec, side: str) -> str:

@@ -1,4 +1,4 @@
-"""What all TensorRT builds of a user share: turns on the GPU, and timing caches, what kernels were measured to take.
+"""What all TensorRT builds of a user share: a lock on the GPU, and timing caches with the measured times of kernels.
 
 One file per TensorRT version, GPU and optimization level, in TensorRT's own format. Two builds that end at the same
 time lose nothing: each joins its measurements with what is there by then. A cache decides how long a build takes and
@@ -52,15 +52,15 @@ def read_cache(path: Path) -> bytes:
         raise
 
 
-def merge_cache(path: Path, mine: bytes, combine: Combine) -> None:
-    """Publishes `mine` joined with what lies there now, which another build may have written meanwhile.
+def merge_cache(path: Path, measured: bytes, combine: Combine) -> None:
+    """Saves `measured` joined with the saved cache, which another build may have written meanwhile.
 
     One that cannot be joined, of another CUDA version say, is replaced. The lock file stays. StoreError.
     """
     with locked(path.with_suffix(".lock"), wait=True, purpose="it writes TensorRT's timing cache"):
-        there = read_cache(path)
-        joined = combine(there, mine) if there else mine
+        saved = read_cache(path)
+        joined = combine(saved, measured) if saved else measured
         if joined is None:
-            joined = mine
-        if joined != there:
+            joined = measured
+        if joined != saved:
             write_atomic(path, joined)
