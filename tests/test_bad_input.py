@@ -606,9 +606,7 @@ REQUESTS = [
 ]
 
 PLACES = [
-    Case(
-        "bundle onto other files", other_folder, 2, ("holds something else than a bundle", "photos"), "an empty folder"
-    ),
+    Case("bundle onto other files", other_folder, 2, ("holds other files, not a bundle", "photos"), "an empty folder"),
     Case(
         "bundle with other files in it",
         file_in_the_bundle,

@@ -407,7 +407,7 @@ def test_inspect(tiny_bundle: Path) -> None:
         "--verify does",
     ):
         assert part in text
-    assert "every sha256 is right" in run("inspect", tiny_bundle, "--verify").stdout
+    assert "every sha256 matches" in run("inspect", tiny_bundle, "--verify").stdout
     document = run_json("inspect", tiny_bundle, "--verify")
     assert document["verified"] is True
     assert document["runs_here"] is True
@@ -473,7 +473,7 @@ def test_cache_ls_of_no_store(tmp_path: Path) -> None:
 
 
 def test_cache_verify_finds_and_moves_damage(own_store: Path) -> None:
-    assert "artifacts are whole" in run("cache", "verify", "--store", own_store).stdout
+    assert "artifacts are intact" in run("cache", "verify", "--store", own_store).stdout
     victim = next(a for a in Store(own_store).artifacts() if a.subject == "unused")
     (victim.path / "x").write_text("z")
     assert "another content" in run("cache", "verify", "--store", own_store, code=3).stdout

@@ -110,7 +110,7 @@ def test_a_bundle_that_says_nothing_of_it_is_inspected_all_the_same(bundle_copy:
     found = json.loads(run("inspect", bundle_copy, "--json"))["memory"]
     assert (found["engines"], found["total"], len(found["unknown"])) == ([], None, 7)
     text = run("inspect", bundle_copy)
-    assert "memory forecast: none, as too little is written down of text_encoder, denoiser 1x64x64," in text
+    assert "memory forecast: none, as nothing is recorded for text_encoder, denoiser 1x64x64," in text
     assert text.endswith("vae_encoder 2x64x96\n")
 
 

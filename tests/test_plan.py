@@ -157,7 +157,7 @@ def test_a_build_onto_other_files_is_refused_before_any_work(
     output = tmp_path / "precious"
     output.mkdir()
     (output / "thesis.txt").write_text("years of work")
-    with pytest.raises(UsageError, match="something else than a bundle"):
+    with pytest.raises(UsageError, match="other files, not a bundle"):
         toolchain.build(tiny_recipe, str(tiny_model), output, store=tmp_path / "store")
     assert (output / "thesis.txt").read_text() == "years of work"
     assert not (tmp_path / "store").exists()

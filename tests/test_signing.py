@@ -72,7 +72,7 @@ def test_a_signed_bundle_is_verified_and_drawn_with(signed: Path, keys: Keys, tm
     assert document["problems"] == []
     assert document["signed_by"] == document["compared_with"]
     assert f"signed by the key {document['signed_by']}" in run("verify", signed, "--key", keys.public).stdout
-    assert "which was not compared" in run("verify", signed).stdout
+    assert "which was not verified" in run("verify", signed).stdout
     run("generate", signed, PROMPT, "--seed", 0, "--trust", keys.public, "-o", tmp_path / "a.png")
     moved = shutil.move(signed, tmp_path / "moved")
     toolchain.load(moved, trust=keys.public, warm_up=False).close()

@@ -88,7 +88,7 @@ def write_recipe(
     target = Path(output or f"{Path(model).resolve().name}.toml")
     check_output(target)
     if target.exists():
-        raise UsageError("the recipe is there already", where=target, hint="choose another --output, or delete it")
+        raise UsageError("the recipe file exists already", where=target, hint="choose another --output, or delete it")
     source = open_model(model, revision, config=config, weights=False)
     starter = write_starter(source, backend or best_backend(), target.stem)
     write_atomic(target, starter.text.encode())

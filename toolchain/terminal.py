@@ -1,6 +1,6 @@
 """Text for people: colours where a terminal shows them, lines and tables as wide as it is.
 
-What is piped or written to a file has neither colours nor line breaks of ours: programs find one record per line there.
+Output that is piped or written to a file has neither colours nor wrapped lines: one record per line.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ STYLES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("warning", "miss", "builds here"), DOUBTFUL),
     **dict.fromkeys(("hint", "next"), TODO),
 }
-"""Words that begin a line or a cell of a table, and are followed by a colon, a comma or the cell's end; or say
-what became of a step, and how long that took."""
+"""Words at the beginning of a line or a table cell, before a colon, a comma or the cell's end; or at the end of the
+line of a step, before its time."""
 PAINTED = re.compile(rf"(?m)(^\s*|\s\s|\.\.\. )({'|'.join(STYLES)})(?=[:,]|\s\s|$|\s[\d.]+\ss$)")
 COMMANDS = re.compile(r"\s*(next|hint): ")
-"""Lines to copy from, which stay whole."""
+"""Lines with a command to copy, which are never wrapped."""
 UNBROKEN = "\N{NO-BREAK SPACE}"
 NARROWEST = 24
-"""Characters: a column of running text that is narrower stands below its row."""
+"""In characters: running text that has less room is put below its row."""
 
 
 def echo(text: str, *, err: bool = False) -> None:
-    """Prints; the colours are left out where nobody sees them, and where NO_COLOR or TERM=dumb asks for that."""
+    """Prints a text, without its colours where there is no terminal, or with NO_COLOR or TERM=dumb."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     click.echo(text, err=err, color=False if plain else None)
 
 
 def width(*, err: bool = False) -> int | None:
     """Columns of the terminal, or $COLUMNS; None for a file or a pipe."""
-    told = os.environ.get("COLUMNS", "")
-    if not (told.isdecimal() or (sys.stderr if err else sys.stdout).isatty()):
+    given = os.environ.get("COLUMNS", "")
+    if not (given.isdecimal() or (sys.stderr if err else sys.stdout).isatty()):
         return None
     return max(shutil.get_terminal_size().columns, 40)
 
 
 def lines(texts: Iterator[str] | Sequence[str], *, err: bool = False) -> None:
-    """Prints lines, each as wide as the terminal at most, but for longer words and for commands."""
+    """Prints lines, wrapped at the width of the terminal; long words and commands stay whole."""
     columns = width(err=err)
     echo("\n".join(painted(fitted(text, columns)) for text in texts), err=err)
 
 
 def fitted(line: str, columns: int | None) -> str:
-    """A line broken between words, what follows set in by two more than it is."""
+    """A line wrapped between words, its continuation indented by two more; commands stay whole."""
     if columns is None or len(line) <= columns or COMMANDS.match(line):
         return line
     indent = line[: len(line) - len(line.lstrip())]
@@ -63,10 +63,10 @@ def fitted(line: str, columns: int | None) -> str:
 def table(
     rows: Sequence[Sequence[str]], *, head: Sequence[str] | None = None, indent: str = "  ", columns: int | None = None
 ) -> Iterator[str]:
-    """Rows in columns as wide as their widest entry; the last column is running text.
+    """The lines of a table, its columns as wide as their widest entry; the last column is running text.
 
-    Where a terminal is too narrow the last column is broken between words, or each row becomes a paragraph: its first
-    entry, and the others with their heads.
+    Where the terminal is too narrow, the last column is wrapped, or each row becomes a paragraph: its first entry, and
+    the others after their column heads.
     """
     columns = columns or width()
     every = [*([head] if head else []), *rows]
@@ -109,5 +109,5 @@ def _wrapped(text: str, columns: int, first: str = "", others: str = "") -> list
 
 
 def painted(text: str) -> str:
-    """With the colours of what stands out: verdicts, hits and misses, errors."""
+    """The text with verdicts, hits, misses and errors in colour."""
     return PAINTED.sub(lambda match: match[1] + click.style(match[2], **STYLES[match[2]]), text)

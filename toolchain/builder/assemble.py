@@ -82,7 +82,7 @@ def check_output(output: Path) -> None:
         raise UsageError("the output cannot be written", where=parent, expected="a writable folder", got=got, hint=hint)
     if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).exists():
         raise UsageError(
-            "the output folder holds something else than a bundle", where=output, hint="give a new or an empty folder"
+            "the output folder holds other files, not a bundle", where=output, hint="give a new or an empty folder"
         )
     if foreign := foreign_files(output, _owns(output)):
         raise UsageError(

@@ -36,9 +36,7 @@ def cache_ls(store: Path | None, as_json: bool) -> None:
 
 @cache.command("verify", epilog=examples("diffbuild cache verify", "diffbuild cache verify --quarantine"))
 @store_option
-@click.option(
-    "--quarantine", is_flag=True, help="Move damaged artifacts aside, so that the next build makes them anew."
-)
+@click.option("--quarantine", is_flag=True, help="Move damaged artifacts aside, so that the next build rebuilds them.")
 @json_option
 @verbosity
 def cache_verify(store: Path | None, quarantine: bool, as_json: bool) -> None:
@@ -66,8 +64,8 @@ def cache_verify(store: Path | None, quarantine: bool, as_json: bool) -> None:
 def cache_gc(store: Path | None, dry_run: bool, hours: float, as_json: bool) -> None:
     """Remove the artifacts that no bundle was built from, and what killed builds left.
 
-    Bundles are complete copies: they keep working. Artifacts of a bundle that is still at the place where it was built
-    are kept, so that building it again stays fast.
+    Bundles are complete copies and keep working. Artifacts of a bundle that is still where it was built are kept, so
+    that building it again stays fast.
     """
     cleanup = api.clean_store(store, dry_run=dry_run, min_age_s=hours * 3600)
     answer(as_json, lambda: cleanup_json(cleanup), lambda: cleanup_lines(cleanup))
@@ -104,13 +102,13 @@ def verdict_json(verdict: StoreVerdict) -> dict[str, Any]:
 def verdict_lines(verdict: StoreVerdict) -> Iterator[str]:
     """What `cache verify` prints."""
     if not verdict.damage:
-        yield f"{verdict.store}: all {verdict.intact} artifacts are whole"
+        yield f"{verdict.store}: all {verdict.intact} artifacts are intact"
         return
     for damage in verdict.damage:
         moved = f"; moved to {damage.moved_to}" if damage.moved_to else ""
         yield f"damaged: {damage.path}: {damage.problem}{moved}"
     if not all(damage.moved_to for damage in verdict.damage):
-        yield "to have them made anew: diffbuild cache verify --quarantine, then build again"
+        yield "to rebuild them: diffbuild cache verify --quarantine, then build again"
 
 
 def cleanup_json(cleanup: CleanUp) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def bench(bundle: Path, as_json: bool, **options: Any) -> None:
     """Measure where the time of a picture goes, and how long others take for the same one.
 
     Others are diffusers, diffusers with torch.compile, and OpenVINO with the graphs that the bundle was built from.
-    Every contender is a process of its own; they draw in turn, so that the machine's drift hits all alike.
+    Each contender runs in a process of its own, and they take turns, so that drift of the machine affects all alike.
     """
     with progress.working(f"measuring {bundle}") as say:
         measured = api.bench_bundle(bundle, progress=say, **options)

@@ -48,7 +48,7 @@ OPTIONS_OF_DIFFUSERS = {
     "--generator": "--seed",
     "--num-images-per-prompt": "the prompt as often as pictures are wanted",
 }
-"""Those that are too far from ours for click to suggest them."""
+"""Options of the diffusers pipelines whose names are too far from ours for click to suggest ours."""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -58,7 +58,7 @@ def size(text: str) -> tuple[int, int]:
     return _pair(text, "HEIGHTxWIDTH in pixels, such as 512x768.")
 
 
-def place(text: str) -> tuple[int, int]:
+def position(text: str) -> tuple[int, int]:
     """TOPxLEFT in pixels -> (top, left)."""
     return _pair(text, "TOPxLEFT in pixels, such as 0x0.")
 
@@ -75,7 +75,8 @@ def numbers(text: str) -> list[float]:
     try:
         return [float(x) for x in text.split(",")]
     except ValueError:
-        raise click.BadParameter(f"{text!r} are not numbers with commas between them, such as 999,650,300.") from None
+        form = "a list of numbers with commas between them, such as 999,650,300."
+        raise click.BadParameter(f"{text!r} is not {form}") from None
 
 
 def aspect(text: str) -> float:
@@ -94,12 +95,14 @@ class CommandLine(click.Group):
     """The group of all commands, which ends the process with the exit codes above."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Runs the command line and ends the process."""
         given = kwargs.get("args", args[0] if args else None)
         arguments = list(sys.argv[1:] if given is None else given)
         kwargs["standalone_mode"] = False
         sys.exit(_exit_code(lambda: super(CommandLine, self).main(*args, **kwargs), "--json" in arguments))
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Runs a command; an interruption becomes one line and its exit code."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -109,7 +112,7 @@ class CommandLine(click.Group):
 
 
 def _exit_code(run: Callable[[], Any], as_json: bool) -> int:
-    """Runs a command; what it raises is told to the user, without a traceback unless debugging."""
+    """Runs a command and prints the error that it raises, without a traceback unless debugging."""
     try:
         _start_logging()
         return run() or 0
@@ -124,7 +127,7 @@ def _exit_code(run: Callable[[], Any], as_json: bool) -> int:
 
 
 def _explain(error: Exception) -> DiffbuildError:
-    """Any error as one that says what to do."""
+    """Any error as one that says what to do next."""
     if isinstance(error, DiffbuildError):
         return error
     if isinstance(error, click.ClickException):
@@ -173,7 +176,7 @@ def examples(*commands: str) -> str:
 
 
 def origin_options(command: Command) -> Command:
-    """What may stand beside --model."""
+    """The options that say more about --model."""
     revision = click.option("--revision", metavar="REVISION", help="Branch, tag or commit of a hub id.")
     config = click.option(
         "--config",

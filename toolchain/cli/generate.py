@@ -17,7 +17,7 @@ from toolchain.cli.console import (
     examples,
     json_option,
     numbers,
-    place,
+    position,
     size,
     verbosity,
 )
@@ -71,7 +71,7 @@ trust_option = click.option(
 )
 @click.option("--strength", type=float, help="How much of --image is drawn anew, above 0 and at most 1.")
 @click.option("--original-size", type=size, metavar="HEIGHTxWIDTH", help="SDXL's micro-conditioning.")
-@click.option("--crop-top-left", type=place, metavar="TOPxLEFT", help="SDXL's micro-conditioning.")
+@click.option("--crop-top-left", type=position, metavar="TOPxLEFT", help="SDXL's micro-conditioning.")
 @click.option("--target-size", type=size, metavar="HEIGHTxWIDTH", help="SDXL's micro-conditioning.")
 @click.option(
     "--output",

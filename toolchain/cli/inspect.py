@@ -81,7 +81,7 @@ def bundle_lines(inspection: Inspection) -> Iterator[str]:
         *(_component_row(bundle, component) for component in bundle.engines),
     ]
     total = megabytes(sum(entry.size for entry in bundle.files.values()))
-    checked = "every sha256 is right" if inspection.verified else "sha256 not compared (--verify does)"
+    checked = "every sha256 matches" if inspection.verified else "sha256 not compared (--verify does)"
     yield from table([*rows, ["files", f"{len(bundle.files)}, {total}; {checked}"]], indent="")
     yield from forecast_lines(inspection.memory)
     yield from engine_lines(inspection)
@@ -111,7 +111,7 @@ def _component_bytes(bundle: Bundle, component: str) -> dict[str, int]:
 def forecast_lines(memory: Forecast) -> Iterator[str]:
     """What the process, or the GPU, will hold, and a table of the engines."""
     if memory.total is None:
-        yield f"memory forecast: none, as too little is written down of {', '.join(memory.unknown)}"
+        yield f"memory forecast: none, as nothing is recorded for {', '.join(memory.unknown)}"
     elif memory.on_gpu:
         yield (
             f"memory forecast: {megabytes(memory.total)} of the GPU; the engines take turns with their activations, "

@@ -1,4 +1,4 @@
-"""Progress of long work, on stderr: a bar of rich's on a terminal, plain lines elsewhere, nothing with --quiet."""
+"""Progress of long work on stderr: a progress bar on a terminal, plain lines elsewhere, nothing with --quiet."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("toolchain")
 
 PLAIN_EVERY_S = 5.0
-"""Between two lines of one picture: a log file wants to see life, not every step."""
+"""Between two lines of one picture: enough for a log to show that it goes on."""
 BUILD_EVERY_S = 60.0
 """Between two lines of one step of a build: an engine may take an hour."""
 TOO_EARLY_S = 2.0
-"""Nothing is foretold from less."""
+"""No remaining time is estimated from less."""
 COUNTED = re.compile(r"(\d+) of (\d+)")
 
 
 def left(elapsed_s: float, share: float) -> str:
-    """What is to be told of the time that is left, after `elapsed_s` for `share` of the work; nothing too early."""
+    """The remaining time as text, where `share` of the work took `elapsed_s`; empty where that tells too little."""
     if elapsed_s < TOO_EARLY_S or not 0 < share < 1:
         return ""
     seconds = elapsed_s * (1 - share) / share
@@ -77,7 +77,7 @@ class Steps:
         return sum(f.result == "built" for f in self.finished)
 
     def within(self, step: Step, phase: str, share: float | None) -> None:
-        """Shows how far a long step is, as a share of 1; None where nobody can tell."""
+        """Shows the phase of a long step and the share of it that is done, 0 to 1; None where that is unknown."""
         now = time.perf_counter()
         if phase != self._phase:
             self._phase, self._phase_began = phase, now
@@ -114,7 +114,7 @@ class Steps:
 
 
 class Evaluations:
-    """Shows the denoising steps of `generate`. Call it with what the pipeline's callback gets."""
+    """Shows the denoising steps of `generate`: a callback of the pipeline."""
 
     def __init__(self, bar: Any) -> None:
         self._bar = bar
@@ -154,9 +154,9 @@ def evaluations() -> Iterator[Evaluations]:
 
 @contextmanager
 def working(what: str) -> Iterator[Callable[[str], None]]:
-    """For work whose length nobody knows: gives what to call with each thing that it turns to. stdout as in `steps`.
+    """For work of unknown length: yields a function to call with what is being done now. stdout as in `steps`.
 
-    What says that it is "3 of 8" of its kind is told with the time that is left, from how long those before it took.
+    A text with "3 of 8" in it is shown with the remaining time, estimated from those of its kind before it.
     """
     began: dict[str, tuple[float, int]] = {}  # text around the numbers -> when its first came, and which that was
 
@@ -193,7 +193,7 @@ def _on_terminal() -> bool:
 
 @contextmanager
 def _bar() -> Iterator[Any]:
-    """A bar of rich's, or None."""
+    """A progress bar of rich; None where there is no terminal, or with --quiet."""
     if not (_shown() and _on_terminal()):
         yield None
         return
@@ -213,14 +213,14 @@ def _bar() -> Iterator[Any]:
 
 
 class _Handler(logging.Handler):
-    """Log records on whatever stderr is now: a progress bar puts its own in place while it is on the screen."""
+    """Writes log records to the current sys.stderr, which a progress bar replaces while it is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         echo(painted(self.format(record)), err=True)
 
 
 class _Formatter(logging.Formatter):
-    """Of what -v shows also when it was, in seconds since the process began."""
+    """Debug records carry the seconds since the process began."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = f"{record.relativeCreated / 1e3:.2f} s: " if record.levelno <= logging.DEBUG else ""

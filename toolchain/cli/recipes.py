@@ -1,4 +1,4 @@
-"""Recipes on the command line: those that come with diffbuild, a first one of one's own, and whether one is sound."""
+"""`diffbuild recipes`, `init` and `recipe check`."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def recipes(as_json: bool) -> None:
 def init(model: str, output: Path | None, as_json: bool, **options: Any) -> None:
     """Write a recipe for this machine and a model.
 
-    The recipe that comes nearest is cut to the model's own size and to what the backend computes in. Needs the model's
-    config files and nothing else.
+    Starts from the shipped recipe that comes nearest, with the model's native size and types that the backend supports.
+    Needs the model's config files and nothing else.
     """
     written = api.write_recipe(model, output, **options)
     document = {"recipe": str(written.path), "like": written.like, **written.recipe.to_json()}
@@ -62,7 +62,7 @@ def init(model: str, output: Path | None, as_json: bool, **options: Any) -> None
 
 @click.group("recipe", epilog=examples("diffbuild recipe check mine.toml --model ./model"))
 def recipe_group() -> None:
-    """Look after a recipe."""
+    """Check a recipe of your own."""
 
 
 @recipe_group.command(
@@ -79,7 +79,7 @@ def recipe_check(recipe: Path, model: str | None, as_json: bool, **origin: Any) 
     Names every problem at once. With --model, whose config files are enough, also what does not fit the model.
     """
     checked = api.check_recipe_file(recipe, model, **origin)
-    answer(as_json, lambda: {"model": model, "recipe": checked.to_json()}, lambda: _sound_lines(checked, model))
+    answer(as_json, lambda: {"model": model, "recipe": checked.to_json()}, lambda: _valid_lines(checked, model))
 
 
 def _runs_on(recipe: Recipe) -> str:
@@ -112,7 +112,7 @@ def _init_lines(written: api.WrittenRecipe, model: str) -> Iterator[str]:
     yield f"next: diffbuild plan {path} --model {model}"
 
 
-def _sound_lines(recipe: Recipe, model: str | None) -> Iterator[str]:
-    held = "what only a model can tell was not looked at (--model does)" if model is None else f"it fits {model}"
+def _valid_lines(recipe: Recipe, model: str | None) -> Iterator[str]:
+    fit = "not checked against a model (--model does)" if model is None else f"it fits {model}"
     counts = f"buckets: {len(recipe.buckets)}, sampler tables: {len(recipe.sampling.tables)}"
-    yield f"{recipe.name} is a sound recipe: family {recipe.family}, {recipe.backend}, {counts}; {held}"
+    yield f"{recipe.name} is a valid recipe: family {recipe.family}, {recipe.backend}, {counts}; {fit}"

@@ -49,7 +49,7 @@ def sign(bundle: Path, key: Path, as_json: bool) -> None:
 def verify(bundle: Path, key: Path | None, as_json: bool) -> None:
     """Compare every file of a bundle with its sha256, and with --key the signature.
 
-    Exit code 3 when something is not as it was built, or not as that key signed it.
+    Exit code 3 when a file has changed since the build, or the signature is not that key's.
     """
     with progress.working("comparing digests"):
         verdict = api.verify_bundle(bundle, key)
@@ -73,10 +73,10 @@ def verdict_lines(verdict: Verdict) -> Iterator[str]:
     yield from (str(problem) for problem in verdict.problems)
     if verdict.problems:
         return
-    yield f"{verdict.bundle}: all {verdict.files} files are as they were built"
+    yield f"{verdict.bundle}: all {verdict.files} files are unchanged since the build"
     if verdict.signature is None:
-        yield "unsigned: nothing tells who built it (diffbuild sign does)"
+        yield "unsigned: who built it is unknown; diffbuild sign signs it"
     elif verdict.compared is None:
-        yield f"says to be signed by the key {verdict.signature.key}, which was not compared (--key does)"
+        yield f"claims to be signed by the key {verdict.signature.key}, which was not verified (--key does)"
     else:
         yield f"signed by the key {verdict.compared}"

@@ -13,10 +13,10 @@ def check_output(path: str | Path | None) -> None:
     target = None if path is None else Path(path)
     folder = Path() if target is None else target.parent
     if target is not None and target.is_dir():
-        raise UsageError("the output is a folder", where=path, expected="a file", hint=f"give {target / 'a.png'}, say")
+        raise UsageError("the output is a folder", where=path, expected="a file", hint=f"such as {target / 'a.png'}")
     if target is not None and target.exists() and not target.is_file():
         # Replaced by a rename, a device or a pipe would be gone.
-        raise UsageError("the output is no regular file", where=path, expected="a new or a regular file")
+        raise UsageError("the output is not a regular file", where=path, expected="a new or a regular file")
     if not folder.is_dir():
         raise UsageError("the folder of the output is missing", where=folder, hint=f"mkdir -p {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
