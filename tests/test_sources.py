@@ -206,6 +206,23 @@ def test_a_single_file_draws_what_diffusers_draws_of_it(tiny_model: Path, tmp_pa
     assert least_psnr_db(ours, [picture]) >= LEAST_PSNR_DB
 
 
+def test_averaged_weights_in_a_single_file_are_left_out(tiny_model: Path, tmp_path: Path) -> None:
+    """As diffusers does; their names have lost their dots, and end like those of quantised weights."""
+    from safetensors.torch import load_file, save_file
+
+    path = write_single_file(tiny_model, "sd1", tmp_path / "one.safetensors")
+    tensors = load_file(path)
+    network = {k: v for k, v in tensors.items() if k.startswith("model.diffusion_model")}
+    averaged = {"model_ema." + k.removeprefix("model.").replace(".", ""): v * 0.5 for k, v in network.items()}
+    assert any(name.endswith("to_qweight") for name in averaged)
+    save_file({**tensors, **averaged, "model_ema.decay": torch.tensor(0.9)}, path)
+    source = open_model(str(path), config=str(tiny_model), store=tmp_path / "store")
+    for folder in ("unet", "vae"):
+        (theirs,) = (tiny_model / folder).glob("*.safetensors")
+        (ours,) = (source.path / folder).glob("*.safetensors")
+        assert all(torch.equal(tensor, load_file(ours)[name]) for name, tensor in load_file(theirs).items())
+
+
 def test_a_single_file_without_a_network_needs_configs(tiny_model: Path, tmp_path: Path) -> None:
     path = write_single_file(tiny_model, "sd1", tmp_path / "one.safetensors")
     with pytest.raises(ModelError, match="stable-diffusion-v1-5") as caught:

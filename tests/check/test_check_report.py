@@ -81,6 +81,9 @@ def test_worst_first_puts_failures_before_near_misses() -> None:
         (Metrics(cosine=0.9), Metrics(cosine=1.0), -math.inf),
         (Metrics(difference=1.0), Metrics(difference=1.0), math.inf),
         (Metrics(difference=1.0), Metrics(difference=0.0), -math.inf),
+        (Metrics(max_error=math.inf), Metrics(max_error=0.01), -math.inf),
+        (Metrics(max_error=1e300), Metrics(max_error=0.01), -6040.0),
+        (Metrics(snr_db=-math.inf), Metrics(snr_db=40.0), -math.inf),
     ],
 )
 def test_margins_are_ratios_of_error_powers(metrics: Metrics, limits: Metrics, margin: float) -> None:

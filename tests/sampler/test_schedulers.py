@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from tests.sampler.scheduler_configs import COGVIDEOX, CONTINUOUS, EDM, FLOW, FLOW_SOLVER, SD, SD_V
 from toolchain.errors import RequestError, SamplerError
 from toolchain.sampler.accepted import ACCEPTED
+from toolchain.sampler.refused import BETA_SCHEDULES, MORE_BETA_SCHEDULES, READERS
 from toolchain.sampler.schedulers import (
     DEFAULTED,
     FLOW_SIGMAS,
@@ -23,6 +25,7 @@ from toolchain.sampler.schedulers import (
     family_of,
     layout_for,
     parse,
+    quiet,
     reference_kwargs,
     step_kwargs,
 )
@@ -210,7 +213,7 @@ def test_every_scheduler_fits_the_step_of_its_model() -> None:
         ("edm-euler", SD, ["edm-euler is for edm models"]),
         ("ipndm", SD, ["ipndm is for continuous models"]),
         ("dpm++2m:karras", FLOW, ["karras sigmas would replace the flow sigmas", "flow-euler:karras"]),
-        ("dpm++2m", {**SD, "beta_schedule": "none"}, ["diffusers refuses", "none is not implemented"]),
+        ("dpm++2m", {**SD, "beta_schedule": "none"}, ["diffusers refuses", "squaredcos_cap_v2"]),
     ],
 )
 def test_refusals_name_the_reason(spec: str, config: dict[str, Any], parts: list[str]) -> None:
@@ -237,6 +240,22 @@ def test_accepted_options_are_those_of_the_class(name: str) -> None:
     expected -= set() if name in SDE_CLASSES else {"sde"}
     assert set(ACCEPTED[name]) == expected
     assert list(ACCEPTED[name]) == [option for option in OPTIONS if option in expected]
+
+
+@pytest.mark.parametrize("setting", READERS)
+def test_the_readers_of_a_setting_are_the_classes_that_have_it(setting: str) -> None:
+    classes = {entry.cls: getattr(diffusers, entry.cls) for entry in SCHEDULERS.values()}
+    assert {n for n, c in classes.items() if setting in inspect.signature(c.__init__).parameters} == READERS[setting]
+
+
+@pytest.mark.parametrize("name", sorted({entry.cls for entry in SCHEDULERS.values() if entry.family == "beta"}))
+def test_beta_schedules_are_those_of_the_class(name: str) -> None:
+    known = set()
+    for schedule in (*BETA_SCHEDULES, "sigmoid", "laplace", "none"):
+        with contextlib.suppress(NotImplementedError), quiet():
+            getattr(diffusers, name).from_config({"beta_schedule": schedule})
+            known.add(schedule)
+    assert known == {*BETA_SCHEDULES, *MORE_BETA_SCHEDULES.get(name, ())}
 
 
 def test_plan_knows_which_options_a_scheduler_has() -> None:

@@ -280,10 +280,10 @@ def _margin_db(name: str, value: float, limit: float) -> float:
     if name == "difference" and value <= limit:
         return math.inf  # one level is what rounding does: no measure of how close the values are
     # 1 - cosine grows with the square of the error, as powers do.
-    error, allowed = (1 - value, 1 - limit) if name == "cosine" else (value**2, limit**2)
-    if error <= 0 or allowed <= 0:
+    error, allowed, decibels = (1 - value, 1 - limit, 10) if name == "cosine" else (value, limit, 20)
+    if error <= 0 or allowed <= 0 or math.isinf(error):
         return math.inf if error <= allowed else -math.inf
-    return 10 * math.log10(allowed / error)
+    return decibels * (math.log10(allowed) - math.log10(error))
 
 
 def _numbers(values: Mapping[str, float], limits: Mapping[str, float], failed: Iterable[str]) -> str:

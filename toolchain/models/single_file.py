@@ -46,8 +46,8 @@ def convert(checkpoint: Path, config: ModelSource, pipeline: str, out: Path) -> 
             where=checkpoint,
             expected=f"the model that {config.name} describes, all of it",
             got=INCOMPLETE if "meta tensor" in str(error) else f"{type(error).__name__}: {first_line(error)}",
-            hint="give a diffusers folder of the same kind of model as --config; text encoders and a VAE that a file "
-            "has not are read from there",
+            hint="give a diffusers folder of the same kind of model as --config; where the file lacks a VAE or a text "
+            "encoder, put the pipeline together with diffusers, save_pretrained(FOLDER), and give --model FOLDER",
         ) from error
 
 

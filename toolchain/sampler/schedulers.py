@@ -19,6 +19,7 @@ from typing import Any
 from toolchain.errors import RequestError, SamplerError
 from toolchain.sampler import webui
 from toolchain.sampler.accepted import ACCEPTED
+from toolchain.sampler.refused import require_linear
 from toolchain.sampler.spec import FLAGS, LISTS, SIGMA_FLAGS, VALUES, OptionValue, SchedulerSpec, read_option
 from toolchain.sampler.table import PLAIN, Layout
 
@@ -195,6 +196,7 @@ def entry_for(spec: SchedulerSpec, model_config: Mapping[str, Any]) -> Entry:
             expected="one of " + ", ".join(compatible(model_config)),
             got=spec.canonical,
         )
+    require_linear(entry.cls, model_config)
     _require_options(spec, entry.cls)
     sigmas = [key for key, _ in spec.options if key in SIGMA_FLAGS]
     if family == "flow" and entry.cls in FLOW_SIGMAS and spec.name != MODEL and sigmas:
@@ -230,7 +232,6 @@ def create(spec: SchedulerSpec, model_config: Mapping[str, Any]) -> Any:
         raise SamplerError(
             f"diffusers refuses to make the scheduler {spec.canonical}", where=entry.cls, got=error
         ) from error
-    _refuse_nonlinear(scheduler, cls)
     return scheduler
 
 
@@ -318,31 +319,3 @@ def _require_options(spec: SchedulerSpec, cls: str) -> None:
                 got=spec.canonical,
                 hint=f"{key} can be given to {', '.join(takers)}" if key in LISTS else None,
             )
-
-
-def _refuse_nonlinear(scheduler: Any, cls: Any) -> None:
-    """SamplerError for settings that scale by a quantile or split the network's output, in classes that read them."""
-    settings = _settings(cls)
-    if "thresholding" in settings and scheduler.config.get("thresholding"):
-        raise SamplerError(
-            f"{cls.__name__} thresholds its estimate of the image by a quantile of it, which is not linear",
-            where="scheduler/scheduler_config.json",
-            expected='"thresholding": false',
-            hint='models that denoise latents do not want it: set "thresholding": false in the model\'s '
-            "scheduler_config.json, or name another scheduler, such as euler",
-        )
-    if "scale_factors" in settings and scheduler.config.get("scale_factors"):
-        raise SamplerError(
-            f"{cls.__name__} resizes its estimate of the image between steps, and an engine has one size",
-            where="scheduler/scheduler_config.json",
-            expected='"scale_factors": null',
-            got=scheduler.config["scale_factors"],
-        )
-    variance = scheduler.config.get("variance_type") if "variance_type" in settings else None
-    if variance in ("learned", "learned_range"):
-        raise SamplerError(
-            f"{cls.__name__} takes half of the network's output as a variance, which is not linear",
-            where="scheduler/scheduler_config.json",
-            expected="a variance_type other than learned and learned_range",
-            got=variance,
-        )

@@ -40,6 +40,8 @@ QUANTIZED = re.compile(
     r"(^|[._])(absmax|quant_map|quant_state\..*|SCB|_data|_scale|(weight|input)_scale(_inv)?|scale_(weight|input)|"
     r"scaled_fp8|weight_packed|qweight|qzeros)$"
 )
+EMA = "model_ema."
+"""Before the averaged weights that a single file holds beside those that are read."""
 NOT_QUANTIZED = "use the model that it was made from, in float16 or bfloat16; the recipe decides the engines' precision"
 
 
@@ -185,6 +187,8 @@ def require_plain(checkpoint: Mapping[str, TensorRef], where: Path) -> None:
             hint="with diffusers: pipeline.fuse_lora(), pipeline.unload_lora_weights(), then save_pretrained(FOLDER)",
         )
     for key, ref in checkpoint.items():
+        if key.startswith(EMA):  # names without dots, such as ...attn1to_qweight
+            continue
         if QUANTIZED.search(key) or (key.endswith(".weight") and ref.dtype not in FLOATS):
             raise ModelError(
                 "the weights are quantised, which is not supported",
