@@ -253,12 +253,9 @@ def check_bundle(
     from toolchain.bundle.signing import require_trusted
     from toolchain.check.compare import compare
     from toolchain.check.page import save_page
-    from toolchain.store.outputs import check_output
+    from toolchain.store.outputs import check_outputs
 
-    check_output(report)
-    check_output(html)
-    if report is not None and html is not None and Path(report).resolve() == Path(html).resolve():
-        raise UsageError("--report and --html name the same file", where=html, expected="two files")
+    check_outputs(report, html)
     opened = read_bundle(bundle)
     require_trusted(opened)
     source = open_model(model, revision, config=config, store=store, safety=opened.recipe.safety.checker)

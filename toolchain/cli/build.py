@@ -125,16 +125,7 @@ def _step_json(step: Step, plan: Plan) -> dict[str, Any]:
 
 def plan_lines(plan: Plan) -> Iterator[str]:
     """What `plan` prints."""
-    revision = f" at {plan.source.revision}" if plan.source.revision else ""
-    yield f"recipe {plan.recipe.name}, model {plan.source.name}{revision}, store {plan.store.root}"
-    if plan.refused:
-        yield f"engines by {plan.backend.name} cannot be built here: {plan.refused}"
-    if plan.device:
-        yield f"engines by {plan.backend.name} for {device_line(plan.device)}"
-    yield from checker_lines(plan.safety_checker)
-    renamed = next((c for step in plan.steps for c in step.changed if c.startswith(RENAMED)), None)
-    if renamed:
-        yield f"compared with a recipe of another name, as this one was never built: {renamed.partition(': ')[2]}"
+    yield from _heading(plan)
     rows = []
     for step in plan.steps:
         first, *others = [""] if step.hit else _reasons(step, plan)
@@ -146,6 +137,19 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     if engines:
         yield "memory, of what is built or at least exported:"
     yield from memory_lines(engines)
+
+
+def _heading(plan: Plan) -> Iterator[str]:
+    revision = f" at {plan.source.revision}" if plan.source.revision else ""
+    yield f"recipe {plan.recipe.name}, model {plan.source.name}{revision}, store {plan.store.root}"
+    if plan.refused:
+        yield f"engines by {plan.backend.name} cannot be built here: {plan.refused}"
+    if plan.device:
+        yield f"engines by {plan.backend.name} for {device_line(plan.device)}"
+    yield from checker_lines(plan.safety_checker)
+    renamed = next((c for step in plan.steps for c in step.changed if c.startswith(RENAMED)), None)
+    if renamed:
+        yield f"compared with a recipe of another name, as this one was never built: {renamed.partition(': ')[2]}"
 
 
 def _reasons(step: Step, plan: Plan) -> list[str]:

@@ -90,21 +90,23 @@ class Steps:
             echo(line, err=True)
 
     def __call__(self, step: Step, event: str) -> None:
-        name = str(step.id)
         if event == "start":
             self._started = self._shown_at = time.perf_counter()
             self._phase = ""
-            log.debug("%s", name)
+            log.debug("%s", step.id)
             if self._bar:
-                self._bar.update(self._task, description=name)
-            return
+                self._bar.update(self._task, description=str(step.id))
+        else:
+            self._finish(step, event)
+
+    def _finish(self, step: Step, event: str) -> None:
         # A build with nothing to do reports its hits without a start.
         now = time.perf_counter()
         done = Finished(step, event, now - self._started)
         self._started = now
         self.finished.append(done)
         took = f" {done.seconds:.1f} s" if event == "built" else ""
-        line = f"[{len(self.finished)}/{self._total}] {name} ... {event}{took}"
+        line = f"[{len(self.finished)}/{self._total}] {step.id} ... {event}{took}"
         if self._bar:
             self._bar.update(self._task, advance=1)
             if event == "built" or log.isEnabledFor(logging.DEBUG):

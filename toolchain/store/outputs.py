@@ -21,3 +21,11 @@ def check_output(path: str | Path | None) -> None:
         raise UsageError("the folder of the output is missing", where=folder, hint=f"mkdir -p {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError("the folder of the output is not writable", where=folder, hint="choose another --output")
+
+
+def check_outputs(report: str | Path | None, html: str | Path | None) -> None:
+    """`check_output` for the two files of a check, which must not be one. Raises UsageError."""
+    check_output(report)
+    check_output(html)
+    if report is not None and html is not None and Path(report).resolve() == Path(html).resolve():
+        raise UsageError("--report and --html name the same file", where=html, expected="two files")
