@@ -55,6 +55,14 @@ def of(op: str, inputs: list[ir.Value], *, features: str = AVX512, **attributes:
         ("Mul", [(3, 1), (2, 1, 4)], {}, 2 * 3 * 4),
         ("Concat", [(2, 3, 4), (2, 5, 4)], {"axis": 1}, 2 * 8 * 4),
         ("Concat", [(2, 3, 4), (2, 3, 1)], {"axis": -1}, 2 * 3 * 5),
+        ("MatMul", [(2, 1, 3, 5), (4, 5, 7)], {}, 2 * 4 * 3 * 7),
+        ("FusedMatMul", [(2, 5, 3), (2, 7, 5)], {"transA": 1, "transB": 1}, 2 * 3 * 7),
+        ("Gather", [(2, 3, 4), (5, 6)], {"axis": 1}, 2 * 5 * 6 * 4),
+        ("MultiHeadAttention", [(2, 6, 8), (2, 5, 8), (2, 5, 12)], {"num_heads": 2}, 2 * 6 * 12),
+        ("MultiHeadAttention", [(2, 6, 8), (2, 4, 5, 2), (2, 4, 5, 3)], {"num_heads": 4}, 2 * 6 * 12),
+        ("ReorderOutput", [(2, 16, 8, 9)], {"channels": 12}, 2 * 12 * 8 * 9),
+        ("ReduceSum", [(2, 3, 4)], {"axes": [-1]}, 2 * 3),
+        ("LayerNormalization", [(2, 3, 4), (4,)], {}, 2 * 3 * 4),
     ],
 )
 def test_shapes_that_the_optimiser_left_out(
@@ -63,6 +71,10 @@ def test_shapes_that_the_optimiser_left_out(
     first, *others = shapes
     inputs = [value("x", first), *(weight(f"w{i}", shape) for i, shape in enumerate(others))]
     assert of(op, inputs, **attributes)["activation_bytes"] == 4 * elements
+
+
+def test_a_cast_changes_the_size_of_its_tensor() -> None:
+    assert of("Cast", [value("x", (2, 3))], to=ir.DataType.FLOAT16)["activation_bytes"] == 2 * 2 * 3
 
 
 def test_channels_are_blocked_by_what_a_vector_holds() -> None:

@@ -107,7 +107,8 @@ class _Kinds:
             if node is None or node.op_type not in RULES:
                 raise
         inputs = [self(v) for v in node.inputs if v is not None]
-        return RULES[node.op_type](node, [shape for shape, _ in inputs], self._block), inputs[0][1]
+        dtype = ir.DataType(_integer(node, "to", 1)) if node.op_type == "Cast" else inputs[node.op_type == "Where"][1]
+        return RULES[node.op_type](node, [shape for shape, _ in inputs], self._block), dtype
 
 
 def _reorder(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
@@ -133,6 +134,32 @@ def _upsample(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
     return tuple(s * k for s, k in zip(inputs[0], _integers(node, "scales", [1] * 4), strict=True))
 
 
+def _matmul(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
+    first, second = inputs[:2]
+    rows = first[-1] if _integer(node, "transA", 0) else first[-2]
+    columns = second[-2] if _integer(node, "transB", 0) else second[-1]
+    return (*np.broadcast_shapes(first[:-2], second[:-2]), rows, columns)
+
+
+def _gather(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
+    source, indices = inputs
+    axis = _integer(node, "axis", 0)
+    return (*source[:axis], *indices, *source[axis + 1 :])
+
+
+def _attention(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
+    """Query [B, S, H]; values [B, L, Hv], or [B, heads, L, Hv / heads]."""
+    query, values = inputs[0], inputs[2]
+    return (*query[:2], values[-1] * (values[1] if len(values) == 4 else 1))
+
+
+def _restore(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
+    """Blocked channels to NCHW, or to NHWC with channels_last."""
+    batch, _, *sides = inputs[0]
+    channels = _integer(node, "channels", 0)
+    return (batch, *sides, channels) if _integer(node, "channels_last", 0) else (batch, channels, *sides)
+
+
 def _gemm(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
     rows = inputs[0][1 if _integer(node, "transA", 0) else 0]
     return rows, inputs[1][0 if _integer(node, "transB", 0) else 1]
@@ -156,15 +183,24 @@ def _elementwise(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
 
 
 def _reduce(node: ir.Node, inputs: list[Shape], block: int) -> Shape:
-    axes = {axis % len(inputs[0]) for axis in _constant(node, 1)}
+    given = node.attributes.get("axes")
+    axes = {axis % len(inputs[0]) for axis in (_constant(node, 1) if given is None else given.as_ints())}
     kept = _integer(node, "keepdims", 1)
     return tuple(1 if i in axes else n for i, n in enumerate(inputs[0]) if kept or i not in axes)
 
 
 RULES = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Reciprocal"), _elementwise),
-    "ReduceMean": _reduce,
+    **dict.fromkeys(
+        ("Cast", "Erf", "Exp", "Neg", "QuickGelu", "Sigmoid", "Softplus", "Sum", "Tanh", "Where"), _elementwise
+    ),
+    **dict.fromkeys(("InstanceNormalization", "LayerNormalization", "Softmax"), lambda node, inputs, block: inputs[0]),
+    "Gather": _gather,
+    "MultiHeadAttention": _attention,
+    **dict.fromkeys(("ReduceL2", "ReduceMax", "ReduceMean", "ReduceSum"), _reduce),
+    **dict.fromkeys(("MatMul", "FusedMatMul"), _matmul),
     "ReorderInput": _reorder,
+    "ReorderOutput": _restore,
     "Conv": _conv,
     "Upsample": _upsample,
     "Gemm": _gemm,
