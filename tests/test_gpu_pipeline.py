@@ -192,6 +192,32 @@ def test_a_picture_waits_for_the_gpu_once(both: tuple[str, Path, dict[str, np.nd
         pipe.close()
 
 
+class Evaluations(toolchain.Observer):
+    """Counts them."""
+
+    count = 0
+
+    @contextlib.contextmanager
+    def evaluation(self, index: int, total: int, timestep: float) -> Iterator[None]:
+        yield
+        self.count += 1
+
+
+def test_an_observer_does_not_wait_for_the_gpu(both: tuple[str, Path, dict[str, np.ndarray]]) -> None:
+    """It sees every evaluation, although the recipe wants a run as one launch."""
+    family, bundle, expected = both
+    watching = Evaluations()
+    pipe = Pipeline(opened_as(bundle, "loop"), observer=watching)
+    assert psnr_db(drawn(pipe, **requests(family)["a picture"]), expected["a picture"]) >= LEAST_PSNR_DB
+    counters, watching.count = pipe._memory.counters, 0
+    before = dataclasses.replace(counters)
+    pipe(PROMPT, seed=4, steps=3)
+    assert watching.count == evaluated(family, 3)
+    assert counters.launches - before.launches == watching.count + 1  # and the decoder
+    assert counters.synchronisations - before.synchronisations == 1
+    pipe.close()
+
+
 @pytest.mark.parametrize("cuda_graph", ["step", "loop"])
 def test_a_table_longer_than_the_step_has_rows(
     both: tuple[str, Path, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch, cuda_graph: str
