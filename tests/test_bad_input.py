@@ -612,7 +612,7 @@ PLACES = [
         file_in_the_bundle,
         2,
         ("holds other files beside the bundle", "notes.txt"),
-        "move them to another place",
+        "move them elsewhere",
     ),
     Case("bundle onto a file", lambda w: w.build(output=w.picture), 2, ("the output cannot be written", "old.png")),
     Case(

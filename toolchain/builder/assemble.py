@@ -90,7 +90,7 @@ def check_output(output: Path) -> None:
             where=output,
             expected="only the files of the bundle, which is replaced as a whole",
             got=some(foreign),
-            hint="move them to another place, or give a new output folder",
+            hint="move them elsewhere, or give a new output folder",
         )
 
 
@@ -179,13 +179,13 @@ class _Writer:
         samplers: dict[str, str] = {}
         for step in plan.steps:
             if step.stage == "sampler":
-                artifact, place = self.built[step.id], sampler_file(str(step.inputs["scheduler"]))
-                self._copy(artifact, TABLES, folder, place)
-                samplers |= dict.fromkeys(_tables(artifact), place)
+                artifact, target = self.built[step.id], sampler_file(str(step.inputs["scheduler"]))
+                self._copy(artifact, TABLES, folder, target)
+                samplers |= dict.fromkeys(_tables(artifact), target)
         tokenizers = {c.name: f"tokenizers/{c.tokenizer}" for c in components if c.tokenizer}
-        for place in tokenizers.values():
-            tokenizer = self.built[StepId("tokenizer", Path(place).name)]
-            self._copy_all(tokenizer, folder, place)
+        for target in tokenizers.values():
+            tokenizer = self.built[StepId("tokenizer", Path(target).name)]
+            self._copy_all(tokenizer, folder, target)
         checkpoint = {c.name: plan.step(StepId("weights", c.name)).inputs["checkpoint"] for c in components}
         settings = plan.family.settings(plan.source)
         if recipe.safety.checker:
@@ -223,11 +223,11 @@ class _Writer:
             engine = StepId("engine", component, str(bucket))
             if engine not in self.built:
                 engine = StepId("engine", component, PROFILES)
-            place = f"engines/{component}/{engine.label}"
-            self._copy_all(self.built[engine], folder, place)
+            target = f"engines/{component}/{engine.label}"
+            self._copy_all(self.built[engine], folder, target)
             signature = plan.step(StepId("graph", component, str(bucket))).inputs["signature"]
             assert isinstance(signature, dict)
-            entries[str(bucket)] = EngineEntry(place, weights, GraphSpec.from_json(signature))
+            entries[str(bucket)] = EngineEntry(target, weights, GraphSpec.from_json(signature))
         return entries
 
     def _copy_all(self, artifact: Artifact, folder: Path, target: str) -> None:

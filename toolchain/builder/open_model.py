@@ -50,24 +50,24 @@ def open_model(
         raise UsageError("a revision belongs to a hub id, and the model is a local path", where=path, got=revision)
     _require_safetensors(path)
     require_plain(read_header(path), path)
-    given = _configs(path, config)
-    family = family_for(given)
+    configs = _configs(path, config)
+    family = family_for(configs)
     if not weights:
-        return ModelSource(given.path, str(model), None)
-    kept = Store(Path(store or default_store()))
+        return ModelSource(configs.path, str(model), None)
+    artifacts = Store(Path(store or default_store()))
     inputs: dict[str, Json] = {
         "code": code_digest("builder.stages.model"),
-        "checkpoint": kept.digest_of(path),
-        "config": {f.relative_to(given.path).as_posix(): kept.digest_of(f) for f in _used(given.path)},
+        "checkpoint": artifacts.digest_of(path),
+        "config": {f.relative_to(configs.path).as_posix(): artifacts.digest_of(f) for f in _used(configs.path)},
         "pipeline": family.pipeline,
         "tools": tool_versions(TOOLS),
     }
 
     def build(out: Path) -> None:
-        log.warning("%s is converted once, with the configs of %s", path, given.name)
-        stages.model.write(path, given, family.pipeline, out)
+        log.warning("%s is converted once, with the configs of %s", path, configs.name)
+        stages.model.write(path, configs, family.pipeline, out)
 
-    artifact, _ = kept.get_or_build("model", path.stem, inputs, build)
+    artifact, _ = artifacts.get_or_build("model", path.stem, inputs, build)
     return ModelSource(artifact.path, str(model), None)
 
 

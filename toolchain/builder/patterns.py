@@ -23,9 +23,9 @@ def pattern_problems(component: Component, source: ModelSource, recipe: Recipe, 
 
     exported: its graph is in the store, so that all patterns of a narrower type match: construction checks them.
     """
-    own = recipe.component(component.name)
-    left = _unmatched(own.keep_float32, _names_of_weights(component, source))
-    if not left or (exported and own.dtype != "float32"):
+    precision = recipe.component(component.name)
+    left = _unmatched(precision.keep_float32, _names_of_weights(component, source))
+    if not left or (exported and precision.dtype != "float32"):
         return []
     names = _names_of_modules(component, source, recipe)
     where = f"components.{component.name}.keep_float32"

@@ -239,14 +239,14 @@ class Planner:
     def samplers(self) -> None:
         """One step for the tables of each scheduler."""
         settings = self.family.settings(self.source)
-        found: dict[str, dict[int, bool]] = {}
+        by_scheduler: dict[str, dict[int, bool]] = {}
         for text, counts in self.recipe.sampling.tables.items():
             spec = parse(text)
-            own = found.setdefault(spec.canonical, {})
+            numbers = by_scheduler.setdefault(spec.canonical, {})
             for steps, asked in counts.items():  # a list of its own has one number of steps, whatever the others have
                 number = steps_of(spec, settings.scheduler, steps)
-                own[number] = own.get(number, False) or asked or bool(spec.lists)
-        for canonical, counts in found.items():
+                numbers[number] = numbers.get(number, False) or asked or bool(spec.lists)
+        for canonical, counts in by_scheduler.items():
             self.sampler(canonical, counts, settings)
 
     def sampler(self, spec: str, counts: Mapping[int, bool], settings: ModelSettings) -> None:
@@ -279,12 +279,13 @@ class Planner:
         self.add(StepId("sampler", spec), self._code("sampler"), inputs, run)
 
 
-def _precision(own: ComponentRecipe) -> dict[str, Json]:
+def _precision(component: ComponentRecipe) -> dict[str, Json]:
     """What of a component's table decides its graph and weights.
 
     `tokens` is in the signature where there is such a choice, and in float32 there is nothing to keep.
     """
-    return {"dtype": own.dtype, "keep_float32": [*sorted(own.keep_float32)] if own.dtype != "float32" else []}
+    kept = sorted(component.keep_float32) if component.dtype != "float32" else []
+    return {"dtype": component.dtype, "keep_float32": [*kept]}
 
 
 def _config_in(file: Path) -> Json:

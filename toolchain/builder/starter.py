@@ -79,7 +79,7 @@ def _data(like: Recipe, family: Family, backend: Builder[Any], source: ModelSour
 
 
 def native_bucket(family: Family, source: ModelSource) -> Bucket:
-    """One picture of the size that diffusers draws where nobody says otherwise."""
+    """One picture of the size that diffusers draws by default."""
     settings = family.settings(source)
     size = source.config(family.component("denoiser").folder).get("sample_size") or SAMPLE_SIZE
     height, width = size if isinstance(size, list) else (size, size)

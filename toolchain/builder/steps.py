@@ -100,7 +100,7 @@ def tool_versions(names: Sequence[str]) -> dict[str, Json]:
 
 @cache
 def code_digest(*entries: str) -> str:
-    """Digest of the source files that decide an outcome: a version number that nobody can forget to raise.
+    """Digest of the source files that decide an outcome: a version number that raises itself.
 
     entries: the modules that are called, as in `CLOSURES`; what they import comes with them.
     """
