@@ -59,11 +59,6 @@ class ModelSettings:
             return 0
         return (height // self.token_pixels) * (width // self.token_pixels)
 
-    def skipped_steps(self, steps: int, strength: float) -> int:
-        """How many of `steps` image to image leaves out, as diffusers counts them."""
-        kept = min(steps * strength, steps)
-        return int(max(steps - kept, 0)) if self.early_start else steps - int(kept)
-
     def to_json(self) -> dict[str, Any]:
         """Plain data for json.dump."""
         return asdict(self)

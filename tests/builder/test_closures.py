@@ -83,6 +83,11 @@ def test_a_family_depends_on_no_other(entry: str) -> None:
     assert own <= set(CLOSURES[entry])
 
 
+@pytest.mark.parametrize("entry", [entry for entry in entries() if entry.startswith("models.")])
+def test_schedulers_decide_nothing_of_a_graph_but_its_layout(entry: str) -> None:
+    assert {module for module in CLOSURES[entry] if room(module) == "sampler"} == {"sampler.layout"}
+
+
 def test_backends_do_not_decide_for_each_other() -> None:
     by_name = {name: type(b).__module__.removeprefix("toolchain.") for name, b in BUILDERS.items()}
     of_tensorrt = set(CLOSURES[by_name["tensorrt"]])

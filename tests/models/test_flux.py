@@ -24,7 +24,8 @@ from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS, family_of
 from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, ComponentRecipe, Recipe, load_recipe, parse_recipe
-from toolchain.sampler.table import MAX_EVALUATIONS, MAX_STATES, ROW, split, step_reference
+from toolchain.sampler.layout import MAX_EVALUATIONS, MAX_STATES, ROW
+from toolchain.sampler.table import skipped_steps, split, step_reference
 from toolchain.weights.derived import find_tensors, weight_uses
 from toolchain.weights.safetensors import read_folder
 
@@ -314,7 +315,7 @@ def test_image_to_image_starts_where_diffusers_does(dev: ModelSource, strength: 
     scheduler = SimpleNamespace(timesteps=np.arange(28), order=1)
     pipeline: Any = SimpleNamespace(scheduler=scheduler)
     timesteps, left = FluxImg2ImgPipeline.get_timesteps(pipeline, 28, strength, None)
-    assert FLUX.settings(dev).skipped_steps(28, strength) == timesteps[0] == 28 - left
+    assert skipped_steps(28, strength, early_start=FLUX.settings(dev).early_start) == timesteps[0] == 28 - left
 
 
 def test_the_published_configs_are_accepted(dev: ModelSource) -> None:

@@ -13,7 +13,8 @@ import pytest
 from tests.sampler.scheduler_configs import FLOW, SD
 from toolchain.models.hub import resolve_model
 from toolchain.models.sd_components import scheduler_config
-from toolchain.sampler.schedulers import create, parse, quiet
+from toolchain.sampler.schedulers import create, parse
+from toolchain.sampler.silence import quiet
 
 SILENT = {key: value for key, value in SD.items() if key not in ("clip_sample", "steps_offset", "_class_name")}
 LOADED: list[tuple[str, str, dict[str, Any]]] = [

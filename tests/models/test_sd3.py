@@ -26,7 +26,8 @@ from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS, family_of
 from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, Recipe, load_recipe, parse_recipe
-from toolchain.sampler.table import MAX_STATES, ROW
+from toolchain.sampler.layout import MAX_STATES, ROW
+from toolchain.sampler.table import skipped_steps
 from toolchain.weights.derived import find_tensors, weight_uses, write_weights
 from toolchain.weights.safetensors import read_folder
 
@@ -351,7 +352,7 @@ def test_image_to_image_starts_where_diffusers_does(source: ModelSource, strengt
 
     pipeline: Any = SimpleNamespace(scheduler=SimpleNamespace(timesteps=np.arange(28), order=1))
     timesteps, left = StableDiffusion3Img2ImgPipeline.get_timesteps(pipeline, 28, strength, None)
-    assert FAMILY.settings(source).skipped_steps(28, strength) == timesteps[0] == 28 - left
+    assert skipped_steps(28, strength, early_start=FAMILY.settings(source).early_start) == timesteps[0] == 28 - left
 
 
 @ALL

@@ -23,7 +23,7 @@ from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS, family_of
 from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, Check, ComponentRecipe, Recipe, load_recipe
-from toolchain.sampler.table import MAX_STATES, ROW
+from toolchain.sampler.layout import MAX_STATES, ROW
 
 ROOT = Path(__file__).parents[2]
 FAMILY = MODELS["sdxl"]

@@ -287,7 +287,7 @@ print(order)
 def test_two_threads_that_make_schedulers_leave_the_log_as_it_was() -> None:
     from diffusers.utils import logging as diffusers_logging
 
-    from toolchain.sampler.schedulers import quiet
+    from toolchain.sampler.silence import quiet
 
     before = diffusers_logging.get_verbosity()
     inside, leave = threading.Event(), threading.Event()

@@ -13,8 +13,10 @@ from tests.sampler.scheduler_configs import COGVIDEOX, CONTINUOUS, EDM, FAMILIES
 from toolchain.errors import RequestError, SamplerError
 from toolchain.sampler import compile as compiler
 from toolchain.sampler.compile import compile_table, prepare
-from toolchain.sampler.schedulers import SCHEDULERS, compatible, create, parse, quiet
-from toolchain.sampler.table import LONGEST, MAX_STATES, ROW, Layout, SamplerTable, split_clamp, step_reference
+from toolchain.sampler.layout import MAX_STATES, ROW, Layout
+from toolchain.sampler.schedulers import SCHEDULERS, compatible, create, parse
+from toolchain.sampler.silence import quiet
+from toolchain.sampler.table import LONGEST, SamplerTable, split_clamp, step_reference
 from toolchain.sampler.trajectory import Schedule
 from toolchain.sampler.verify import table_errors, verify_table
 

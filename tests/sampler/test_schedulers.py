@@ -13,24 +13,22 @@ import pytest
 from tests.sampler.scheduler_configs import COGVIDEOX, CONTINUOUS, EDM, FLOW, FLOW_SOLVER, SD, SD_V
 from toolchain.errors import RequestError, SamplerError
 from toolchain.sampler.accepted import ACCEPTED
+from toolchain.sampler.layout import DEFAULTED, Layout, family_of, layout_for
 from toolchain.sampler.refused import BETA_SCHEDULES, MORE_BETA_SCHEDULES, READERS
 from toolchain.sampler.schedulers import (
-    DEFAULTED,
     FLOW_SIGMAS,
     SCHEDULERS,
     UNSUPPORTED,
     compatible,
     create,
     entry_for,
-    family_of,
-    layout_for,
     parse,
-    quiet,
     reference_kwargs,
     step_kwargs,
 )
+from toolchain.sampler.silence import quiet
 from toolchain.sampler.spec import FLAGS, LISTS, OPTIONS, VALUES, SchedulerSpec, with_list
-from toolchain.sampler.table import Layout, fit
+from toolchain.sampler.table import fit
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,9 @@ import numpy as np
 import pytest
 
 from toolchain.errors import BundleError, RequestError
+from toolchain.sampler.layout import LAYOUTS, MAX_STATES, PLAIN, ROW, Layout
 from toolchain.sampler.table import (
-    LAYOUTS,
     LONGEST,
-    MAX_STATES,
-    PLAIN,
-    ROW,
-    Layout,
     SamplerTable,
     describe_tables,
     fit,

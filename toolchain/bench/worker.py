@@ -113,7 +113,8 @@ def diffusers(bundle: str, model: str, parts: Parts, compiled: bool = False) -> 
     from toolchain.check.reference import reference_pipeline, reference_scheduler, text_length
     from toolchain.models.hub import resolve_model
     from toolchain.models.registry import family_of
-    from toolchain.sampler.schedulers import parse, quiet, reference_kwargs
+    from toolchain.sampler.schedulers import parse, reference_kwargs
+    from toolchain.sampler.silence import quiet
 
     parts.done("imports_ms")
     opened, source = read_bundle(Path(bundle)), resolve_model(model)

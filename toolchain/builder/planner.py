@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from typing import Any, Literal
 
 from toolchain.builder import stages
 from toolchain.builder.stages.graph import GRAPH
-from toolchain.builder.stages.sampler import Schedule
 from toolchain.builder.steps import EXPORT_TOOLS, Built, Step, StepId, Within, code_digest, recipe_of, tool_versions
 from toolchain.bundle.bundle import ANY, PROFILES
 from toolchain.engines.backend import Builder
@@ -21,7 +19,7 @@ from toolchain.models.component import Component, Family
 from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, ComponentRecipe, Recipe
 from toolchain.sampler.schedulers import parse, steps_of
-from toolchain.sampler.table import spans, table_name
+from toolchain.sampler.table import spans
 from toolchain.settings import ModelSettings
 from toolchain.store.artifacts import Artifact, Json, Store, content_key
 from toolchain.weights.mapped import require_plain
@@ -252,20 +250,15 @@ class Planner:
     def sampler(self, spec: str, counts: Mapping[int, bool], settings: ModelSettings) -> None:
         """`counts`: numbers of steps, each with whether it must be there; others are left out where they cannot."""
         sizes = list(dict.fromkeys(settings.tokens(b.height, b.width) for b in self.recipe.buckets))
-        strengths = self.recipe.sampling.strengths
-        schedules: dict[str, Schedule] = {}
-        for steps in sorted(counts):
-            skips = dict.fromkeys([0, *(settings.skipped_steps(steps, strength) for strength in strengths)])
-            for tokens, skip in itertools.product(sizes, skips):
-                if skip < steps:  # a strength may be too small for the shortest schedules
-                    name = table_name(spec, steps, tokens=tokens, skip=skip)
-                    schedules[name] = Schedule(steps, tokens, skip, required=counts[steps])
+        schedules = stages.sampler.schedules_of(
+            spec, counts, sizes, self.recipe.sampling.strengths, early_start=settings.early_start
+        )
         inputs: dict[str, Json] = {
             "scheduler": spec,
             "steps": spans(counts),
             "required": spans(steps for steps, required in counts.items() if required),
             "tokens": [*sizes],
-            "strengths": [*strengths],
+            "strengths": [*self.recipe.sampling.strengths],
             "early_start": settings.early_start,
             "linear_sigmas": settings.linear_sigmas,
             "config": compiled(settings.scheduler),

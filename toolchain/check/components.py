@@ -29,7 +29,8 @@ from toolchain.runtime.noise import Generator
 from toolchain.runtime.prompt import PromptTokenizer
 from toolchain.runtime.start import draw, normal, place_sampler, place_scales, place_time_ids
 from toolchain.runtime.text import Conditions, place
-from toolchain.sampler.table import MAX_EVALUATIONS, SamplerTable
+from toolchain.sampler.layout import MAX_EVALUATIONS
+from toolchain.sampler.table import SamplerTable
 from toolchain.signature import GraphSpec
 
 if TYPE_CHECKING:

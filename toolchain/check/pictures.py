@@ -17,7 +17,8 @@ from toolchain.check.report import Pair, Picture
 from toolchain.models.component import Family
 from toolchain.models.source import ModelSource
 from toolchain.runtime.pipeline import Pipeline
-from toolchain.sampler.schedulers import parse, quiet, reference_kwargs
+from toolchain.sampler.schedulers import parse, reference_kwargs
+from toolchain.sampler.silence import quiet
 
 Pixels = NDArray[np.uint8]
 BLANK_LEVELS = 2

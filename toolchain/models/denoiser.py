@@ -10,8 +10,7 @@ from toolchain.models.networks import load_network, make_network
 from toolchain.models.source import ModelSource
 from toolchain.models.vae import latent_shape
 from toolchain.recipe import Bucket, Recipe
-from toolchain.sampler.schedulers import layout_for
-from toolchain.sampler.table import MAX_EVALUATIONS
+from toolchain.sampler.layout import MAX_EVALUATIONS, layout_for
 from toolchain.signature import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from toolchain.models.source import ModelSource
 from toolchain.models.text_encoders import clip_length, clip_text_encoder
 from toolchain.models.vae import scaled, vae_decoder, vae_encoder
 from toolchain.recipe import Recipe
-from toolchain.sampler.schedulers import DEFAULTED
+from toolchain.sampler.layout import DEFAULTED
 
 if TYPE_CHECKING:
     from torch import nn

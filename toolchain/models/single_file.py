@@ -10,7 +10,7 @@ from typing import Any
 
 from toolchain.errors import ModelError, first_line
 from toolchain.models.source import ModelSource
-from toolchain.sampler.schedulers import quiet
+from toolchain.sampler.silence import quiet
 from toolchain.weights.mapped import read_header
 
 INCOMPLETE = "a network of which it lacks tensors"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from toolchain.sampler.table import LAYOUTS
+from toolchain.sampler.layout import LAYOUTS
 
 
 class Row(NamedTuple):

@@ -34,7 +34,8 @@ from toolchain.runtime.result import Result, Timings
 from toolchain.runtime.start import draw, normal, place_next, upload
 from toolchain.runtime.tables import Tables
 from toolchain.runtime.text import Conditions, TextEncoders, place
-from toolchain.sampler.table import MAX_EVALUATIONS, SamplerTable
+from toolchain.sampler.layout import MAX_EVALUATIONS
+from toolchain.sampler.table import SamplerTable
 
 log = logging.getLogger("toolchain")
 

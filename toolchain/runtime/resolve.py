@@ -18,6 +18,7 @@ from toolchain.runtime.progress import F32
 from toolchain.runtime.request import Options, Request, Size
 from toolchain.sampler.schedulers import parse, steps_of
 from toolchain.sampler.spec import LISTS, with_list
+from toolchain.sampler.table import skipped_steps
 
 log = logging.getLogger("toolchain")
 FLUX = "flux"
@@ -179,7 +180,7 @@ def _skip(bundle: Bundle, options: Options, steps: int) -> int:
     default = strengths[0] if strengths else ask.STRENGTH
     expected = "a number above 0, at most 1"
     strength = ask.check_number("strength", default if options.strength is None else options.strength, expected, 0, 1)
-    skip = bundle.settings.skipped_steps(steps, strength)
+    skip = skipped_steps(steps, strength, early_start=bundle.settings.early_start)
     if skip >= steps:
         raise RequestError(
             "the strength leaves no step to run", expected=f"more than {1 / steps:.3g} for {steps} steps", got=strength

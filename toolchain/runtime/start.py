@@ -12,7 +12,8 @@ from toolchain.errors import RequestError
 from toolchain.runtime.engines import F32, BucketEngines
 from toolchain.runtime.noise import Generator
 from toolchain.runtime.request import Request
-from toolchain.sampler.table import LAYOUTS, MAX_EVALUATIONS, SamplerTable, fit
+from toolchain.sampler.layout import LAYOUTS, MAX_EVALUATIONS
+from toolchain.sampler.table import SamplerTable, fit
 
 
 def upload(

@@ -22,9 +22,10 @@ import torch
 from numpy.typing import NDArray
 
 from toolchain.errors import RequestError, SamplerError
+from toolchain.sampler.layout import LAYOUTS, PLAIN, Layout
 from toolchain.sampler.schedulers import create, parse, step_kwargs, steps_of
 from toolchain.sampler.spec import SchedulerSpec
-from toolchain.sampler.table import LAYOUTS, LONGEST, PLAIN, Layout, SamplerTable, split, split_clamp
+from toolchain.sampler.table import LONGEST, SamplerTable, split, split_clamp
 from toolchain.sampler.trajectory import Schedule, drive, refusals
 from toolchain.sampler.verify import verify_table
 

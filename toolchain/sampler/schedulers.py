@@ -9,35 +9,32 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import threading
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from toolchain.errors import RequestError, SamplerError
 from toolchain.sampler import webui
 from toolchain.sampler.accepted import ACCEPTED
+from toolchain.sampler.layout import BETA, DEFAULTED, FAMILIES, family_of
 from toolchain.sampler.refused import require_linear
+from toolchain.sampler.silence import quiet
 from toolchain.sampler.spec import FLAGS, LISTS, SIGMA_FLAGS, VALUES, OptionValue, SchedulerSpec, read_option
-from toolchain.sampler.table import PLAIN, Layout
 
 MODEL = "model"
-DEFAULTED = "_use_default_values"  # diffusers' own key: settings that another class does not take from this config
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One scheduler: a diffusers class, what its name fixes of it, and the family of networks that it can drive.
-
-    family  beta: trained on a table of betas (SD, SDXL); flow: flow matching (SD3, FLUX); edm: preconditioned by sigma;
-            cogvideox: betas shifted in SNR; continuous: timesteps from 1 down to 0
-    """
+    """One scheduler: a diffusers class, and what its name fixes of it."""
 
     cls: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    family: str = "beta"
+
+    @property
+    def family(self) -> str:
+        """The family of networks that it is for."""
+        return FAMILIES.get(self.cls, BETA)
 
 
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
@@ -65,13 +62,13 @@ SCHEDULERS: dict[str, Entry] = {
     "sa-solver": Entry("SASolverScheduler"),
     "lcm": Entry("LCMScheduler"),
     "tcd": Entry("TCDScheduler"),
-    "flow-euler": Entry("FlowMatchEulerDiscreteScheduler", family="flow"),
-    "flow-heun": Entry("FlowMatchHeunDiscreteScheduler", family="flow"),
-    "flow-lcm": Entry("FlowMatchLCMScheduler", family="flow"),
-    "edm-euler": Entry("EDMEulerScheduler", family="edm"),
-    "edm-dpm++2m": Entry("EDMDPMSolverMultistepScheduler", _ODE | {"solver_order": 2}, family="edm"),
-    "cogvideox-ddim": Entry("CogVideoXDDIMScheduler", family="cogvideox"),
-    "ipndm": Entry("IPNDMScheduler", family="continuous"),
+    "flow-euler": Entry("FlowMatchEulerDiscreteScheduler"),
+    "flow-heun": Entry("FlowMatchHeunDiscreteScheduler"),
+    "flow-lcm": Entry("FlowMatchLCMScheduler"),
+    "edm-euler": Entry("EDMEulerScheduler"),
+    "edm-dpm++2m": Entry("EDMDPMSolverMultistepScheduler", _ODE | {"solver_order": 2}),
+    "cogvideox-ddim": Entry("CogVideoXDDIMScheduler"),
+    "ipndm": Entry("IPNDMScheduler"),
 }
 
 # Classes for betas that have the setting use_flow_sigmas: by name, because planning loads none of them.
@@ -95,9 +92,6 @@ UNSUPPORTED: dict[str, str] = {
     "RePaintScheduler": "its step also takes an image and a mask",
     "CogVideoXDPMScheduler": "its step also takes the estimate of the step before",
 }
-
-_QUIET = threading.RLock()
-"""Log level and warning filters are the process's: two threads at once would leave each other's behind."""
 
 
 def parse(spec: str) -> SchedulerSpec:
@@ -154,26 +148,6 @@ def step_kwargs(spec: SchedulerSpec, scheduler: Any) -> dict[str, Any]:
     if "eta" not in inspect.signature(scheduler.step).parameters:
         return {}
     return {"eta": 0.0} | {key: value for key, value in spec.options if key == "eta"}
-
-
-def family_of(model_config: Mapping[str, Any]) -> str:
-    """The family of networks (see `Entry`) that a scheduler_config.json belongs to."""
-    by_class = {entry.cls: entry.family for entry in SCHEDULERS.values()}
-    family = by_class.get(str(model_config.get("_class_name")), "beta")
-    is_flow = model_config.get("prediction_type") == "flow_prediction" or model_config.get("use_flow_sigmas") is True
-    return "flow" if family == "beta" and is_flow else family
-
-
-def layout_for(model_config: Mapping[str, Any]) -> Layout:
-    """The layout of a model's step graph, large enough for every scheduler that can drive the model.
-
-    A config that says neither "clip_sample": false nor "skip_prk_steps": true leaves open what diffusers' defaults ask
-    of DDIM, DDPM and PNDM.
-    """
-    if family_of(model_config) != "beta":
-        return PLAIN
-    said = {key: value for key, value in model_config.items() if key not in model_config.get(DEFAULTED, ())}
-    return Layout(4 if said.get("skip_prk_steps") else 5, clamps=bool(said.get("clip_sample", True)))
 
 
 def compatible(model_config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -235,37 +209,20 @@ def create(spec: SchedulerSpec, model_config: Mapping[str, Any]) -> Any:
     return scheduler
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silences diffusers' log lines and deprecation warnings, which address authors of pipelines."""
-    from diffusers.utils import logging
-
-    with _QUIET:
-        level = logging.get_verbosity()
-        logging.set_verbosity(logging.CRITICAL)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield
-        finally:
-            logging.set_verbosity(level)
-
-
 def _entry(spec: SchedulerSpec, model_config: Mapping[str, Any]) -> Entry:
     """The class to build; for `model` it is the one that the config names, with nothing fixed."""
     if spec.name != MODEL:
         return SCHEDULERS[spec.name]
     cls = model_config.get("_class_name")
-    families = {entry.cls: entry.family for entry in SCHEDULERS.values()}
-    if cls in families:
-        return Entry(cls, family=families[cls])
+    if cls in {entry.cls for entry in SCHEDULERS.values()}:
+        return Entry(cls)
     reason = UNSUPPORTED.get(str(cls), "no table is known for this class")
     if cls is None:
         reason = "scheduler_config.json has no _class_name"
     raise SamplerError(
         f"the model's own scheduler cannot be compiled: {reason}",
         where="scheduler/scheduler_config.json",
-        expected="one of " + ", ".join(families),
+        expected="one of " + ", ".join(dict.fromkeys(entry.cls for entry in SCHEDULERS.values())),
         got=cls,
         hint="name another scheduler: " + ", ".join(SCHEDULERS),
     )

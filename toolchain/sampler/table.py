@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolchain.errors import BundleError, RequestError
+from toolchain.sampler.layout import LAYOUTS, Layout
 
-MAX_EVALUATIONS = 1024  # rows that the compiled step graph has room for; longer tables are written part by part
 LONGEST = 4096  # evaluations of a table: compiling one takes memory with the square of its length
 FORMAT = 2
 _LARGEST = float(np.finfo(np.float32).max)
@@ -32,32 +32,10 @@ Float32 = NDArray[np.float32]
 F = TypeVar("F", bound=np.floating[Any])
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The size of a step graph and of the rows of its table.
-
-    states   of the sampler's memory; PNDM's Runge-Kutta steps need the fifth
-    clamps   whether the step clamps an estimate of the picture: columns for u, v, limit and w of
-
-                 estimate = clamp(u * state[0] + v * e, -limit, limit)
-                 state'   = A state + b e + c z + w estimate
-    """
-
-    states: int = 4
-    clamps: bool = False
-
-    @property
-    def width(self) -> int:
-        """Columns of a row, in this order: A (row-major), b, c, scale, then u, v, limit, w."""
-        n = self.states
-        return n * n + 2 * n + 1 + (3 + n if self.clamps else 0)
-
-
-PLAIN = Layout()
-LAYOUTS = {layout.width: layout for layout in (PLAIN, Layout(clamps=True), Layout(5), Layout(5, clamps=True))}
-"""Every layout by its width, which tells them apart."""
-MAX_STATES = PLAIN.states
-ROW = PLAIN.width
+def skipped_steps(steps: int, strength: float, *, early_start: bool) -> int:
+    """How many of `steps` image to image leaves out, as diffusers counts them. `early_start` is as in ModelSettings."""
+    kept = min(steps * strength, steps)
+    return int(max(steps - kept, 0)) if early_start else steps - int(kept)
 
 
 def table_name(scheduler: str, steps: int, *, tokens: int = 0, skip: int = 0) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from toolchain.errors import RequestError, SamplerError
-from toolchain.sampler.schedulers import quiet
+from toolchain.sampler.silence import quiet
 
 Clamp = Callable[[int, torch.Tensor, float], torch.Tensor]
 """(index of the evaluation, what is clamped, limit) -> what stands for the clamped values."""

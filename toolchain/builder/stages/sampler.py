@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolchain.errors import RequestError, SamplerError
-from toolchain.sampler.table import spans
+from toolchain.sampler.table import skipped_steps, spans, table_name
 
 log = logging.getLogger("toolchain")
 
@@ -28,6 +29,31 @@ class Schedule:
     tokens: int
     skip: int
     required: bool
+
+
+def schedules_of(
+    spec: str,
+    counts: Mapping[int, bool],
+    sizes: Sequence[int],
+    strengths: Sequence[float],
+    *,
+    early_start: bool,
+) -> dict[str, Schedule]:
+    """Every schedule of a scheduler, by the name of its table.
+
+    counts       numbers of steps, each with whether it is required
+    sizes        of latents, in tokens
+    strengths    of image to image, as far as a step is left of them
+    early_start  as in ModelSettings
+    """
+    schedules = {}
+    for steps in sorted(counts):
+        skips = dict.fromkeys([0, *(skipped_steps(steps, strength, early_start=early_start) for strength in strengths)])
+        for tokens, skip in itertools.product(sizes, skips):
+            if skip < steps:  # a strength may be too small for the shortest schedules
+                name = table_name(spec, steps, tokens=tokens, skip=skip)
+                schedules[name] = Schedule(steps, tokens, skip, required=counts[steps])
+    return schedules
 
 
 def write(
