@@ -70,7 +70,7 @@ def _attach(model: ir.Model, weights: Path, target: Path) -> None:
 
 
 class OpenVino:
-    """What the runtime asks of a backend, to stand in for the bundle's own; `graphs` is what `plain_graphs` wrote."""
+    """A runner in place of the bundle's own backend; `graphs` is what `plain_graphs` wrote."""
 
     def __init__(self, bundle: Bundle, graphs: Path) -> None:
         import openvino
@@ -89,6 +89,10 @@ class OpenVino:
 
     def refuse(self, *_: object) -> str | None:
         """None: the graphs run on every CPU."""
+        return None
+
+    def install(self, *_: object) -> str | None:
+        """None: it is installed."""
         return None
 
     def memory(self, folders: Sequence[Path], options: Any, open_buckets: int | None = None) -> HostMemory:

@@ -16,7 +16,10 @@ import json  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+if TYPE_CHECKING:
+    from toolchain.engines.backend import Runner
 
 Stages = dict[str, float]
 Draw = Callable[[dict[str, Any]], tuple[Stages, Any]]
@@ -48,7 +51,7 @@ class Parts:
         self._last = now
 
 
-def diffbuild(bundle: str, _: str, parts: Parts, backend: Any = None) -> Draw:
+def diffbuild(bundle: str, _: str, parts: Parts, backend: Runner[Any] | None = None) -> Draw:
     """The runtime; `backend` opens its engines in place of the bundle's own, whose files are then not verified."""
     from toolchain.bundle.bundle import read_bundle
     from toolchain.bundle.signing import admit
