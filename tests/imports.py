@@ -35,6 +35,8 @@ def imports(path: Path, *, types: bool = True, functions: bool = True) -> frozen
 def _imports(node: ast.AST, types: bool, functions: bool) -> Iterator[str]:
     for child in ast.iter_child_nodes(node):
         if not types and isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            for other in child.orelse:
+                yield from _imports(ast.Module([other], []), types, functions)
             continue
         if not functions and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue

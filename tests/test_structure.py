@@ -55,6 +55,16 @@ def test_imports_point_upwards(module: str) -> None:
         assert rank[room(name)] <= rank[room(module)], f"{module} imports {name}, which is below it"
 
 
+@pytest.mark.parametrize("module", [module for module in EVERY if module])
+def test_imports_name_their_module(module: str) -> None:
+    """The interface's names, which are looked up when they are used, would hide what they bring along."""
+    names = imports(modules()[module])
+    assert "toolchain" not in names
+    assert not {n for n in names if n.startswith("toolchain.") and n.count(".") == 1} - {
+        f"toolchain.{m}" for m in EVERY
+    }
+
+
 def test_there_is_no_circle() -> None:
     """Imports within functions and for type checkers count, and so do those within one room."""
     waiting = {module: set(neighbours(module)) for module in EVERY if module}

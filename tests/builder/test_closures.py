@@ -39,8 +39,8 @@ def entries() -> list[str]:
     """The modules that are called for a stage, for a family, for a backend."""
     stages = [module for module in modules() if module.startswith("builder.stages.")]
     families = [f"models.{name}_components" for name in MODELS]
-    backends = [type(backend).__module__.removeprefix("toolchain.") for backend in BUILDERS.values()]
-    return sorted({*stages, *families, *backends})
+    code = [code for backend in BUILDERS.values() for code in (type(backend), backend.prepare)]
+    return sorted({*stages, *families, *(part.__module__.removeprefix("toolchain.") for part in code)})
 
 
 def decisive(module: str) -> frozenset[str]:
@@ -93,6 +93,14 @@ def test_backends_do_not_decide_for_each_other() -> None:
     of_tensorrt = set(CLOSURES[by_name["tensorrt"]])
     assert not any(module.startswith("engines.onnxruntime") for module in of_tensorrt)
     assert not any(module.startswith("engines.tensorrt") for module in CLOSURES[by_name["onnxruntime"]])
+
+
+def test_how_engines_are_built_decides_no_weight_file() -> None:
+    for backend in BUILDERS.values():
+        reached = CLOSURES[backend.prepare.__module__.removeprefix("toolchain.")]
+        assert [m for m in reached if m.startswith("engines.")] == [
+            backend.prepare.__module__.removeprefix("toolchain.")
+        ]
 
 
 def test_the_digest_is_of_all_entries() -> None:

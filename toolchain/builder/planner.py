@@ -42,6 +42,9 @@ class Planner:
         self.device = device
         self.steps: list[Step] = []
         self.guided = recipe.classifier_free_guidance
+        # Entries of CLOSURES: what this family, this backend and its form of a graph decide.
+        self._components = f"models.{family.name}_components"
+        self._builder, self._preparation = map(_module, (type(backend), backend.prepare))
         self.options = recipe.options(backend.name)
 
     def add(
@@ -117,16 +120,7 @@ class Planner:
             ) -> None:
                 stages.graph.write(component, self.source, self.recipe, bucket, folder)
 
-            self.add(StepId("graph", component.name, label), self._code("graph", family=True), inputs, run)
-
-    def _code(self, stage: str, *, family: bool = False, backend: bool = False) -> list[str]:
-        """The modules whose closures decide what a stage writes, for this family and this backend."""
-        entries = [f"builder.stages.{stage}"]
-        if family:
-            entries.append(f"models.{self.family.name}_components")
-        if backend:
-            entries.append(type(self.backend).__module__.removeprefix("toolchain."))
-        return entries
+            self.add(StepId("graph", component.name, label), ("builder.stages.graph", self._components), inputs, run)
 
     def engines(self, component: Component) -> None:
         """The steps from a component's graphs to its engines. Raises WeightsError for files that cannot be read."""
@@ -151,7 +145,7 @@ class Planner:
                 stages.weights.write(self.backend, folder, built[first].file(GRAPH), out)
 
         # The weights that are used, and under which names, is decided by the graphs.
-        code = [*self._code("weights", family=True, backend=True), *self._code("graph")]
+        code = ("builder.stages.weights", self._preparation, "builder.stages.graph", self._components)
         shared: dict[str, Json] = {"weights": self.add(weights, code, inputs, run, [first])}
         if not self.steps[-1].hit:
             # Damaged, half-downloaded and foreign files are found now, not after the export.
@@ -178,7 +172,7 @@ class Planner:
             with _named(merged):
                 stages.merged.write([built[graph].file(GRAPH) for graph in graphs], out / GRAPH)
 
-        self.add(merged, self._code("merged"), inputs, run, graphs)
+        self.add(merged, ("builder.stages.merged",), inputs, run, graphs)
 
     def tied(
         self, stage: Literal["packed", "engine"], component: Component, label: str, shared: dict[str, Json]
@@ -207,7 +201,7 @@ class Planner:
                 else:
                     stages.engine.write_engine(self.backend, path, files, out, self.options, within)
 
-        return self.add(step, self._code("engine", backend=True), inputs, run, [graph, *roles.values()])
+        return self.add(step, ("builder.stages.engine", self._builder), inputs, run, [graph, *roles.values()])
 
     def tokenizers(self) -> None:
         """One step for each tokenizer."""
@@ -232,7 +226,7 @@ class Planner:
             def run(_: Built, out: Path, within: Within, write: Callable[[Path], None] = write) -> None:
                 write(out)
 
-            self.add(StepId("tokenizer", component.tokenizer), self._code("tokenizer"), inputs, run)
+            self.add(StepId("tokenizer", component.tokenizer), ("builder.stages.tokenizer",), inputs, run)
 
     def samplers(self) -> None:
         """One step for the tables of each scheduler."""
@@ -269,7 +263,12 @@ class Planner:
             linear = settings.linear_sigmas
             stages.sampler.write(spec, settings.scheduler, schedules, out, linear_sigmas=linear, progress=within)
 
-        self.add(StepId("sampler", spec), self._code("sampler"), inputs, run)
+        self.add(StepId("sampler", spec), ("builder.stages.sampler",), inputs, run)
+
+
+def _module(code: Any) -> str:
+    """Where a class or function is, as in CLOSURES."""
+    return str(code.__module__).removeprefix("toolchain.")
 
 
 def _precision(component: ComponentRecipe) -> dict[str, Json]:

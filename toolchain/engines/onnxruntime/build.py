@@ -21,13 +21,14 @@ from toolchain.engines.onnxruntime.optimize import (
     tensors_by_content,
 )
 from toolchain.engines.onnxruntime.package import warn_of_clash
+from toolchain.engines.onnxruntime.prepare import prepare
 from toolchain.engines.onnxruntime.session import CPU_PROVIDER, GRAPH, PACKED, session_options
 from toolchain.recipe.options import OnnxRuntimeOptions
 from toolchain.store.facts import ENGINE_FACTS
 from toolchain.weights.mapped import MappedWeights
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
+    pass
 
 PACKED_FROM_BYTES = 1024
 """Smaller tensors stay in the graph."""
@@ -49,11 +50,7 @@ class OnnxRuntimeBuilder:
         warn_of_clash()
         return []
 
-    def prepare(self, graph: ir.Model) -> ir.Model:
-        """The graph with the weights of its products transposed, once for all buckets."""
-        from toolchain.graph.transpose import transpose_weights
-
-        return transpose_weights(graph)
+    prepare = staticmethod(prepare)
 
     def merges(self, options: OnnxRuntimeOptions) -> bool:
         """No: each bucket has a graph with static shapes."""

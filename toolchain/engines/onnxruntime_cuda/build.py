@@ -10,6 +10,7 @@ from toolchain.cuda.driver import ALLOCATION
 from toolchain.engines.onnxruntime.optimize import optimized, save_engine
 from toolchain.engines.onnxruntime.package import warn_of_clash
 from toolchain.engines.onnxruntime.session import CPU_PROVIDER, GRAPH
+from toolchain.engines.onnxruntime_cuda.prepare import prepare
 from toolchain.engines.onnxruntime_cuda.provider import (
     PROVIDER,
     cuda_device,
@@ -19,7 +20,7 @@ from toolchain.engines.onnxruntime_cuda.provider import (
 from toolchain.recipe.options import OnnxRuntimeCudaOptions
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
+    pass
 
 
 class OnnxRuntimeCudaBuilder:
@@ -38,11 +39,7 @@ class OnnxRuntimeCudaBuilder:
         warn_of_clash()
         return []
 
-    def prepare(self, graph: ir.Model) -> ir.Model:
-        """The graph with the weights of its products transposed, and ArgMax on floats."""
-        from toolchain.graph.transpose import transpose_weights
-
-        return _float_argmax(transpose_weights(graph))
+    prepare = staticmethod(prepare)
 
     def merges(self, options: OnnxRuntimeCudaOptions) -> bool:
         """No: each bucket has a graph with static shapes."""
@@ -72,17 +69,3 @@ class OnnxRuntimeCudaBuilder:
             optimized(graph, weights["weights"], out, options.optimization, cuda_session_options(), providers) as model,
         ):
             save_engine(model, weights, out / GRAPH)
-
-
-def _float_argmax(model: ir.Model) -> ir.Model:
-    """CUDA's ArgMax takes floats alone. CLIP finds the end of a prompt with it, in token ids: exact in float32."""
-    import onnx_ir as ir
-
-    for node in list(model.graph):
-        value = node.inputs[0] if node.op_type == "ArgMax" else None
-        if value is not None and value.dtype in (ir.DataType.INT32, ir.DataType.INT64):
-            as_float = ir.Value(name=f"{value.name}_float", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
-            cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, outputs=[as_float], name=f"{node.name}_float")
-            model.graph.insert_before(node, cast)
-            node.replace_input_with(0, as_float)
-    return model

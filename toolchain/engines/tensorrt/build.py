@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from toolchain.engines.tensorrt.device import gpu_device
 from toolchain.engines.tensorrt.library import TENSORRT, Library, numbers
+from toolchain.engines.tensorrt.prepare import prepare
 from toolchain.recipe.options import TensorRtOptions, TensorRtRtxOptions
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
+    pass
 
 log = logging.getLogger("toolchain")
 
@@ -40,11 +41,7 @@ class PlanBuilder(Generic[Options]):
         """What engines are tied to. Raises EngineError."""
         raise NotImplementedError
 
-    def prepare(self, graph: ir.Model) -> ir.Model:
-        """The graph in an opset that knows bfloat16, where it has such values."""
-        from toolchain.graph.opset import allow_bfloat16
-
-        return allow_bfloat16(graph)
+    prepare = staticmethod(prepare)
 
     def merges(self, options: Options) -> bool:
         """Whether a plan has an optimization profile for each bucket."""
