@@ -158,7 +158,7 @@ def test_the_public_function_runs_the_check(
     def fake(bundle: Bundle, source: ModelSource, **_: Any) -> None:
         seen.append((bundle.path, source.name))
 
-    monkeypatch.setattr("toolchain.check.compare", fake)
+    monkeypatch.setattr("toolchain.check.compare.compare", fake)
     toolchain.check_bundle(tiny_bundle, str(tiny_model))
     assert seen == [(tiny_bundle, str(tiny_model))]
 
