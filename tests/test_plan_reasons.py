@@ -93,7 +93,7 @@ def test_infinities_of_a_config_are_values_too(built: dict[str, str], tiny_copy:
     """As diffusers writes them: lambda_min_clipped is -Infinity in most configs of DPM solvers."""
     edit(tiny_copy / "scheduler" / "scheduler_config.json", lambda_min_clipped=float("-inf"))
     made = plan(tiny_copy, built["store"], tmp_path, RECIPE)
-    assert made.step(StepId("sampler", "euler")).changed == ('config.lambda_min_clipped: (absent) -> "-Infinity"',)
+    assert made.step(StepId("sampler", "euler")).changed == ('config.lambda_min_clipped: (absent) -> "-inf"',)
 
 
 def test_another_file_name_is_compared_with_what_was_built(built: dict[str, str], tmp_path: Path) -> None:

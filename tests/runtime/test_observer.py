@@ -69,6 +69,18 @@ def test_the_metrics_of_the_documentation(tiny_bundle: Path) -> None:
     pipe.close()
 
 
+def test_compiling_a_table_is_a_stage(tiny_bundle: Path) -> None:
+    log = Log()
+    with toolchain.load(tiny_bundle, open_buckets=1, observer=log) as pipe:
+        log.lines.clear()
+        result = pipe(**{**REQUEST, "scheduler": "heun"})
+        assert log.lines[0] == "table"
+        assert result.timings.table_ms > 0
+        log.lines.clear()
+        pipe(**{**REQUEST, "scheduler": "heun"})
+        assert "table" not in log.lines
+
+
 def test_what_an_observer_sees_in_order(tiny_bundle: Path) -> None:
     log = Log()
     with toolchain.load(tiny_bundle, open_buckets=1, observer=log) as pipe:

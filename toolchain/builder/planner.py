@@ -22,6 +22,7 @@ from toolchain.sampler.schedulers import parse, steps_of
 from toolchain.sampler.table import spans
 from toolchain.settings import ModelSettings
 from toolchain.store.artifacts import Artifact, Json, Store, content_key
+from toolchain.store.plain_json import plain
 from toolchain.weights.mapped import require_plain
 from toolchain.weights.safetensors import find_weights, read_folder
 
@@ -293,9 +294,8 @@ def _config_in(file: Path) -> Json:
 
 def compiled(config: Mapping[str, Any]) -> dict[str, Json]:
     """A config without its names and library versions, which change nothing that is compiled."""
-    kept = {k: v for k, v in config.items() if k not in ("_name_or_path", "_diffusers_version", "transformers_version")}
-    plain: dict[str, Json] = json.loads(json.dumps(kept), parse_constant=str)  # schedulers' configs hold infinities
-    return plain
+    nameless = ("_name_or_path", "_diffusers_version", "transformers_version")
+    return {key: plain(value) for key, value in config.items() if key not in nameless}
 
 
 @contextmanager

@@ -24,8 +24,17 @@ class Observer(Protocol):
     """
 
     def stage(self, name: str) -> Scope:
-        """A stage of a call: "text", inside it "tokenize" for each new prompt, "upload" (drawing the noise, encoding an
-        image, uploading), "denoise", "decode", and "safety" where the bundle has a checker."""
+        """A stage of a call.
+
+        table     compiling the sampler's table, where the bundle has it not
+        text      prompts to conditions; inside it, for each new prompt, tokenize
+        upload    drawing the noise, encoding an image, uploading
+        denoise   the loop
+        decode    latents to pixels
+        safety    the safety checker, where the bundle has one
+
+        A warm-up has stages of its own; `Pipeline.encode` and `Pipeline.decode` have none.
+        """
         return _NOTHING
 
     def evaluation(self, index: int, total: int, timestep: float) -> Scope:

@@ -73,7 +73,7 @@ class Pipeline:
         self._backend = usable_backend(bundle, backend)
         self._observer = observer or NOBODY
         self._buckets: OrderedDict[Bucket, BucketEngines] = OrderedDict()  # the one used longest ago first
-        self._tables = Tables(bundle)
+        self._tables = Tables(bundle, self._observer)
         with ExitStack() as opened:
             self._memory = open_memory(bundle, self._backend, open_buckets)
             opened.callback(self._memory.close)

@@ -11,6 +11,7 @@ from typing import Any
 
 from toolchain.bundle.bundle import Bundle
 from toolchain.errors import BundleError, RequestError, SamplerError
+from toolchain.runtime.observer import Observer
 from toolchain.runtime.request import Size
 from toolchain.sampler.schedulers import parse, steps_of
 from toolchain.sampler.table import SamplerTable, describe_tables, table_name
@@ -21,8 +22,8 @@ CACHED = 64
 class Tables:
     """An LRU cache of sampler tables."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._bundle = bundle
+    def __init__(self, bundle: Bundle, observer: Observer) -> None:
+        self._bundle, self._observer = bundle, observer
         self._known: OrderedDict[str, SamplerTable] = OrderedDict()
 
     def __len__(self) -> int:
@@ -45,7 +46,8 @@ class Tables:
             else:
                 if find_spec("diffusers") is not None:  # else the next line raises
                     tell(f"compiling the sampler table {name}")
-                self._known[name] = _compile(self._bundle, name, spec.canonical, steps, tokens, skip)
+                with self._observer.stage("table"):
+                    self._known[name] = _compile(self._bundle, name, spec.canonical, steps, tokens, skip)
                 took = (time.perf_counter() - started) * 1e3
             if len(self._known) > CACHED:
                 self._known.popitem(last=False)
