@@ -74,7 +74,7 @@ def test_a_new_step_count_compiles_its_tables_alone(built: dict[str, str], tmp_p
     recipe = write(tmp_path / "tiny.toml", RECIPE.replace("step_counts = [4]", "step_counts = [4, 6]"))
     plan = toolchain.plan_build(recipe, **built)  # type: ignore[arg-type]
     assert misses(plan) == [f"sampler tiny {name}" for name in ("euler", "model", "euler-a")]
-    assert set(plan.step(StepId("sampler", "euler")).changed) == {'steps: "4" -> "4,6"', 'required: "4" -> "4,6"'}
+    assert set(plan.step(StepId("sampler", "euler")).reasons) == {'steps: "4" -> "4,6"', 'required: "4" -> "4,6"'}
 
 
 def test_a_range_leaves_out_what_a_scheduler_cannot_do(
@@ -111,7 +111,7 @@ def test_a_miss_names_the_field_that_changed(built: dict[str, str], tmp_path: Pa
     plan = toolchain.plan_build(recipe, **built)  # type: ignore[arg-type]
     step = plan.step(StepId("graph", "vae_decoder", "1x64x64"))
     assert not step.hit
-    assert step.changed == ('recipe.dtype: "float32" -> "float16"',)
+    assert step.reasons == ('recipe.dtype: "float32" -> "float16"',)
     assert plan.step(StepId("graph", "denoiser", "1x64x64")).hit
 
 
@@ -125,7 +125,7 @@ def test_changed_weights_change_weights_and_engines_but_no_graph(
     plan = toolchain.plan_build(tiny_recipe, str(tiny_copy), store=built["store"])  # type: ignore[arg-type]
     assert {step.split()[0] for step in misses(plan)} == {"weights", "packed", "engine"}
     assert all("denoiser" in step for step in misses(plan))
-    assert any("checkpoint" in line for line in plan.step(StepId("weights", "denoiser")).changed)
+    assert any("checkpoint" in line for line in plan.step(StepId("weights", "denoiser")).reasons)
 
 
 def test_keys_name_the_family_and_the_component(built: dict[str, str], tiny_recipe: Path) -> None:

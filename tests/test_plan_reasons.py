@@ -76,15 +76,15 @@ def test_a_changed_config_names_the_key_and_both_values(built: dict[str, str], t
     edit(tiny_copy / "scheduler" / "scheduler_config.json", beta_end=0.5)
     made = plan(tiny_copy, built["store"], tmp_path, RECIPE)
     expected = ("config.block_out_channels[1]: 64 -> 96", "config.norm_eps: 1e-05 -> 0.5")
-    assert made.step(StepId("graph", "denoiser", "1x64x64")).changed == expected
-    assert set(expected) <= set(made.step(StepId("weights", "denoiser")).changed)
-    assert made.step(StepId("sampler", "euler")).changed == ("config.beta_end: 0.012 -> 0.5",)
+    assert made.step(StepId("graph", "denoiser", "1x64x64")).reasons == expected
+    assert set(expected) <= set(made.step(StepId("weights", "denoiser")).reasons)
+    assert made.step(StepId("sampler", "euler")).reasons == ("config.beta_end: 0.012 -> 0.5",)
     assert "config.norm_eps: 1e-05 -> 0.5" in "\n".join(plan_lines(made))
 
 
 def test_a_changed_tokenizer_names_the_setting(built: dict[str, str], tiny_copy: Path, tmp_path: Path) -> None:
     edit(tiny_copy / "tokenizer" / "tokenizer_config.json", do_lower_case=False)
-    (change,) = plan(tiny_copy, built["store"], tmp_path, RECIPE).step(StepId("tokenizer", "tokenizer")).changed
+    (change,) = plan(tiny_copy, built["store"], tmp_path, RECIPE).step(StepId("tokenizer", "tokenizer")).reasons
     assert change.startswith("files.tokenizer_config.json.do_lower_case: ")
     assert change.endswith(" -> false")
 
@@ -93,7 +93,7 @@ def test_infinities_of_a_config_are_values_too(built: dict[str, str], tiny_copy:
     """As diffusers writes them: lambda_min_clipped is -Infinity in most configs of DPM solvers."""
     edit(tiny_copy / "scheduler" / "scheduler_config.json", lambda_min_clipped=float("-inf"))
     made = plan(tiny_copy, built["store"], tmp_path, RECIPE)
-    assert made.step(StepId("sampler", "euler")).changed == ('config.lambda_min_clipped: (absent) -> "-inf"',)
+    assert made.step(StepId("sampler", "euler")).reasons == ('config.lambda_min_clipped: (absent) -> "-inf"',)
 
 
 def test_another_file_name_is_compared_with_what_was_built(built: dict[str, str], tmp_path: Path) -> None:
@@ -103,8 +103,8 @@ def test_another_file_name_is_compared_with_what_was_built(built: dict[str, str]
     misses = [step for step in made.steps if not step.hit]
     assert {step.stage for step in misses} == {"engine"}
     for step in misses:
-        assert step.changed[0] == 'recipe.name: "tiny" -> "copied"'
-        assert 'options.optimization: "all" -> "basic"' in step.changed
+        assert step.reasons[0] == 'recipe.name: "tiny" -> "copied"'
+        assert 'options.optimization: "all" -> "basic"' in step.reasons
     lines = "\n".join(plan_lines(made))
     assert 'a recipe of another name, as this one was never built: "tiny" -> "copied"' in lines
     assert "not built yet" not in lines
@@ -115,7 +115,7 @@ def test_another_model_is_not_compared(built: dict[str, str], tiny_copy: Path, t
     """Under another name too, it has nothing to do with what is there."""
     edit(tiny_copy / "unet" / "config.json", norm_eps=0.5)
     made = plan(tiny_copy, built["store"], tmp_path, RECIPE, name="other")
-    assert made.step(StepId("graph", "denoiser", "1x64x64")).changed == ()
+    assert made.step(StepId("graph", "denoiser", "1x64x64")).reasons == ()
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def test_how_it_is_built_rebuilds_the_engines(
     path = recipe(tmp_path, new="[tensorrt]\nbuilder_optimization_level = 4\n")
     plan = toolchain.plan_build(path, str(tiny_model), store=own_store)
     assert misses(plan) == ENGINES
-    assert plan.step(FIRST).changed == ("options.builder_optimization_level: 3 -> 4",)
+    assert plan.step(FIRST).reasons == ("options.builder_optimization_level: 3 -> 4",)
 
 
 def test_another_gpu_rebuilds_the_engines(
@@ -178,7 +178,7 @@ def test_another_gpu_rebuilds_the_engines(
     monkeypatch.setenv("FAKE_CUDA_GPU", "NVIDIA L40S")
     plan = toolchain.plan_build(recipe(tmp_path), str(tiny_model), store=own_store)
     assert misses(plan) == ENGINES
-    assert plan.step(FIRST).changed == ('device.name: "NVIDIA H200" -> "NVIDIA L40S"',)
+    assert plan.step(FIRST).reasons == ('device.name: "NVIDIA H200" -> "NVIDIA L40S"',)
 
 
 def test_options_that_cannot_be_had_are_refused_before_any_work(

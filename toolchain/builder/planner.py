@@ -11,7 +11,17 @@ from typing import Any, Literal
 
 from toolchain.builder import stages
 from toolchain.builder.stages.graph import GRAPH
-from toolchain.builder.steps import EXPORT_TOOLS, Built, Step, StepId, Within, code_digest, recipe_of, tool_versions
+from toolchain.builder.steps import (
+    EXPORT_TOOLS,
+    RENAMED,
+    Built,
+    Step,
+    StepId,
+    Within,
+    code_digest,
+    recipe_of,
+    tool_versions,
+)
 from toolchain.bundle.bundle import ANY, PROFILES
 from toolchain.engines.backend import Builder
 from toolchain.errors import EngineError, ExportError
@@ -22,6 +32,7 @@ from toolchain.sampler.schedulers import parse, steps_of
 from toolchain.sampler.table import spans
 from toolchain.settings import ModelSettings
 from toolchain.store.artifacts import Artifact, Json, Store, content_key
+from toolchain.store.manifest import Change
 from toolchain.store.plain_json import plain
 from toolchain.weights.mapped import require_plain
 from toolchain.weights.safetensors import find_weights, read_folder
@@ -64,7 +75,7 @@ class Planner:
         self.steps.append(Step(step, self.recipe.name, key, inputs, hit, changed, run, tuple(needs)))
         return key
 
-    def _explain(self, step: StepId, inputs: dict[str, Json]) -> list[str]:
+    def _explain(self, step: StepId, inputs: dict[str, Json]) -> list[Change]:
         """What changed since this recipe was built; since its twin was, and then its name first, where it never was."""
         # One subject per model and recipe, so that like is compared with like.
         name, twin = self.recipe.name, self._twin
@@ -72,7 +83,7 @@ class Planner:
         if changes or twin is None:
             return changes
         changes = self.store.explain(step.stage, step.subject(twin), inputs, self._known)
-        return [f"recipe.name: {json.dumps(twin)} -> {json.dumps(name)}", *changes] if changes else []
+        return [Change(RENAMED, json.dumps(twin), json.dumps(name)), *changes] if changes else []
 
     @cached_property
     def _known(self) -> list[Artifact]:

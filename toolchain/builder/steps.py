@@ -16,8 +16,11 @@ from typing import Literal
 
 from toolchain.builder.closures import CLOSURES
 from toolchain.store.artifacts import Artifact, Json
+from toolchain.store.manifest import Change
 
 Stage = Literal["tokenizer", "sampler", "graph", "weights", "packed", "merged", "engine"]
+RENAMED = "recipe.name"
+"""The changed field of a step that was compared with a recipe of another name."""
 EXPORT_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 
@@ -62,7 +65,7 @@ class Step:
     key: str
     inputs: Mapping[str, Json]
     hit: bool
-    changed: tuple[str, ...]
+    changed: tuple[Change, ...]
     run: Callable[[Built, Path, Within], None] = field(repr=False)
     needs: tuple[StepId, ...] = ()
 
@@ -75,6 +78,11 @@ class Step:
     def subject(self) -> str:
         """The artifact's subject in the store."""
         return self.id.subject(self.recipe)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """The changes as lines, "path.to.field: old -> new"."""
+        return tuple(map(str, self.changed))
 
     @property
     def name(self) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toolchain import api
+from toolchain.builder.steps import RENAMED
 from toolchain.cli import progress
 from toolchain.cli.console import (
     answer,
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from toolchain.builder.steps import Step
     from toolchain.bundle.bundle import Bundle
 
-RENAMED = "recipe.name"
-"""The field of a step that has changed where it was compared with a recipe of another name."""
 KEYS = ("graph", "weights", "packed")
 """Inputs of a step that are keys of other steps, which tell by themselves what changed in them."""
 
@@ -120,7 +119,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 def _step_json(step: Step, plan: Plan) -> dict[str, Any]:
     known = not (plan.refused and "device" in step.inputs)  # its key depends on a device, which is not known here
     key = step.key if known else None
-    return {"stage": step.stage, "subject": step.subject, "key": key, "hit": step.hit, "changed": list(step.changed)}
+    return {"stage": step.stage, "subject": step.subject, "key": key, "hit": step.hit, "changed": list(step.reasons)}
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
@@ -147,22 +146,22 @@ def _heading(plan: Plan) -> Iterator[str]:
     if plan.device:
         yield f"engines by {plan.backend.name} for {device_line(plan.device)}"
     yield from checker_lines(plan.safety_checker)
-    renamed = next((c for step in plan.steps for c in step.changed if c.startswith(RENAMED)), None)
+    renamed = next((change for step in plan.steps for change in step.changed if change.field == RENAMED), None)
     if renamed:
-        yield f"compared with a recipe of another name, as this one was never built: {renamed.partition(': ')[2]}"
+        names = f"{renamed.before} -> {renamed.after}"
+        yield f"compared with a recipe of another name, as this one was never built: {names}"
 
 
 def _reasons(step: Step, plan: Plan) -> list[str]:
     """Why a step is a miss. Changed keys are summed up as "made from new graph, weights"; digests are cut."""
     if plan.refused and "device" in step.inputs:
         return ["cannot be built here"]
-    fields = [change.partition(": ") for change in step.changed if not change.startswith(RENAMED)]
     changes = [
-        f"{field}: " + re.sub(r"[0-9a-f]{13,}", lambda m: m[0][:12], values)
-        for field, _, values in fields
-        if field not in KEYS
+        re.sub(r"[0-9a-f]{13,}", lambda digest: digest[0][:12], str(change))
+        for change in step.changed
+        if change.field not in (RENAMED, *KEYS)
     ]
-    inputs = ", ".join(field for field, _, _ in fields if field in KEYS)
+    inputs = ", ".join(change.field for change in step.changed if change.field in KEYS)
     return changes + ([f"made from new {inputs}"] if inputs else []) or ["not built yet"]
 
 

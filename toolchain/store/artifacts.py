@@ -32,6 +32,7 @@ from toolchain.store.files import (
 from toolchain.store.manifest import (
     MANIFEST,
     Artifact,
+    Change,
     FileRecord,
     Json,
     canonical,
@@ -87,10 +88,10 @@ class Store:
 
     def explain(
         self, stage: str, subject: str, inputs: Mapping[str, Json], known: Sequence[Artifact] | None = None
-    ) -> list[str]:
+    ) -> list[Change]:
         """For a miss: the fields that differ from the stage's and subject's most recently built or reused artifact.
 
-        Lines "path.to.field: old -> new"; empty when none was ever built. `known`: what `by_use` gave, for many calls.
+        Empty when none was ever built. `known`: what `by_use` gave, for many calls.
         """
         listed = self.by_use() if known is None else known
         latest = next((a for a in listed if (a.stage, a.subject) == (stage, subject)), None)

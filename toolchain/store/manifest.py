@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from toolchain.errors import StoreError
 from toolchain.store.files import file_digest, store_errors, walk_files
@@ -150,14 +150,24 @@ def load(folder: Path) -> Artifact | str:
         return f"cannot be parsed ({type(error).__name__})"
 
 
-def differences(old: Json, new: Json, path: str = "") -> Iterator[str]:
-    """Lines "path.to.field: old -> new" for what differs; dicts and lists of one length are walked."""
+class Change(NamedTuple):
+    """A field of an artifact's inputs that changed: its dotted path, and both values as JSON, long ones cut."""
+
+    field: str
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.before} -> {self.after}"
+
+
+def differences(old: Json, new: Json, path: str = "") -> Iterator[Change]:
+    """What differs; dicts and lists of one length are walked."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
             inner = f"{path}.{name}" if path else name
             if name not in old or name not in new:
-                before = _shorten(old[name]) if name in old else "(absent)"
-                yield f"{inner}: {before} -> {_shorten(new[name]) if name in new else '(absent)'}"
+                yield Change(inner, *(_shorten(side[name]) if name in side else "(absent)" for side in (old, new)))
             else:
                 yield from differences(old[name], new[name], inner)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
@@ -166,7 +176,7 @@ def differences(old: Json, new: Json, path: str = "") -> Iterator[str]:
     elif (before := json.dumps(old, sort_keys=True)) != (after := json.dumps(new, sort_keys=True)):
         # 1 and 1.0 are equal in Python and give different keys, so compare what is written.
         same = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), 0)
-        yield f"{path}: {_shorten(old, same)} -> {_shorten(new, same)}"
+        yield Change(path, _shorten(old, same), _shorten(new, same))
 
 
 def _shorten(value: Json, same: int = 0, limit: int = 60) -> str:
