@@ -91,12 +91,15 @@ def misspelt(source: str, names: set[str]) -> list[tuple[int, str, str]]:
 
 
 def is_foreign(node: ast.Attribute) -> bool:
-    """self.name, and capitals that are not reached through the module: onnx has a FLOAT, too."""
+    """self.name, a recipe's options.name, which mypy checks, and capitals that are not reached through the module: onnx
+    has a FLOAT, too."""
     root: ast.expr = node
     while isinstance(root, ast.Attribute):
         root = root.value
     name = root.id if isinstance(root, ast.Name) else ""
-    return (name == "self" and node.value is root) or (node.attr.isupper() and name not in ("trt", "tensorrt"))
+    return (name in ("self", "options") and node.value is root) or (
+        node.attr.isupper() and name not in ("trt", "tensorrt")
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
