@@ -283,7 +283,7 @@ def test_damage_counts_as_absent_and_is_rebuilt(store: Store, damage: str) -> No
 def test_an_extra_file_is_found(store: Store, name: str) -> None:
     artifact = built(store)
     (artifact.path / name).write_text("")
-    with pytest.raises(StoreError, match=f"{name}: does not belong"):
+    with pytest.raises(StoreError, match=f"{name}: is not in the manifest"):
         artifact.verify()
 
 

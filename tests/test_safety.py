@@ -191,7 +191,7 @@ def test_a_family_without_one_says_so() -> None:
 def test_another_way_to_prepare_pictures_is_refused(guarded: Path, tmp_path: Path, config: dict[str, Any]) -> None:
     model = Path(shutil.copytree(guarded, tmp_path / "model"))
     (model / "feature_extractor" / "preprocessor_config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="does not repeat"):
+    with pytest.raises(ModelError, match="does not support the safety checker"):
         family_of(resolve_model(str(model)), parse_recipe(ASKED, "asked", "asked.toml"))
     (model / "feature_extractor" / "preprocessor_config.json").write_text("{}")
     assert safety.extracted(resolve_model(str(model))) == SafetyInput(224, 224, safety.MEAN, safety.STD)

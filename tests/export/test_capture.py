@@ -97,7 +97,7 @@ def test_a_config_of_which_no_module_can_be_made(tiny_copy: Path, folder: str, c
     path = tiny_copy / folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     wrong = next(c for c in MODELS["sd"].components if c.folder == folder)
-    with pytest.raises(ModelError, match="can be made from its config") as error:
+    with pytest.raises(ModelError, match="cannot be constructed from its config") as error:
         capture(wrong, resolve_model(str(tiny_copy)), recipe_for(), BUCKET)
     assert error.value.where == path
 

@@ -386,11 +386,11 @@ BAD_MODELS: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
     (edit("transformer", pooled_projection_dim=60), ("projection_dim together does not fit", "= 64", "got: 60")),
     (edit("transformer", caption_projection_dim=64), ("num_attention_heads times attention_head_dim", "= 32")),
     (edit("transformer", in_channels=33), ("takes other channels than the VAE's latents", "in_channels = 16")),
-    (edit("transformer", out_channels=32), ("gives other channels than it takes", "out_channels = 16", "got: 32")),
-    (edit("transformer", patch_size=0), ("patch_size is no size", "got: 0")),
-    (edit("transformer", pos_embed_max_size="8"), ("pos_embed_max_size is no size", "got: '8'")),
-    (edit("text_encoder", projection_dim=0), ("projection_dim is no size", "got: 0")),
-    (edit("text_encoder", num_hidden_layers=-1), ("num_hidden_layers is no size", "got: -1")),
+    (edit("transformer", out_channels=32), ("output has other channels", "out_channels = 16", "got: 32")),
+    (edit("transformer", patch_size=0), ("patch_size is not a size", "got: 0")),
+    (edit("transformer", pos_embed_max_size="8"), ("pos_embed_max_size is not a size", "got: '8'")),
+    (edit("text_encoder", projection_dim=0), ("projection_dim is not a size", "got: 0")),
+    (edit("text_encoder", num_hidden_layers=-1), ("num_hidden_layers is not a size", "got: -1")),
     (edit("text_encoder_2", max_position_embeddings=30), ("prompts of different lengths",)),
     (edit("tokenizer", model_max_length=23), ("tokenizer and the text encoder take prompts", "got: 23")),
     (edit("text_encoder_3", d_model=64), ("text_encoder_3's d_model does not fit", "= 64", "got: 96")),
@@ -422,7 +422,7 @@ def test_clip_encoders_wider_than_the_context(models: Models, tmp_path: Path) ->
 
 BAD_RECIPES: list[tuple[str, Recipe, tuple[str, ...]]] = [
     ("3", GUIDED, ("no third text encoder", 'without = ["text_encoder_3"]', "guided: without", "[null, null]")),
-    ("3.5", with_own(GUIDED, T5, tokens=513), ("no prompts of this length", "at most 512", "got: 513")),
+    ("3.5", with_own(GUIDED, T5, tokens=513), ("not take prompts of this length", "at most 512", "got: 513")),
     ("3.5", with_own(GUIDED, T5, dtype="float16"), ("T5 overflows in float16", "components.text_encoder_3")),
     (
         "3.5",

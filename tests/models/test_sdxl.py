@@ -326,8 +326,8 @@ BAD_CONFIGS: dict[str, tuple[Edit, list[str]]] = {
         change("text_encoder_2/config.json", hidden_size=64),
         ["does not fit the UNet", "cross_attention_dim = 96", "both text encoders"],
     ),
-    "width that is no number": (change("text_encoder_2/config.json", hidden_size="48"), ["hidden_size is no size"]),
-    "no layers": (change("text_encoder_2/config.json", num_hidden_layers=0), ["num_hidden_layers is no size"]),
+    "width that is no number": (change("text_encoder_2/config.json", hidden_size="48"), ["hidden_size is not a size"]),
+    "no layers": (change("text_encoder_2/config.json", num_hidden_layers=0), ["num_hidden_layers is not a size"]),
     "pooled prompt of another width": (
         change("text_encoder_2/config.json", projection_dim=48),
         ["projection_class_embeddings_input_dim = 96", f"got: {POOLED + 6 * TIME_EMBEDDING}"],

@@ -223,9 +223,14 @@ def test_recipes_that_t5_can_follow(source: ModelSource, own: dict[str, Any]) ->
 
 
 BAD: list[tuple[dict[str, Any], dict[str, Any], type[DiffbuildError], tuple[str, ...]]] = [
-    ({"d_model": 0}, {}, ModelError, ("d_model is no size", "got: 0")),
-    ({"num_layers": "3"}, {}, ModelError, ("num_layers is no size", "'3'")),
-    ({}, {"tokens": 513}, RecipeError, ("no prompts of this length", "at most 512", "got: 513", f"{FOLDER}.tokens")),
+    ({"d_model": 0}, {}, ModelError, ("d_model is not a size", "got: 0")),
+    ({"num_layers": "3"}, {}, ModelError, ("num_layers is not a size", "'3'")),
+    (
+        {},
+        {"tokens": 513},
+        RecipeError,
+        ("not take prompts of this length", "at most 512", "got: 513", f"{FOLDER}.tokens"),
+    ),
     ({}, {"dtype": "float16"}, RecipeError, ("T5 overflows in float16", WIDE, "bfloat16", f"components.{FOLDER}")),
     (
         {},

@@ -118,7 +118,7 @@ def make_module(component: Component, source: ModelSource, recipe: Recipe) -> nn
         raise
     except Exception as error:  # the libraries raise anything for a config that they cannot make a module of
         raise ModelError(
-            f"no {component.name} can be made from its config",
+            f"the {component.name} cannot be constructed from its config",
             where=source.path / component.folder / "config.json",
             got=first_line(error),
             hint="download the folder again",

@@ -5,7 +5,7 @@ Buffers are reused as an engine's planner does, ONNX Runtime's above all (alloca
 1. Inputs, outputs and weights are the caller's and are not counted, nor is a view (Reshape and its kin) of anything.
 2. A buffer lives from the node that fills it to the last node that reads what is in it.
 3. The result of some operators takes the place of an input of its shape that nothing else reads any more.
-4. Any other takes the place of a dead one of its shape, which thereby lives on: one of another shape is no use.
+4. Any other result reuses a dead buffer of its shape, which thereby lives on; buffers of another shape are not reused.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def _agreement(node: ir.Node, opset: int, version: Version) -> Iterator[str]:
 
 @cache
 def _variable(op_type: str, opset: int, index: int) -> str:
-    """The name of an input's type: inputs of one name are of one type. An own one where ONNX asks nothing."""
+    """The name of an input's type, which inputs of one type share; the input's index where ONNX ties it to no other."""
     import onnx
 
     if op_type == "GridSample":

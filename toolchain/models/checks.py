@@ -53,11 +53,11 @@ def check_sizes(source: ModelSource, sizes: Mapping[tuple[str, str], Any]) -> No
     for (folder, key), value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             where = source.path / folder / "config.json"
-            raise ModelError(f"{key} is no size", where=where, expected="a whole number above 0", got=repr(value))
+            raise ModelError(f"{key} is not a size", where=where, expected="a whole number above 0", got=repr(value))
     blocks = source.setting("vae", "block_out_channels")
     if not isinstance(blocks, list) or not blocks:
         where = source.path / "vae" / "config.json"
-        raise ModelError("block_out_channels is no list of sizes", where=where, got=repr(blocks))
+        raise ModelError("block_out_channels is not a list of sizes", where=where, got=repr(blocks))
 
 
 def check_clip(source: ModelSource, folder: str, network: str) -> None:
@@ -115,7 +115,7 @@ def check_t5(source: ModelSource, folder: str, network: str, recipe: Recipe, mos
     encoder = recipe.component(folder)
     if encoder.tokens > most_tokens:
         raise RecipeError(
-            "the model takes no prompts of this length",
+            "the model does not take prompts of this length",
             where=f"{recipe.name}: components.{folder}.tokens",
             expected=f"at most {most_tokens}",
             got=encoder.tokens,
@@ -197,12 +197,12 @@ def check_vae(source: ModelSource, factors: Factors) -> None:
 
 
 def check_unet_output(source: ModelSource, latent_channels: int) -> None:
-    """ModelError for a UNet that gives other channels than it takes, such as a variance beside the noise."""
+    """ModelError for a UNet that output has other channels than its input, such as a variance beside the noise."""
     got = source.config("unet").get("out_channels", 4)
     if got != latent_channels:
         where = source.path / "unet" / "config.json"
         expected = f"out_channels = {latent_channels}"
-        raise ModelError("the UNet gives other channels than it takes", where=where, expected=expected, got=got)
+        raise ModelError("the UNet's output has other channels than its input", where=where, expected=expected, got=got)
 
 
 def refuse_unet_settings(source: ModelSource, foreign: dict[str, str], family: str) -> None:

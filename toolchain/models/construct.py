@@ -19,8 +19,8 @@ def construct(make: Callable[[], nn.Module], dtype: str, keep_float32: Sequence[
     The dtype is set as torch's default while building: `.to(dtype)` fails under fake tensors. Every pattern must match
     a module, else RecipeError. Inside a kept module everything is float32, so that a match there changes nothing.
 
-    What holds a module that the network's own library keeps in float32 gives float32, as its caller there expects: T5
-    adds up its blocks in float32 then, where float16 would overflow.
+    A kept module with a part that the network's library itself keeps in float32 returns float32, as its caller there
+    expects: T5 then adds up its blocks in float32, where float16 would overflow.
     """
     torch.set_default_dtype(getattr(torch, dtype))
     try:

@@ -39,17 +39,17 @@ def check(source: ModelSource, recipe: Recipe) -> None:
 
 
 def check_transformer(source: ModelSource) -> None:
-    """ModelError for a transformer whose positions do not fill its heads, or that gives other tokens than it takes."""
+    """ModelError where rotary axes do not add up to the head size, or the output has other tokens than the input."""
     config = source.config("transformer")
     where = source.path / "transformer" / "config.json"
     size = config.get("attention_head_dim", HEAD_SIZE)
     axes = config.get("axes_dims_rope", AXES)
     if not isinstance(axes, list | tuple) or len(axes) != 3 or not all(type(n) is int and n % 2 == 0 for n in axes):
         expected = "three even numbers: text, row and column"
-        raise ModelError("axes_dims_rope is no list of sizes", where=where, expected=expected, got=repr(axes))
+        raise ModelError("axes_dims_rope is not a list of sizes", where=where, expected=expected, got=repr(axes))
     if sum(axes) != size:
         raise ModelError(
-            "the positions of the transformer do not fill its heads",
+            "the transformer's rotary axes do not add up to its head size",
             where=where,
             expected=f"axes_dims_rope that sum to attention_head_dim = {size}",
             got=f"{axes}, which sum to {sum(axes)}",
@@ -57,7 +57,7 @@ def check_transformer(source: ModelSource) -> None:
     for key, same in (("out_channels", source.setting("transformer", "in_channels")), ("patch_size", 1)):
         if config.get(key) not in (None, same):
             raise ModelError(
-                "the transformer gives other tokens than it takes",
+                "the transformer's output has other tokens than its input",
                 where=where,
                 expected=f"{key} = {same}, or none",
                 got=config[key],

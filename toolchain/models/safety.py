@@ -54,7 +54,7 @@ def extracted(source: ModelSource) -> SafetyInput:
     (side,) = sides if len(sides) == 1 else (None,)
     if others or type(resize) is not int or type(side) is not int or side > resize:
         raise ModelError(
-            "pictures are made ready for the safety checker in a way that the runtime does not repeat",
+            "the runtime does not support the safety checker's preprocessing",
             where=where,
             expected="a shortest edge, resized with resample = 3, and a square cut out of its middle",
             got=f"size = {size}, crop_size = {crop}" + "".join(f", {k} = {v}" for k, v in others.items()),

@@ -52,7 +52,7 @@ def check(source: ModelSource, recipe: Recipe) -> None:
 
 
 def _check_t5_is_there(source: ModelSource, recipe: Recipe) -> None:
-    """RecipeError for a model without the third text encoder, which is to be said rather than found out."""
+    """RecipeError for a model without the third text encoder where the recipe does not leave it out."""
     entry = source.index.get(T5)
     if entry in (None, [None, None]) and T5 not in recipe.without:
         raise RecipeError(
@@ -76,7 +76,7 @@ def _check_transformer(source: ModelSource, recipe: Recipe, latent_channels: int
     checks.check_channels(source, "transformer", latent_channels)
     if config.get("out_channels") not in (None, latent_channels):
         raise ModelError(
-            "the transformer gives other channels than it takes",
+            "the transformer's output has other channels than its input",
             where=where,
             expected=f"out_channels = {latent_channels}, or none",
             got=config["out_channels"],

@@ -42,7 +42,7 @@ def convert(checkpoint: Path, config: ModelSource, pipeline: str, out: Path) -> 
             converted.save_pretrained(out)
     except Exception as error:  # the converter looks up keys and shapes, and raises whatever that raises
         raise ModelError(
-            f"diffusers cannot make a {pipeline} of the single file",
+            f"diffusers cannot convert the single file to a {pipeline}",
             where=checkpoint,
             expected=f"the model that {config.name} describes, all of it",
             got=INCOMPLETE if "meta tensor" in str(error) else f"{type(error).__name__}: {first_line(error)}",

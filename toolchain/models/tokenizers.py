@@ -101,7 +101,7 @@ def require_vocabulary(folder: Path, *, t5: bool, generic: bool) -> None:
     # transformers says that another package is missing, which it tries after this one.
     if "tokenizer.json" not in held and t5 and find_spec("sentencepiece") is None:
         raise ModelError(
-            "the tokenizer is there as a SentencePiece model alone, and the package that reads it is not",
+            "the tokenizer is only there as a SentencePiece model, and sentencepiece is not installed",
             where=folder / "spiece.model",
             expected="tokenizer.json beside it",
             hint="pip install sentencepiece; or where it is installed, write a tokenizer.json with transformers: "

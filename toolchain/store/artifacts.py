@@ -157,7 +157,7 @@ class Store:
         return problems
 
     def quarantine(self, stage: str, key: str) -> Path:
-        """Moves an entry aside, for one that `verify` found damaged, so that the next build makes it anew."""
+        """Moves a damaged entry into quarantine, so that the next build writes it again; its new path. StoreError."""
         with (
             locked(self._tree.lock(key), wait=True, purpose=f"it builds {stage}"),
             store_errors("cannot move a damaged artifact aside", self._tree.folder(stage, key)),

@@ -364,7 +364,7 @@ def _require_replaceable(new: Path, target: Path, owns: Callable[[str], bool]) -
     there = {entry.name for entry in os.scandir(target)} if target.is_dir() else set()
     if there and not there & names:
         raise StoreError(
-            "refusing to replace a folder that holds something else",
+            "refusing to replace a folder of other files",
             where=target,
             expected=f"one of {', '.join(sorted(names)[:5])} in it",
             got=", ".join(sorted(there)[:5]),

@@ -115,7 +115,7 @@ class Artifact:
             elif (digest := file_digest(self.path / name)) != record.sha256:
                 yield name, "has another content", f"sha256 {record.sha256}", f"sha256 {digest}"
         for name in sorted(present.keys() - self.files.keys() - {MANIFEST}):
-            yield name, "does not belong to it", None, "an extra file"
+            yield name, "is not in the manifest", None, "an extra file"
 
 
 def _encode(body: dict[str, Json]) -> bytes:
@@ -144,7 +144,7 @@ def load(folder: Path) -> Artifact | str:
         escaping = [name for name in files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
         names = (folder.parent.name, folder.name)
         if escaping or names != (body["stage"], body["key"]) or content_key(body["stage"], body["inputs"]) != names[1]:
-            return "belongs to another place"
+            return "does not match its folder"
         return Artifact(body["stage"], body["subject"], body["key"], folder, body["inputs"], files)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, StoreError) as error:
         return f"cannot be parsed ({type(error).__name__})"

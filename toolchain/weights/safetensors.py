@@ -137,8 +137,8 @@ def write_safetensors(
     """Write (name, dtype, shape) tensors; `read(name)` is called once for each, and one is in memory at a time.
 
     Data start at a multiple of 64 bytes. The format allows no holes, so that tensors of larger items come first: then
-    each is aligned to its own item. The file appears under its name when it is whole. WeightsError where `read` gives
-    something else than was announced, or the disk refuses.
+    each is aligned to its own item. The file appears under its name when it is whole. WeightsError where `read` returns
+    another dtype, shape or size than announced, or the file cannot be written.
     """
     ordered = sorted(tensors, key=lambda tensor: -_itemsize(path, tensor))
     header = _header(path, ordered)
@@ -168,7 +168,7 @@ def _header(path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> 
     position = 0
     for name, dtype, shape in tensors:
         if name in entries or name == "__metadata__":
-            raise WeightsError("a name is given twice, or is the format's own", where=f"{path}, tensor {name!r}")
+            raise WeightsError("a name is duplicate, or reserved by the format", where=f"{path}, tensor {name!r}")
         end = position + prod(shape) * numpy_dtype(dtype).itemsize
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
@@ -182,10 +182,12 @@ def _write_tensor(file: BinaryIO, where: str, data: Data, dtype: str, shape: tup
     if isinstance(data, np.ndarray):
         if data.shape != shape or data.dtype != numpy_dtype(dtype):
             expected, got = f"{numpy_dtype(dtype)} {shape}", f"{data.dtype} {data.shape}"
-            raise WeightsError("not the array that was announced", where=where, expected=expected, got=got)
+            raise WeightsError(
+                "the array has another dtype or shape than announced", where=where, expected=expected, got=got
+            )
         data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
     nbytes = prod(shape) * numpy_dtype(dtype).itemsize
     length = data.nbytes if isinstance(data, memoryview) else len(data)
     if length != nbytes:
-        raise WeightsError("not as many bytes as were announced", where=where, expected=nbytes, got=length)
+        raise WeightsError("the data have another size than announced", where=where, expected=nbytes, got=length)
     file.write(data)
