@@ -65,6 +65,30 @@ def test_imports_name_their_module(module: str) -> None:
     }
 
 
+def defined(path: Path) -> set[str]:
+    """Names that a module has at its top level."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples"])
+def test_scripts_import_what_exists(folder: str) -> None:
+    """They are run by hand, and no type checker reads them."""
+    for path in sorted((ROOT.parent / folder).rglob("*.py")):
+        for name in imports(path):
+            module, _, attribute = name.removeprefix("toolchain.").rpartition(".")
+            if name.startswith("toolchain.") and name.removeprefix("toolchain.") not in modules():
+                assert module in modules(), f"{path.name} imports {name}"
+                assert module == "" or attribute in defined(modules()[module]), f"{path.name} imports {name}"
+
+
 def test_there_is_no_circle() -> None:
     """Imports within functions and for type checkers count, and so do those within one room."""
     waiting = {module: set(neighbours(module)) for module in EVERY if module}
