@@ -18,6 +18,7 @@ from click.testing import CliRunner
 import toolchain
 from tests.manifests import edit_manifest
 from toolchain.builder.forecast import planned
+from toolchain.builder.plan import Plan
 from toolchain.bundle.forecast import RUNTIME_BYTES, TOKENIZER_TIMES, EngineMemory, Forecast, forecast
 from toolchain.cli.main import cli
 from toolchain.store.artifacts import Store
@@ -130,7 +131,7 @@ def test_of_a_bundle_for_tensorrt(bundle_copy: Path, stripped: bool) -> None:
 
 
 @pytest.fixture
-def plan_of(tiny_model: Path, tiny_recipe: Path, tiny_bundle: Path) -> Callable[[Path], toolchain.Plan]:
+def plan_of(tiny_model: Path, tiny_recipe: Path, tiny_bundle: Path) -> Callable[[Path], Plan]:
     return lambda store: toolchain.plan_build(tiny_recipe, str(tiny_model), store=store)
 
 

@@ -84,11 +84,11 @@ class OpenVino:
         }
 
     def available(self) -> str | None:
-        """None: it is imported when this is made."""
+        """Always None: OpenVINO was imported by the constructor."""
         return None
 
     def refuse(self, *_: object) -> str | None:
-        """None: the graphs run on every CPU."""
+        """Always None: the graphs run on every CPU."""
         return None
 
     def install(self, *_: object) -> str | None:

@@ -164,12 +164,12 @@ class Planner:
             require_plain(read_folder(folder), folder)
         if self.backend.packer(self.options) is not None:
             # Made from the first bucket, and so the same for whatever buckets follow it.
-            shared["packed"] = self.tied("packed", component, labels[0], dict(shared))
+            shared["packed"] = self.backend_step("packed", component, labels[0], dict(shared))
         if len(labels) > 1 and self.backend.merges(self.options):
             self.merged(component, labels)
             labels = [PROFILES]
         for label in labels:
-            self.tied("engine", component, label, shared)
+            self.backend_step("engine", component, label, shared)
 
     def merged(self, component: Component, labels: Sequence[str]) -> None:
         """One graph for the buckets `labels`, from theirs."""
@@ -186,7 +186,7 @@ class Planner:
 
         self.add(merged, ("builder.stages.merged",), inputs, run, graphs)
 
-    def tied(
+    def backend_step(
         self, stage: Literal["packed", "engine"], component: Component, label: str, shared: dict[str, Json]
     ) -> str:
         """A step of the backend: from one graph and the weight files `shared`, role -> key."""

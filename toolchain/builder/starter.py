@@ -1,4 +1,4 @@
-"""The first recipe for a model on this machine: the shipped one that comes nearest, cut to both."""
+"""A first recipe for a model on this machine, from the nearest shipped one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def best_backend() -> str:
 
 
 def write_starter(source: ModelSource, backend: str, name: str) -> Starter:
-    """A recipe called `name` for this model and backend, which a build takes as it is.
+    """A recipe called `name` for this model and backend, ready to build.
 
     It has one bucket, of the model's own size. Raises ModelError for a model that no family covers.
     """
@@ -79,7 +79,7 @@ def _data(like: Recipe, family: Family, backend: Builder[Any], source: ModelSour
 
 
 def native_bucket(family: Family, source: ModelSource) -> Bucket:
-    """One picture of the size that diffusers draws by default."""
+    """One picture at the model's default size."""
     settings = family.settings(source)
     size = source.config(family.component("denoiser").folder).get("sample_size") or SAMPLE_SIZE
     height, width = size if isinstance(size, list) else (size, size)

@@ -30,7 +30,7 @@ class StepId:
 
     stage      what kind of artifact
     component  whose: a component of the family; for a tokenizer its folder, for tables their scheduler
-    label      for which bucket, as in `bundle`; empty where the artifact serves all of them without saying so
+    label      the bucket, as in `bundle`; empty if one artifact serves all buckets
     """
 
     stage: Stage

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.bundle.bundle import Bundle
+from toolchain.bundle.bundle import ANY, Bundle
 from toolchain.check.charts import at_least, component_chart, curve_chart, decibels
 from toolchain.check.markup import Html, element, join, table
 from toolchain.check.report import AT_MOST, CheckReport, Entry, Pair, Picture, show, worst
@@ -206,7 +206,7 @@ def _components(report: CheckReport) -> Html:
     charted: dict[str, list[Entry]] = {}
     for entry in report.entries:
         if entry.metrics.snr_db is not None:
-            name = entry.component if entry.bucket == "any" else f"{entry.component} {entry.bucket}"
+            name = entry.component if entry.bucket == ANY else f"{entry.component} {entry.bucket}"
             charted.setdefault(name, []).append(entry)
     rows = []
     for (component, bucket, output), group in report.grouped().items():

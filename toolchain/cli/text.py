@@ -40,7 +40,7 @@ def device_line(device: Mapping[str, Any]) -> str:
 
 
 def checker_lines(state: str | None) -> list[str]:
-    """What becomes of a model's safety checker, as one line or none: older bundles do not know."""
+    """At most one line on the safety checker; none for bundles that predate it."""
     return [CHECKER_STATES[state]] if state in CHECKER_STATES else []
 
 

@@ -1,4 +1,4 @@
-"""Whether engines will fit into the GPU's memory, said before it runs out."""
+"""Warnings that engines may not fit into GPU memory, before it runs out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FEWER_BUCKETS = "keep fewer buckets open (toolchain.load(..., open_buckets=1)), 
 
 
 def load_warning(weights_bytes: int, activation_bytes: int, free_bytes: int) -> str | None:
-    """Why engines may not fit; None where nothing says so.
+    """A warning if the engines may not fit, else None.
 
     weights_bytes     of all plans that are open at once; of a stripped plan, its weight file's
     activation_bytes  of the engine that takes the most: they share one block

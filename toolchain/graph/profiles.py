@@ -25,7 +25,7 @@ from toolchain.graph.bucket_choice import BucketChoice
 from toolchain.graph.placeholder import is_weight
 
 Values = tuple[ir.Value, ...]
-PROFILES = "diffbuild.profiles"
+METADATA_KEY = "diffbuild.profiles"
 HINT = "leave profile_per_bucket out of the recipe: each bucket then has an engine of its own"
 
 
@@ -36,7 +36,7 @@ def merge_buckets(models: Sequence[ir.Model]) -> ir.Model:
 
 def read_profiles(model: ir.Model) -> list[dict[str, tuple[int, ...]]]:
     """The shapes of a graph's dynamic inputs, bucket by bucket; empty for a graph with static shapes."""
-    text = model.metadata_props.get(PROFILES, "[]")
+    text = model.metadata_props.get(METADATA_KEY, "[]")
     return [{name: tuple(shape) for name, shape in profile.items()} for profile in json.loads(text)]
 
 
@@ -77,7 +77,7 @@ class _Merge:
         )
         dynamic = [i for i, v in enumerate(self._inputs) if v.shape is not None and not v.shape.is_static()]
         shapes = [{str(g.inputs[i].name): _shape(g.inputs[i]) for i in dynamic} for g in self._graphs]
-        return ir.Model(graph, ir_version=first.ir_version, metadata_props={PROFILES: json.dumps(shapes)})
+        return ir.Model(graph, ir_version=first.ir_version, metadata_props={METADATA_KEY: json.dumps(shapes)})
 
     def _end(self, values: Values, end: ir.Value) -> ir.Value:
         """What stands for an input or an output, with names for the sizes that differ: the same for the same sizes."""

@@ -49,7 +49,8 @@ def check_classes(source: ModelSource, classes: Mapping[str, tuple[str, ...]]) -
 
 
 def check_sizes(source: ModelSource, sizes: Mapping[tuple[str, str], Any]) -> None:
-    """What planning computes shapes from, (folder, setting) -> value: whole numbers above 0, and the VAE's blocks."""
+    """Checks the config values from which shapes are computed, (folder, setting) -> value, and the VAE's blocks. Raises
+    ModelError."""
     for (folder, key), value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             where = source.path / folder / "config.json"

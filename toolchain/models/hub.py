@@ -23,7 +23,7 @@ log = logging.getLogger("toolchain")
 def resolve_model(
     model: str, revision: str | None = None, *, weights: bool = True, safety: bool = False
 ) -> ModelSource:
-    """A local folder as it is; anything else that is shaped like `owner/name` from the hub, pinned to a commit.
+    """A local folder unchanged, or a hub id such as `owner/name`, downloaded at a pinned commit.
 
     weights  False where the configs are enough: the weights are not downloaded then
     safety   whether the safety checker is wanted, which is not downloaded otherwise

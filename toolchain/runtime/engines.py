@@ -23,8 +23,8 @@ F32 = NDArray[np.float32]
 
 
 def usable_backend(bundle: Bundle, backend: Runner[Any] | None = None) -> Runner[Any]:
-    """The bundle's backend, or the one that stands in for it. BundleError where it cannot run, for engines of another
-    device or version, and for machine code that nobody vouches for."""
+    """The bundle's backend, or `backend` in its place. Raises BundleError if it cannot run, for engines of another
+    device or version, and for untrusted machine code."""
     backend = backend or runner_of(bundle.backend)
     reason, otherwise = backend.available(), "diffbuild doctor shows what each backend needs"
     if reason is None:

@@ -22,7 +22,7 @@ TABLES = "tables.json"
 class Schedule:
     """One table: `steps` of which image to image skips `skip`, for latents of `tokens` tokens.
 
-    required: whether a table that cannot be compiled ends the build; others are left out, and said.
+    required: whether failing to compile this table fails the build; otherwise it is left out with a warning.
     """
 
     steps: int

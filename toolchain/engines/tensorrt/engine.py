@@ -36,7 +36,7 @@ class TensorRtMemory(CapturingMemory):
         return self._plans[folder]
 
     def leave(self, plan: OpenPlan) -> None:
-        """Closes a plan that nobody uses any more, but for one of several buckets, which the next one will ask for."""
+        """Releases a plan, and closes an unused one, unless it serves several buckets: the next will ask for it."""
         plan.users -= 1
         if not plan.users and (plan.profiles == 1 or self.closed):
             self._plans.pop(plan.folder).close()
@@ -149,7 +149,7 @@ class _Binding:
         self._failure = failure
 
     def capturable(self) -> bool:
-        """Whether the library says that the work can be captured in a CUDA graph; one that cannot tell is trusted."""
+        """Whether the library reports the work as capturable in a CUDA graph; assumed true if it cannot tell."""
         asked = getattr(self.context, "is_stream_capturable", None)
         return asked is None or bool(asked(self._stream))
 
