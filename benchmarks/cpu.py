@@ -9,7 +9,6 @@ other in the same run, so that the machine's drift hits both alike.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.engines.machine import installed, machine
+from toolchain.store.plain_json import encode
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "shapes" / "model"
@@ -136,8 +136,8 @@ def main() -> None:
         for key, measure in measures.items():
             print(f"{key} ...", file=sys.stderr, flush=True)
             result[key] = measure()
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    arguments.output.write_text(encode(result) + "\n")
+    print(encode(result))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ The driver's share of a real launch, some microseconds, is not in it.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import toolchain  # noqa: E402
 from tests.pretend import pretended  # noqa: E402
 from tests.tiny import RECIPE, make_sd  # noqa: E402
 from toolchain.engines.machine import installed, machine  # noqa: E402
+from toolchain.store.plain_json import encode  # noqa: E402
 
 STEPS = 1000
 PACKAGES = ("numpy", "onnxruntime-gpu", "cuda-bindings")
@@ -73,7 +73,7 @@ def main() -> None:
         size = pipe.bundle.buckets[0]
         pipe.close()
     result = {"machine": machine(), "packages": installed(PACKAGES), "bucket": str(size), "steps": steps}
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    arguments.output.write_text(encode(result) + "\n")
     for name, figures in steps.items():
         print(f"{name}: {figures['us_per_step']:.1f} microseconds per step")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import tempfile
 import time
@@ -33,6 +32,7 @@ from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS
 from toolchain.recipe.options import OnnxRuntimeOptions
 from toolchain.runtime.engines import BoundEngine
+from toolchain.store.plain_json import encode
 from toolchain.weights.derived import find_tensors, weight_uses, write_weights
 from toolchain.weights.safetensors import read_folder
 
@@ -121,7 +121,7 @@ def main() -> None:
     for name, ms in medians.items():
         print(f"{name}: {ms:.0f} ms a step, {ms / medians['as built']:.2f} times as long")
     result = {"machine": measured_on(), "ms_per_step": medians, "rounds": rounds, "failed": failed}
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    arguments.output.write_text(encode(result) + "\n")
 
 
 if __name__ == "__main__":

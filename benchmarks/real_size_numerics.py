@@ -24,6 +24,7 @@ import numpy as np
 from export_scale import PUBLISHED, ROOT, measured_on
 
 from toolchain.recipe import Bucket, Check, ComponentRecipe, Recipe, Sampling
+from toolchain.store.plain_json import encode
 
 DTYPES = {"sd15": "float32", "sdxl": "float16"}
 FIRST, SECOND = Bucket(1, 512, 512), Bucket(1, 512, 768)
@@ -210,7 +211,7 @@ def main() -> None:
             found[part] = run(part, arguments.model, Path(scratch) / "model")
             print(part, found[part], flush=True)
     result = {"machine": measured_on(), "models": {**known, arguments.model: found}}
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    arguments.output.write_text(encode(result) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ two runs of the same thing differ.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import tempfile
@@ -23,6 +22,7 @@ from toolchain.bench.workload import workload
 from toolchain.bundle.bundle import read_bundle
 from toolchain.engines.machine import machine
 from toolchain.recipe import Bucket, Check, Recipe, Sampling, load_recipe
+from toolchain.store.plain_json import encode
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "examples" / "shapes" / "model"
@@ -120,7 +120,7 @@ def main() -> None:
         found = result[name]
         ratios = {other: round(statistics.median(r["rounds"]), 2) for other, r in found["ratios"].items()}
         print(f"{name}: times as long as diffbuild: {ratios}; own noise {found['own_noise']['share']:.1%}")
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    arguments.output.write_text(encode(result) + "\n")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def options(found: dict[str, Any]) -> Iterator[Row]:
 
 def cpu(found: dict[str, Any]) -> Iterator[Row]:
     start, sizes = found["start_to_png"], found["denoiser_sizes"]
-    decibels = {name: value for name, value in found["psnr_db"].items() if isinstance(value, int | float)}
+    measured = {name: value for name, value in found["psnr_db"].items() if value == "inf" or not isinstance(value, str)}
+    decibels = {name: float(value) for name, value in measured.items()}
     refused = ", ".join(f"`{name}`" for name in found["psnr_db"] if name not in decibels)
     worst = min(decibels, key=lambda name: decibels[name])
     per_bucket = ", ".join(f"{size / 1e6:.2f} MB" for size in sizes["own_bytes"].values())
