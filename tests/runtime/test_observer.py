@@ -69,6 +69,12 @@ def test_the_metrics_of_the_documentation(tiny_bundle: Path) -> None:
     pipe.close()
 
 
+@pytest.mark.parametrize("observer", [3, object(), Log])
+def test_what_is_no_observer(observer: Any, tiny_bundle: Path) -> None:
+    with pytest.raises(RequestError, match="the observer has not an observer's methods"):
+        toolchain.load(tiny_bundle, observer=observer)
+
+
 def test_compiling_a_table_is_a_stage(tiny_bundle: Path) -> None:
     log = Log()
     with toolchain.load(tiny_bundle, open_buckets=1, observer=log) as pipe:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from toolchain.engines.backend import Buffers, Engine
+from toolchain.errors import RequestError
 
 Scope = AbstractContextManager[object]
 _NOTHING: Scope = nullcontext()
@@ -51,6 +52,15 @@ class _Nobody(Observer):
 
 
 NOBODY = _Nobody()
+
+
+def check_observer(observer: Observer | None) -> Observer:
+    """The observer, or one that sees nothing. Raises RequestError for an object without an observer's methods."""
+    if observer is None:
+        return NOBODY
+    if isinstance(observer, type) or not all(hasattr(observer, name) for name in ("stage", "evaluation", "engine")):
+        raise RequestError("the observer has not an observer's methods", expected="an object of a subclass of toolchain.Observer", got=observer)
+    return observer
 
 
 class ObservedEngine:

@@ -26,7 +26,7 @@ from toolchain.runtime.engines import F32, BucketEngines, open_engine, open_memo
 from toolchain.runtime.lock import FairLock
 from toolchain.runtime.loop import denoise
 from toolchain.runtime.noise import Generator
-from toolchain.runtime.observer import NOBODY, Observer, observed
+from toolchain.runtime.observer import NOBODY, Observer, check_observer, observed
 from toolchain.runtime.progress import Callback, Look, Progress
 from toolchain.runtime.request import Options, Picture, Request, Size, check_images, check_latents, takes
 from toolchain.runtime.resolve import resolve
@@ -71,7 +71,7 @@ class Pipeline:
         self._closed = False
         self.bundle = bundle
         self._backend = usable_backend(bundle, backend)
-        self._observer = observer or NOBODY
+        self._observer = check_observer(observer)
         self._buckets: OrderedDict[Bucket, BucketEngines] = OrderedDict()  # the one used longest ago first
         self._tables = Tables(bundle, self._observer)
         with ExitStack() as opened:
