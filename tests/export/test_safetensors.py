@@ -84,8 +84,8 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "data", "says"),
     [
-        ([("t", "F32", (2,)), ("t", "F32", (2,))], b"", "given twice"),
-        ([("__metadata__", "F32", (2,))], b"", "format's own"),
+        ([("t", "F32", (2,)), ("t", "F32", (2,))], b"", "a name is duplicate, or reserved by the format"),
+        ([("__metadata__", "F32", (2,))], b"", "a name is duplicate, or reserved by the format"),
         ([("t", "float32", (2,))], b"", "unknown dtype"),
         ([("t", "F32", (2,))], b"1234567", "expected: 8"),
         ([("t", "F32", (2,))], np.zeros(2, np.int32), "got: int32"),

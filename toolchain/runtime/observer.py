@@ -59,7 +59,11 @@ def check_observer(observer: Observer | None) -> Observer:
     if observer is None:
         return NOBODY
     if isinstance(observer, type) or not all(hasattr(observer, name) for name in ("stage", "evaluation", "engine")):
-        raise RequestError("the observer has not an observer's methods", expected="an object of a subclass of toolchain.Observer", got=observer)
+        raise RequestError(
+            "the observer has not an observer's methods",
+            expected="an object of a subclass of toolchain.Observer",
+            got=observer,
+        )
     return observer
 
 
