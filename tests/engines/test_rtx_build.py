@@ -256,7 +256,7 @@ def test_killed_in_the_middle(tmp_path: Path, with_child: Any) -> None:
 
 
 def test_out_of_host_memory(tmp_path: Path, with_child: Any) -> None:
-    """The limit leaves room to start, and not to build. Once in many runs NVIDIA's library did not give up, and span."""
+    """The limit leaves room to start, and not to build. Once NVIDIA's library did not give up, and span for minutes."""
     wide_network(tmp_path)
 
     def limit(pid: int) -> None:
