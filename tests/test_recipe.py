@@ -62,7 +62,18 @@ def test_defaults() -> None:
         check=Check(("a circle",), (0,), 0.0, 0.98, {}),
     )
     assert parse(SMALLEST).component("denoiser") == ComponentRecipe("float32", ())
-    assert parse(SMALLEST).check.tolerance("denoiser") == Tolerance(0.99999, 60.0, 1e-3)
+    assert parse(SMALLEST).tolerance("denoiser") == Tolerance(0.99999, 60.0, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_tolerance_follows_the_type(dtype: str) -> None:
+    """It is the one that the shipped recipes of that type were given; a table takes its place as a whole."""
+    recipe = parse(f'{SMALLEST}\n[components.denoiser]\ndtype = "{dtype}"\n')
+    shipped = load_recipe("flux1-dev-bf16" if dtype == "bfloat16" else "sd15-fp16-tensorrt")
+    assert recipe.tolerance("denoiser") == shipped.check.components["denoiser"]
+    assert recipe.tolerance("vae_decoder") == Tolerance()
+    table = parse(f'{SMALLEST}\n[components.denoiser]\ndtype = "{dtype}"\n[check.components.denoiser]\nsnr_db = 9\n')
+    assert table.tolerance("denoiser") == Tolerance(snr_db=9.0)
 
 
 FULL = """
@@ -146,8 +157,8 @@ def test_every_key() -> None:
     )
     assert recipe.tensorrt_rtx == TensorRtRtxOptions(("12.0", "8.9"), False, False, "lazy", "off")
     assert recipe.check.seeds == (0, 2**64 - 1)
-    assert recipe.check.tolerance("denoiser") == Tolerance(0.99, 40.0, 0.5)
-    assert recipe.check.tolerance("vae_decoder") == Tolerance(snr_db=30.5)
+    assert recipe.tolerance("denoiser") == Tolerance(0.99, 40.0, 0.5)
+    assert recipe.tolerance("vae_decoder") == Tolerance(snr_db=30.5)
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ class _Comparison:
         some = bucket or self.bundle.buckets[0]
         self.progress(f"{component.name} {label}: comparing {len(feeds)} inputs")
         spec = self.bundle.engine(component.name, some).spec
-        tolerance = self.bundle.recipe.check.tolerance(component.name)
+        tolerance = self.bundle.recipe.tolerance(component.name)
         entries, outputs = compare_engine(
             component.name,
             label,

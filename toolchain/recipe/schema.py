@@ -74,7 +74,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a component may be from the reference in float32. The defaults suit float32 engines, TF32 included.
+    """How far a component may be from the reference in float32. The defaults suit float32 engines, TF32 included; see
+    `Recipe.tolerance` for a component without a table.
 
     cosine     least cosine similarity
     snr_db     least signal-to-noise ratio
@@ -84,6 +85,14 @@ class Tolerance:
     cosine: Share = 0.99999
     snr_db: Decibels = 60.0
     max_error: Share = 1e-3
+
+
+TOLERANCES = {
+    "float32": Tolerance(),
+    "float16": Tolerance(cosine=0.999, snr_db=35.0, max_error=0.03),
+    "bfloat16": Tolerance(cosine=0.995, snr_db=25.0, max_error=0.1),
+}
+"""Of a component without a table, by its dtype: what rounding to it costs a sound network, and some more."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +107,6 @@ class Check:
     psnr_db: NotNegative = 0.0
     ssim: Share = 0.98
     components: Mapping[str, Tolerance] = field(default_factory=dict, hash=False)
-
-    def tolerance(self, name: str) -> Tolerance:
-        """The tolerance of a component; the default where `[check.components.NAME]` is absent."""
-        return self.components.get(name, Tolerance())
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,10 @@ class Recipe:
         """The table of a backend, by the name that its registries know."""
         options: BackendOptions = getattr(self, backend)
         return options
+
+    def tolerance(self, name: str) -> Tolerance:
+        """The tolerance of a component; that of its dtype where `[check.components.NAME]` is absent."""
+        return self.check.components.get(name) or TOLERANCES[self.component(name).dtype]
 
     @property
     def rounds(self) -> bool:
