@@ -1,6 +1,7 @@
 """NVIDIA's real ONNX parser and builder, which TensorRT for RTX brings to machines without a GPU.
 
-Weights by reference are zeros here: a parser looks at types and shapes, and so does most of a builder.
+Weights by reference are zeros here, and scales positive: a parser looks at types and shapes, and so does most of a
+builder.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pytest
 
 from toolchain.engines.tensorrt.library import TENSORRT_RTX
 from toolchain.errors import EngineError
+from toolchain.precision.weight_only import SCALES
 
 
 def real_trt() -> Any:
@@ -64,7 +66,8 @@ class Parsed:
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor):
-                kept.append(np.zeros(max(tensor.nbytes, 1), np.uint8))
+                # A scale must be positive: these bits are so in every float type.
+                kept.append(np.full(max(tensor.nbytes, 1), 0x3C if str(name).endswith(SCALES) else 0, np.uint8))
                 assert self.parser.load_initializer(name, kept[-1].ctypes.data, tensor.nbytes), name
         return kept
 

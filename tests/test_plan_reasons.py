@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,38 @@ def test_what_is_kept_in_float16_changes_graph_weights_and_engines(tiny_model: P
     changed = {name for name in first if first[name] != second[name]}
     assert {name.split()[0] for name in changed} == {"graph", "weights", "packed", "engine"}
     assert all(" denoiser" in name for name in changed)
+
+
+def quantized(component: str, backend: str = "onnxruntime", **values: Any) -> str:
+    """The tiny recipe with weights in int8."""
+    text = own(f"{component}.quantize", weights="int8", **values)
+    return text.replace('family = "sd"', f'family = "sd"\nbackend = "{backend}"')
+
+
+def test_weights_in_int8_change_weights_and_engines_alone(tiny_model: Path, tmp_path: Path) -> None:
+    """The export is shared. So are the artifacts of a list of exclusions in another order."""
+    texts = [RECIPE, *(quantized("denoiser", exclude=names) for names in (["conv_in"], ["mid_block"]))]
+    texts.append(quantized("denoiser", exclude=["mid_block"], scales="mse"))
+    plans = [keys(plan(tiny_model, tmp_path / "none", tmp_path, text)) for text in texts]
+    for one, other in itertools.pairwise(plans):
+        changed = {name for name in one if one[name] != other[name]}
+        assert {name.split()[0] for name in changed} == {"weights", "packed", "engine"}
+        assert all(" denoiser" in name for name in changed)
+    orders = [quantized("denoiser", exclude=names) for names in (["mid*", "*"], ["*", "mid*"])]
+    assert len({str(keys(plan(tiny_model, tmp_path / "none", tmp_path, text))) for text in orders}) == 1
+
+
+def test_a_changed_exclusion_is_named(built: dict[str, str], tmp_path: Path) -> None:
+    made = plan(built["model"], built["store"], tmp_path, quantized("denoiser", exclude=["mid_block"]))
+    (step,) = (s for s in made.steps if s.id == StepId("weights", "denoiser"))
+    assert any(reason.startswith("quantize: null -> ") for reason in step.reasons), step.reasons
+    facts = made.quantized["denoiser"]
+    assert facts["weights"] > 10
+    assert plan_json(made)["quantized"] == made.quantized
+    assert any(name.startswith("mid_block.") for name in facts["left"]["excluded"])
+    said = f"denoiser: {facts['weights']} of {facts['of']} weights in int8; left alone: "
+    assert any(line.startswith(said) for line in plan_lines(made))
+    assert plan(built["model"], built["store"], tmp_path, RECIPE).quantized == {}
 
 
 # --- reasons ----------------------------------------------------------------------------------------------------------
@@ -138,6 +171,41 @@ def test_a_pattern_that_matches_nothing(
     assert f"components.{component}.keep_float32: {said}" in str(error.value)
     assert "expected names or patterns of modules" in str(error.value)
     assert "_embedding" not in str(error.value).split("(expected")[0]
+
+
+def test_an_exclusion_that_matches_nothing(built: dict[str, str], tmp_path: Path) -> None:
+    """An exported graph knows nothing of exclusions, and vouches for none."""
+    for component, wrong, close in (
+        ("denoiser", "mid_blok", "mid_block"),
+        ("text_encoder", "encoder.layer", "encoder"),
+    ):
+        with pytest.raises(RecipeError) as error:
+            plan(built["model"], built["store"], tmp_path, quantized(component, exclude=["*", wrong]))
+        said = f"components.{component}.quantize.exclude: no module matches {wrong!r}, did you mean '{close}"
+        assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("backend", "more", "said"),
+    [
+        (
+            "onnxruntime_cuda",
+            "",
+            "onnxruntime_cuda cannot run quantised weights (expected onnxruntime, tensorrt or tensorrt_rtx)",
+        ),
+        (
+            "tensorrt",
+            "[tensorrt]\nstrip_plan = true\n",
+            "tensorrt.strip_plan fills in plain weights alone (expected false)",
+        ),
+    ],
+)
+def test_what_cannot_have_quantised_weights(
+    backend: str, more: str, said: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError) as error:
+        plan(tiny_model, tmp_path / "none", tmp_path, f"{quantized('denoiser', backend)}{more}")
+    assert f"components.denoiser.quantize: {said}" in str(error.value)
 
 
 def test_patterns_of_all_components_are_told_at_once(tiny_model: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from toolchain.graph.profiles import merge_buckets, read_profiles
 from toolchain.graph.typed import check_types
 from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS
+from toolchain.precision.weight_only import quantize_weights, quantized_axes
 from toolchain.recipe import Bucket, Check, ComponentRecipe, Recipe
 from toolchain.store.artifacts import Store
 
@@ -130,5 +131,32 @@ def test_the_denoisers_of_two_buckets_as_one_graph(graph: Graph, family: str, dt
     assert refusals(merged) == []
     real_trt()
     parsed = Parsed(merged)
+    assert parsed.refused == []
+    assert parsed.build(profiles=add_profiles) is not None, parsed.errors()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", MAKERS)
+def test_a_denoiser_with_weights_in_int8(graph: Graph, family: str, dtype: str) -> None:
+    exported = graph(family, "denoiser", dtype, True, 0)
+    quantized = quantize_weights(BUILDERS["tensorrt_rtx"].prepare(exported), ())
+    assert quantized_axes(quantized)
+    check_types(quantized)
+    assert refusals(quantized) == []
+    if dtype != "bfloat16":
+        require_session(quantize_weights(BUILDERS["onnxruntime"].prepare(exported), ()))
+    real_trt()
+    parsed = Parsed(quantized)
+    assert parsed.refused == []
+    assert parsed.build() is not None, parsed.errors()
+
+
+def test_two_buckets_with_weights_in_int8_as_one_graph(graph: Graph) -> None:
+    merged = merge_buckets([graph("sd", "denoiser", "float16", True, number) for number in (0, 1)])
+    quantized = quantize_weights(BUILDERS["tensorrt_rtx"].prepare(merged), ())
+    check_types(quantized)
+    assert refusals(quantized) == []
+    real_trt()
+    parsed = Parsed(quantized)
     assert parsed.refused == []
     assert parsed.build(profiles=add_profiles) is not None, parsed.errors()

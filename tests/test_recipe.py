@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 
 from toolchain.errors import RecipeError
-from toolchain.recipe import Bucket, Check, ComponentRecipe, Recipe, Sampling, Tolerance, load_recipe, parse_recipe
+from toolchain.recipe import (
+    Bucket,
+    Check,
+    ComponentRecipe,
+    Quantize,
+    Recipe,
+    Sampling,
+    Tolerance,
+    load_recipe,
+    parse_recipe,
+)
 from toolchain.recipe.options import OnnxRuntimeCudaOptions, OnnxRuntimeOptions, TensorRtOptions, TensorRtRtxOptions
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +86,14 @@ def test_a_tolerance_follows_the_type(dtype: str) -> None:
     assert table.tolerance("denoiser") == Tolerance(snr_db=9.0)
 
 
+def test_quantised_weights_have_the_tolerance_of_float16_at_least() -> None:
+    table = '[components.denoiser.quantize]\nweights = "int8"\n'
+    for dtype, same in (("float32", "float16"), ("float16", "float16"), ("bfloat16", "bfloat16")):
+        recipe = parse(f'{SMALLEST}\n[components.denoiser]\ndtype = "{dtype}"\n{table}')
+        plain = parse(f'{SMALLEST}\n[components.denoiser]\ndtype = "{same}"\n')
+        assert recipe.tolerance("denoiser") == plain.tolerance("denoiser")
+
+
 FULL = """
 family = "sd"
 backend = "tensorrt"
@@ -84,6 +102,10 @@ classifier_free_guidance = false
 [components.denoiser]
 dtype = "bfloat16"
 keep_float32 = ["time_embedding", "up_blocks.*.norm"]
+[components.denoiser.quantize]
+weights = "int8"
+exclude = ["mid_block", "*.to_out"]
+scales = "mse"
 [components.text_encoder_2]
 [sampling]
 scheduler = "euler"
@@ -145,7 +167,9 @@ def test_step_counts_are_numbers_and_ranges() -> None:
 def test_every_key() -> None:
     recipe = parse(FULL)
     assert recipe.buckets == (Bucket(batch=1, height=64, width=64), Bucket(batch=4, height=64, width=128))
-    assert recipe.component("denoiser") == ComponentRecipe("bfloat16", ("time_embedding", "up_blocks.*.norm"))
+    quantize = Quantize("int8", ("mid_block", "*.to_out"), "mse")
+    kept = ("time_embedding", "up_blocks.*.norm")
+    assert recipe.component("denoiser") == ComponentRecipe("bfloat16", kept, 0, quantize)
     assert recipe.component("text_encoder_2") == ComponentRecipe()
     assert recipe.sampling == Sampling("euler", 8, 7.0, ("ddim", "euler"), (8, 20))
     assert type(recipe.sampling.guidance) is float
@@ -168,6 +192,7 @@ def test_every_key() -> None:
         ("[check]psnr_db = 45", 45.0),
         ('[components.vae_decoder]\ndtype = "float16"', 40.0),
         ('[components.vae_decoder]\nkeep_float32 = ["*"]', 60.0),
+        ('[components.vae_decoder.quantize]\nweights = "int8"', 40.0),
         ('backend = "tensorrt"', 40.0),
         ('backend = "tensorrt"\n[tensorrt]\ntf32 = false', 60.0),
     ],
@@ -264,7 +289,7 @@ MANY_LINES = [
     f"buckets[9]: wrong type (expected {BUCKET}, got 3)",
     "classifier_free_guidance: wrong type (expected true or false, got 1)",
     "components.denoiser.dtpye: unknown key, did you mean 'dtype'? "
-    "(expected one of dtype, keep_float32, tokens, got 'dtpye')",
+    "(expected one of dtype, keep_float32, tokens, quantize, got 'dtpye')",
     "components.denoiser.dtype: unknown value, did you mean 'float16'? "
     "(expected one of 'float32', 'float16', 'bfloat16', got 'float61')",
     f"components.denoiser.keep_float32: wrong type (expected a list, each {TEXT}, got 'norm')",
@@ -356,6 +381,29 @@ def changed(**values: str) -> str:
         ),
         (changed(check="1"), ["check: wrong type (expected a table, got 1)"]),
         (changed(check='["a"]'), ["check: wrong type (expected a table, got ['a'])"]),
+        (
+            changed(components="{denoiser = {quantize = {}}}"),
+            ["components.denoiser.quantize.weights: missing key (expected one of 'int8', got nothing)"],
+        ),
+        (
+            changed(components="{denoiser = {quantize = 'int8'}}"),
+            ["components.denoiser.quantize: wrong type (expected a table, got 'int8')"],
+        ),
+        (
+            changed(
+                components="{denoiser = {quantize = {weights = 'int4', scales = 'min', exclude = ['', 'a', 'a'], "
+                "activations = 'int8'}}}"
+            ),
+            [
+                "components.denoiser.quantize.activations: unknown key (expected one of weights, exclude, scales, "
+                "got 'activations')",
+                "components.denoiser.quantize.weights: unknown value, did you mean 'int8'? "
+                "(expected one of 'int8', got 'int4')",
+                f"components.denoiser.quantize.exclude[0]: empty (expected {TEXT}, got '')",
+                "components.denoiser.quantize.exclude[2]: duplicate (expected each entry once, got 'a')",
+                "components.denoiser.quantize.scales: unknown value (expected one of 'max', 'mse', got 'min')",
+            ],
+        ),
         (changed(components="{denoiser = 1}"), ["components.denoiser: wrong type (expected a table, got 1)"]),
         (changed(components="[[1, 2, 3, 4, {}]]"), ["components: wrong type (expected a table, got [[1, 2, 3, ...]])"]),
         (changed(sampling="{guidance = -0.5}"), [f"sampling.guidance: out of range (expected {FROM_0}, got -0.5)"]),

@@ -15,7 +15,7 @@ from tests.imports import ROOT, imports, modules, neighbours, room
 # Each row may import from the rows above it and from itself.
 LAYERS = (
     ("errors", "garbage", "terminal"),
-    ("recipe", "settings", "signature", "store", "graph", "sampler"),
+    ("recipe", "settings", "signature", "store", "graph", "precision", "sampler"),
     ("weights",),
     ("cuda", "models", "bundle"),
     ("export", "engines"),

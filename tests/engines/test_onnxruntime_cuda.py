@@ -65,7 +65,7 @@ class Session:
     made: Session
     provides = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
-    def __init__(self, graph: bytes, settings: Any, providers: list[Any]) -> None:
+    def __init__(self, graph: bytes, settings: Any, providers: list[Any], **_: Any) -> None:
         Session.made = self
         self.graph, self.settings, self.providers = graph, settings, providers
         self.fallback = True
@@ -181,7 +181,7 @@ def test_an_engine_that_refuses_a_cuda_graph_is_opened_without(
     ort: Any, memory: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Partitioned(Session):
-        def __init__(self, graph: bytes, settings: Any, providers: list[Any]) -> None:
+        def __init__(self, graph: bytes, settings: Any, providers: list[Any], **_: Any) -> None:
             if providers[0][1]["enable_cuda_graph"] == "1":
                 raise RuntimeError("all compute graph nodes have not been partitioned to the CUDAExecutionProvider")
             super().__init__(graph, settings, providers)

@@ -49,7 +49,8 @@ def plain_graphs(
         copy_file(source, weights)  # OpenVINO follows no link out of the graph's folder
         for label in engines:
             graph = built[StepId("graph", component, label)].file(GRAPH)
-            _attach(prepared(plan.backend, graph), weights, graph_of(out, component, label))
+            quantize = bundle.recipe.component(component).quantize
+            _attach(prepared(plan.backend, graph, quantize), weights, graph_of(out, component, label))
     return out
 
 

@@ -1,4 +1,4 @@
-"""Whether the patterns of `keep_float32` match modules: told by planning, before anything is exported.
+"""Whether the patterns of `keep_float32` and `quantize.exclude` match modules: told by planning, before any export.
 
 The names in a diffusers checkpoint are those of its modules, which answers most patterns without torch. What is left,
 such as the name of a module without weights, is looked for in the network itself, made without memory.
@@ -21,15 +21,23 @@ from toolchain.weights.safetensors import read_folder
 def pattern_problems(component: Component, source: ModelSource, recipe: Recipe, *, exported: bool) -> list[str]:
     """A line for each pattern of a component that matches no module.
 
-    exported: its graph is in the store, so that all patterns of a narrower type match: construction checks them.
+    exported: its graph is in the store, so that `keep_float32` of a narrower type matches: construction checks that.
     """
     precision = recipe.component(component.name)
-    left = _unmatched(precision.keep_float32, _names_of_weights(component, source))
-    if not left or (exported and precision.dtype != "float32"):
+    known = _names_of_weights(component, source)
+    kept = () if exported and precision.dtype != "float32" else precision.keep_float32
+    left = {
+        "keep_float32": _unmatched(kept, known),
+        "quantize.exclude": _unmatched(precision.quantize.exclude if precision.quantize else (), known),
+    }
+    if not any(left.values()):
         return []
     names = _names_of_modules(component, source, recipe)
-    where = f"components.{component.name}.keep_float32"
-    return [f"{where}: no module matches {pattern!r}{_hint(pattern, names)}" for pattern in _unmatched(left, names)]
+    return [
+        f"components.{component.name}.{key}: no module matches {pattern!r}{_hint(pattern, names)}"
+        for key, patterns in left.items()
+        for pattern in _unmatched(patterns, names)
+    ]
 
 
 def _unmatched(patterns: Iterable[str], names: Collection[str]) -> list[str]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.builder.planner import Planner
+from toolchain.builder.stages.graph import GRAPH
+from toolchain.builder.stages.weights import surveyed
 from toolchain.builder.steps import Step, StepId
 from toolchain.engines.backend import Builder
 from toolchain.engines.builders import builder_of
@@ -58,6 +60,18 @@ class Plan:
         """The backend's table of the recipe."""
         return self.recipe.options(self.backend.name)
 
+    @property
+    def quantized(self) -> dict[str, dict[str, Any]]:
+        """Component -> which of its weights are quantised, as `Survey.to_json`, as far as graphs are exported."""
+        surveys: dict[str, dict[str, Any]] = {}
+        for step in self.steps:
+            component = step.id.component
+            quantize = self.recipe.component(component).quantize if step.stage == "graph" else None
+            graph = None if quantize is None or component in surveys else self.artifact(step.id)
+            if quantize is not None and graph is not None:
+                surveys[component] = surveyed(self.backend, graph.file(GRAPH), quantize).to_json()
+        return surveys
+
     def step(self, wanted: StepId) -> Step:
         """The step of an id, which must be in the plan."""
         return next(step for step in self.steps if step.id == wanted)
@@ -102,10 +116,11 @@ def _device(backend: Builder[Any]) -> tuple[dict[str, Any] | None, EngineError |
 
 
 def _check_patterns(recipe: Recipe, source: ModelSource, family: Family, steps: Sequence[Step]) -> None:
-    """RecipeError with every pattern of `keep_float32` that matches no module."""
+    """RecipeError with every pattern of `keep_float32` and `quantize.exclude` that matches no module."""
     problems: list[str] = []
     for component in family.parts(recipe):
-        if recipe.component(component.name).keep_float32:
+        precision = recipe.component(component.name)
+        if precision.keep_float32 or (precision.quantize and precision.quantize.exclude):
             from toolchain.builder.patterns import pattern_problems
 
             exported = all(s.hit for s in steps if s.stage == "graph" and s.inputs["component"] == component.name)
@@ -126,13 +141,17 @@ def check_recipe(
     source: None where there is no model at hand, whose facts are not looked at then.
     """
     problems = []
+    options = recipe.options(backend.name)
     names = [c.name for c in family.parts(recipe)]
     for name, component in recipe.components.items():
         if component.dtype not in backend.dtypes and not graphs_only:
             can = " or ".join(backend.dtypes)
             problems.append(f"components.{name}.dtype: {backend.name} cannot run {component.dtype} (expected {can})")
+        refusal = None if component.quantize is None or graphs_only else backend.refuses_quantized(options)
+        if refusal:
+            problems.append(f"components.{name}.quantize: {refusal}")
     if not graphs_only:
-        problems += [f"{backend.name}.{problem}" for problem in backend.problems(recipe.options(backend.name))]
+        problems += [f"{backend.name}.{problem}" for problem in backend.problems(options)]
     if recipe.safety.checker and family.checker is None:
         problems.append(f"safety.checker: diffusers has no safety checker for family {family.name}")
     optional = [c.name for c in family.components if c.optional]

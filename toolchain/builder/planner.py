@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -146,6 +147,7 @@ class Planner:
             "checkpoint": {f.name: self.store.digest_of(f) for f in files},
             "config": self.config(component),
             "recipe": _precision(self.recipe.component(component.name)),
+            "quantize": _quantize(self.recipe.component(component.name)),
             "backend": self.backend.name,
             "tools": tool_versions(EXPORT_TOOLS),
         }
@@ -154,7 +156,8 @@ class Planner:
 
         def run(built: Built, out: Path, within: Within) -> None:
             with _named(weights):
-                stages.weights.write(self.backend, folder, built[first].file(GRAPH), out)
+                quantize = self.recipe.component(component.name).quantize
+                stages.weights.write(self.backend, folder, built[first].file(GRAPH), out, quantize)
 
         # The weights that are used, and under which names, is decided by the graphs.
         code = ("builder.stages.weights", self._preparation, "builder.stages.graph", self._components)
@@ -207,11 +210,12 @@ class Planner:
         def run(built: Built, out: Path, within: Within) -> None:
             files = {role: _only_file(built[weights]) for role, weights in roles.items()}
             path = built[graph].file(GRAPH)
+            quantize = self.recipe.component(component.name).quantize
             with _named(step):
                 if stage == "packed":
-                    stages.engine.write_packed(self.backend, path, files, out, self.options)
+                    stages.engine.write_packed(self.backend, path, files, out, self.options, quantize)
                 else:
-                    stages.engine.write_engine(self.backend, path, files, out, self.options, within)
+                    stages.engine.write_engine(self.backend, path, files, out, self.options, quantize, within)
 
         return self.add(step, ("builder.stages.engine", self._builder), inputs, run, [graph, *roles.values()])
 
@@ -290,6 +294,12 @@ def _precision(component: ComponentRecipe) -> dict[str, Json]:
     """
     kept = sorted(component.keep_float32) if component.dtype != "float32" else []
     return {"dtype": component.dtype, "keep_float32": [*kept]}
+
+
+def _quantize(component: ComponentRecipe) -> dict[str, Json] | None:
+    """What of a component's table decides its weights and engines, and not its graph."""
+    table = component.quantize
+    return None if table is None else {**asdict(table), "exclude": [*sorted(table.exclude)]}
 
 
 def _config_in(file: Path) -> Json:

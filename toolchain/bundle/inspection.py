@@ -9,7 +9,7 @@ from typing import Any
 
 from toolchain.bundle.bundle import Bundle
 from toolchain.bundle.forecast import Forecast, forecast
-from toolchain.store.facts import ENGINE_FACTS, read_facts
+from toolchain.store.facts import ENGINE_FACTS, QUANTIZED, read_facts
 
 SHOWN = ("activation_bytes", "precision", "layers")
 
@@ -30,6 +30,17 @@ class Inspection:
     def memory(self) -> Forecast:
         """What the engines will take."""
         return forecast(self.bundle)
+
+    @cached_property
+    def quantized(self) -> dict[str, dict[str, Any]]:
+        """Of each component with quantised weights: their type, how many of how many, and why others are not."""
+        listed = {}
+        for component, entries in self.bundle.engines.items():
+            for entry in entries.values():
+                facts = read_facts(self.bundle.path / entry.folder / ENGINE_FACTS).get(QUANTIZED)
+                if facts:
+                    listed[component] = facts
+        return listed
 
     @cached_property
     def engines(self) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,7 @@ from toolchain.cli.console import (
     verbosity,
 )
 from toolchain.cli.document import error_json
-from toolchain.cli.text import checker_lines, device_line, megabytes, memory_lines
+from toolchain.cli.text import checker_lines, device_line, megabytes, memory_lines, quantized_lines
 from toolchain.terminal import table
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "device": plan.device,
         "refused": plan.refused and error_json(plan.refused),
         "steps": steps,
+        "quantized": plan.quantized,
         "memory": [engine.to_json() for engine in api.plan_memory(plan)],
         "hits": len(plan.steps) - plan.misses,
         "misses": plan.misses,
@@ -132,6 +133,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         rows += [["", "", other] for other in others]
     yield from table(rows)
     yield f"{len(plan.steps)} steps: {len(plan.steps) - plan.misses} hits, {plan.misses} misses"
+    yield from quantized_lines(plan.quantized)
     engines = api.plan_memory(plan)
     if engines:
         yield "memory, of what is built or at least exported:"

@@ -12,7 +12,7 @@ import click
 from toolchain import api
 from toolchain.cli import progress
 from toolchain.cli.console import answer, bundle_argument, examples, json_option, verbosity
-from toolchain.cli.text import checker_lines, megabytes, memory_lines
+from toolchain.cli.text import checker_lines, megabytes, memory_lines, quantized_lines
 from toolchain.terminal import table
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def bundle_json(inspection: Inspection) -> dict[str, Any]:
         "components": {c: {"bytes": _component_bytes(bundle, c)} for c in bundle.engines},
         "prompts": _prompts(bundle),
         "engines": inspection.engines,
+        "quantized": inspection.quantized,
         "memory": inspection.memory.to_json(),
         "samplers": list(bundle.samplers),
         "tools": bundle.tools,
@@ -83,6 +84,7 @@ def bundle_lines(inspection: Inspection) -> Iterator[str]:
     total = megabytes(sum(entry.size for entry in bundle.files.values()))
     checked = "every sha256 matches" if inspection.verified else "sha256 not compared (--verify does)"
     yield from table([*rows, ["files", f"{len(bundle.files)}, {total}; {checked}"]], indent="")
+    yield from quantized_lines(inspection.quantized)
     yield from forecast_lines(inspection.memory)
     yield from engine_lines(inspection)
 

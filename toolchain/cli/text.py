@@ -44,6 +44,15 @@ def checker_lines(state: str | None) -> list[str]:
     return [CHECKER_STATES[state]] if state in CHECKER_STATES else []
 
 
+def quantized_lines(quantized: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """How many weights of each component are in fewer bits, and why others are not."""
+    for component, facts in quantized.items():
+        left = ", ".join(f"{len(names)} {reason}" for reason, names in facts["left"].items())
+        yield f"{component}: {facts['weights']} of {facts['of']} weights in {facts['type']}" + (
+            f"; left alone: {left}" if left else ""
+        )
+
+
 def memory_lines(engines: Sequence[EngineMemory]) -> Iterator[str]:
     """A table of what each engine takes; nothing for no engines."""
     if not engines:

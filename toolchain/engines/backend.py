@@ -45,6 +45,9 @@ class Builder(Protocol[Options]):
     def problems(self, options: Options) -> list[str]:
         """What the installed library, if there is one, cannot build under these options, each "option: reason"."""
 
+    def refuses_quantized(self, options: Options) -> str | None:
+        """Why a component cannot have quantised weights under these options, and what can; None where it can."""
+
     def prepare(self, graph: ir.Model) -> ir.Model:
         """An exported graph in the form that `build` takes, with weights as this backend wants them."""
 

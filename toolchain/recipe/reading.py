@@ -59,6 +59,8 @@ def _read(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     elif isinstance(kind, UnionType):
         if type(value) in get_args(kind):
             return value
+        if is_dataclass(get_args(kind)[0]):  # a table that may be absent
+            return _read_table(get_args(kind)[0], value, path, problems, given={})
     elif kind is Bucket:
         if type(value) is str:
             problem = bucket_problem(value)

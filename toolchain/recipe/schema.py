@@ -33,16 +33,32 @@ NOT_EMPTY = Rule("a list with at least one entry", lambda entries: len(entries) 
 
 
 @dataclass(frozen=True)
+class Quantize:
+    """Which weights of a component are stored in fewer bits. Activations stay in the component's type.
+
+    weights  the type of convolutions' and matrix products' weights
+    exclude  dotted module names or fnmatch patterns that are left alone
+    scales   "max" keeps every channel's largest weight, "mse" clips it where the squared error is then least
+    """
+
+    weights: Literal["int8"]
+    exclude: tuple[Text, ...] = ()
+    scales: Literal["max", "mse"] = "max"
+
+
+@dataclass(frozen=True)
 class ComponentRecipe:
     """How one component is compiled.
 
     keep_float32  dotted module names or fnmatch patterns that stay in float32
     tokens        longest prompt of a T5 text encoder; 0 takes the family's default
+    quantize      None where all weights stay in the component's type
     """
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     keep_float32: tuple[Text, ...] = ()
     tokens: Whole = 0
+    quantize: Quantize | None = None
 
 
 @dataclass(frozen=True)
@@ -148,15 +164,21 @@ class Recipe:
         return options
 
     def tolerance(self, name: str) -> Tolerance:
-        """The tolerance of a component; that of its dtype where `[check.components.NAME]` is absent."""
-        return self.check.components.get(name) or TOLERANCES[self.component(name).dtype]
+        """The tolerance of a component; that of its dtype where `[check.components.NAME]` is absent.
+
+        With quantised weights it is float16's at least: eight bits for a channel cost about as much.
+        """
+        component = self.component(name)
+        least = "float16" if component.quantize and component.dtype == "float32" else component.dtype
+        return self.check.components.get(name) or TOLERANCES[least]
 
     @property
     def rounds(self) -> bool:
-        """Whether anything is computed in less than float32: a component's type, or products in TF32."""
+        """Whether anything is less than float32: a component's type, its weights, or products in TF32."""
         options = getattr(self, self.backend, None)  # whether the name is a backend's is checked elsewhere
         tf32: bool = getattr(options, "tf32", False)
-        return tf32 or any(component.dtype != "float32" for component in self.components.values())
+        components = self.components.values()
+        return tf32 or any(c.dtype != "float32" or c.quantize is not None for c in components)
 
     @property
     def picture_limits(self) -> dict[str, float]:

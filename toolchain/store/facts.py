@@ -11,6 +11,8 @@ from typing import Any
 
 ENGINE_FACTS = "engine.json"
 """In the folder of an engine: what its builder knows of memory, and of a TensorRT engine its precision and layers."""
+QUANTIZED = "quantized"
+"""In `ENGINE_FACTS` of an engine with quantised weights: `Survey.to_json`."""
 GRAPH_FACTS = "memory.json"
 """In the folder of an exported graph: what its weights and activations take."""
 

@@ -1,13 +1,13 @@
 """The weight file of a component: every initializer of its graphs, streamed from the checkpoint in one pass.
 
-One file serves all buckets. A tensor is copied, converted to the graph's dtype or transposed, one at a time.
+One file serves all buckets. A tensor is copied, converted to the graph's dtype, transposed or quantised, one at a time.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from toolchain.errors import WeightsError
 from toolchain.graph.placeholder import is_weight, static_shape
 from toolchain.graph.transpose import SUFFIX
+from toolchain.precision.rounding import Scales, channel_scales, quantize
+from toolchain.precision.weight_only import SCALES, VALUES, quantized_axes
 from toolchain.weights.mapped import FLOATS, MappedWeights, TensorRef, numpy_dtype
 from toolchain.weights.safetensors import write_safetensors
 
@@ -56,29 +58,51 @@ TIED = {"encoder.embed_tokens.weight": "shared.weight", "shared.weight": "encode
 
 @dataclass(frozen=True)
 class WeightUse:
-    """An initializer of a graph: which checkpoint tensor it is, in which dtype, and whether transposed (2-D only)."""
+    """An initializer of a graph: which checkpoint tensor it is, in which dtype, and whether transposed (2-D only).
+
+    channels  the axis of output channels where it is quantised: then two initializers, its integers and their scales,
+              stand for it. `dtype` is that of the scales
+    """
 
     name: str
     key: str
     dtype: str
     shape: tuple[int, ...]
     transposed: bool
+    channels: int | None = None
+
+    @property
+    def tensors(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Name, dtype and shape of what a weight file holds of it."""
+        if self.channels is None:
+            return [(self.name, self.dtype, self.shape)]
+        scales = (self.shape[self.channels],)
+        return [(self.name + VALUES, "I8", self.shape), (self.name + SCALES, self.dtype, scales)]
 
 
 def weight_uses(model: ir.Model) -> list[WeightUse]:
     """The weights of a graph, sorted by name."""
     uses = []
+    quantized = quantized_axes(model)
+    parts = {name + part for name in quantized for part in (VALUES, SCALES)}
     for name, value in model.graph.initializers.items():
-        if is_weight(value):
-            tensor = value.const_value
-            assert tensor is not None
-            transposed = name.endswith(SUFFIX)
-            uses.append(
-                WeightUse(
-                    name, name.removesuffix(SUFFIX), SAFETENSORS_DTYPES[tensor.dtype], static_shape(tensor), transposed
-                )
-            )
+        if is_weight(value) and name not in parts:
+            tensor = _tensor(value)
+            uses.append(_use(name, tensor.dtype, static_shape(tensor), None))
+    for name, axis in quantized.items():
+        values, scales = (_tensor(model.graph.initializers[name + part]) for part in (VALUES, SCALES))
+        uses.append(_use(name, scales.dtype, static_shape(values), axis))
     return sorted(uses, key=lambda use: use.name)
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    assert value.const_value is not None
+    return value.const_value
+
+
+def _use(name: str, dtype: ir.DataType, shape: tuple[int, ...], channels: int | None) -> WeightUse:
+    key = name.removesuffix(SUFFIX)
+    return WeightUse(name, key, SAFETENSORS_DTYPES[dtype], shape, name.endswith(SUFFIX), channels)
 
 
 def find_tensors(uses: Iterable[WeightUse], checkpoint: Mapping[str, TensorRef], where: Path) -> dict[str, TensorRef]:
@@ -122,19 +146,31 @@ def _spellings(key: str) -> list[str]:
     return [key, older, TIED.get(key, key), TEXT_PREFIX + key, bare, doubled]
 
 
-def write_weights(uses: list[WeightUse], tensors: Mapping[str, TensorRef], path: Path) -> None:
-    """Writes `path` as safetensors, keyed by initializer name. Raises WeightsError for values that are not finite."""
-    by_name = {use.name: use for use in uses}
+def write_weights(uses: list[WeightUse], tensors: Mapping[str, TensorRef], path: Path, method: Scales = "max") -> None:
+    """Writes `path` as safetensors, keyed by initializer name. Raises WeightsError for values that are not finite.
+
+    method  how the scales of quantised weights are chosen
+    """
+    by_name = {name: use for use in uses for name, _, _ in use.tensors}
+    scales: dict[str, NDArray[Any]] = {}  # by the name of the weight: small, and needed for its integers again
     files = {file: MappedWeights(file) for file in {ref.file for ref in tensors.values()}}
 
     def read(name: str) -> NDArray[Any]:
-        use, ref = by_name[name], tensors[name]
+        use = by_name[name]
+        ref = tensors[use.name]
         raw = files[ref.file].array(ref.key)
         array = raw.view(FLOAT_DTYPES[ref.dtype]).reshape(use.shape[::-1] if use.transposed else use.shape)
-        return _convert(array, use, ref)
+        if use.channels is None:
+            return _convert(array, use, ref).view(numpy_dtype(use.dtype))  # of bfloat16 the bits, as files hold them
+        weight = _convert(array, replace(use, dtype="F32"), ref)
+        if use.name not in scales:
+            scales[use.name] = channel_scales(weight, use.channels, method, FLOAT_DTYPES[use.dtype])
+        if name.endswith(SCALES):
+            return scales[use.name].view(numpy_dtype(use.dtype))
+        return quantize(weight, scales[use.name], use.channels)
 
     try:
-        write_safetensors(path, [(use.name, use.dtype, use.shape) for use in uses], read)
+        write_safetensors(path, [tensor for use in uses for tensor in use.tensors], read)
     finally:
         for mapped in files.values():
             mapped.close()
@@ -155,4 +191,4 @@ def _convert(array: NDArray[Any], use: WeightUse, ref: TensorRef) -> NDArray[Any
             got=f"largest magnitude {np.abs(array.astype(np.float32)).max():g}",
             hint="keep its module in float32 (keep_float32 in the recipe) or use bfloat16" if "beyond" in was else None,
         )
-    return converted.view(numpy_dtype(use.dtype))  # of bfloat16 the bits, as the files hold them
+    return converted

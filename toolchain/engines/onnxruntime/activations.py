@@ -107,7 +107,7 @@ class _Kinds:
             if node is None or node.op_type not in RULES:
                 raise
         inputs = [self(v) for v in node.inputs if v is not None]
-        dtype = ir.DataType(_integer(node, "to", 1)) if node.op_type == "Cast" else inputs[node.op_type == "Where"][1]
+        dtype = ir.DataType(_integer(node, "to", 1)) if node.op_type == "Cast" else inputs[node.op_type in SECOND][1]
         return RULES[node.op_type](node, [shape for shape, _ in inputs], self._block), dtype
 
 
@@ -194,7 +194,10 @@ RULES = {
     **dict.fromkeys(
         ("Cast", "Erf", "Exp", "Neg", "QuickGelu", "Sigmoid", "Softplus", "Sum", "Tanh", "Where"), _elementwise
     ),
-    **dict.fromkeys(("InstanceNormalization", "LayerNormalization", "Softmax"), lambda node, inputs, block: inputs[0]),
+    **dict.fromkeys(
+        ("DequantizeLinear", "InstanceNormalization", "LayerNormalization", "Softmax"),
+        lambda node, inputs, block: inputs[0],
+    ),
     "Gather": _gather,
     "MultiHeadAttention": _attention,
     **dict.fromkeys(("ReduceL2", "ReduceMax", "ReduceMean", "ReduceSum"), _reduce),
@@ -207,6 +210,10 @@ RULES = {
     "Reshape": _reshape,
     "Concat": _concat,
 }
+
+
+SECOND = ("Where", "DequantizeLinear")
+"""Their second input has the result's type."""
 
 
 def _constant(node: ir.Node, position: int) -> list[int]:

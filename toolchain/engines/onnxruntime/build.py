@@ -50,6 +50,10 @@ class OnnxRuntimeBuilder:
         warn_of_clash()
         return []
 
+    def refuses_quantized(self, options: OnnxRuntimeOptions) -> str | None:
+        """None: a DequantizeLinear widens int8 weights when they are used."""
+        return None
+
     prepare = staticmethod(prepare)
 
     def merges(self, options: OnnxRuntimeOptions) -> bool:

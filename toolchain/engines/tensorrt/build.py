@@ -118,6 +118,10 @@ class TensorRtBuilder(PlanBuilder[TensorRtOptions]):
             return []
         return [f"build_route: TensorRT {version} has no build routes (expected 11.1 or newer)"]
 
+    def refuses_quantized(self, options: TensorRtOptions) -> str | None:
+        """A stripped plan, as refitting int8 weights was not tried."""
+        return "tensorrt.strip_plan fills in plain weights alone (expected false)" if options.strip_plan else None
+
     def reads_weights(self, options: TensorRtOptions) -> bool:
         """Whether plans are stripped of their weights."""
         return options.strip_plan

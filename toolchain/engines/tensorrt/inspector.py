@@ -92,6 +92,10 @@ class Precision:
         return {"asked": dict(self.asked), "layers": dict(self.layers), "wide": wide}
 
 
+MOVES = {"Transpose": 0, "Reshape": 0, "Identity": 0, "Unsqueeze": 0, "Squeeze": 0, "DequantizeLinear": 1}
+"""Operators that leave a weight's values as they are -> which of their inputs has the type that is computed in."""
+
+
 def asked_dtypes(model: ir.Model) -> dict[str, str]:
     """Node -> dtype of its weight, for every convolution and product of a graph that reads a weight."""
     dtypes = {}
@@ -105,14 +109,17 @@ def asked_dtypes(model: ir.Model) -> dict[str, str]:
 
 
 def _weight_dtype(value: ir.Value | None) -> str | None:
-    """The dtype of the weight behind a value, through what only moves it; None for an activation."""
+    """The dtype of the weight behind a value, through what only moves it; None for an activation.
+
+    What is computed with a quantised weight has the type of its scales.
+    """
     from toolchain.graph.placeholder import is_weight
 
     while value is not None and not is_weight(value):
         node = value.producer()
-        if node is None or node.op_type not in ("Transpose", "Reshape", "Identity", "Unsqueeze", "Squeeze"):
+        if node is None or node.op_type not in MOVES:
             return None
-        value = node.inputs[0]
+        value = node.inputs[MOVES[node.op_type]]
     return None if value is None or value.dtype is None else _dtype(value.dtype.name)
 
 

@@ -28,6 +28,10 @@ class TensorRtRtxBuilder(PlanBuilder[TensorRtRtxOptions]):
         """None."""
         return []
 
+    def refuses_quantized(self, options: TensorRtRtxOptions) -> str | None:
+        """None."""
+        return None
+
     def reads_weights(self, options: TensorRtRtxOptions) -> bool:
         """No: plans hold their weights."""
         return False

@@ -1,0 +1,183 @@
+"""W -> DequantizeLinear(int8, scales): weights in eight bits, activations in the type that they had.
+
+A scale belongs to one output channel. It has the weight's own float type: TensorRT computes whatever follows in the
+type of the scales. int8 is symmetric, and so there is no zero point. The int8 tensor and its scales are placeholders as
+the weight was, named with `VALUES` and `SCALES`; `weights.derived` computes them.
+
+1. The constant weight of a Conv, ConvTranspose, Gemm or MatMul is read through a DequantizeLinear. A Transpose between
+   weight and MatMul stays behind it.
+2. First and last convolution, embeddings, shortcuts and final projections are left alone, by their names in diffusers.
+3. So is a weight of fewer than `SMALLEST` elements, one that is read twice, and what `exclude` names.
+4. A weight that was quantised before is no float, and is left alone.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import onnx_ir as ir
+
+from toolchain.graph.placeholder import is_weight, placeholder, static_shape
+from toolchain.graph.transpose import SUFFIX
+
+VALUES, SCALES = ".int8", ".scales"
+SMALLEST = 4096
+"""Elements: a smaller weight would save less than 12 KiB for an operator more."""
+SENSITIVE = {
+    "first or last convolution": ("conv_in", "conv_out"),
+    "embedding": (
+        *("time_embedding", "time_emb_proj", "time_text_embed", "add_embedding", "pos_embed", "x_embedder"),
+        *("context_embedder", "patch_embedding"),
+    ),
+    "shortcut": ("conv_shortcut",),
+    "final projection": ("norm_out", "text_projection"),
+}
+"""Why a module stays as it is -> its name, anywhere in the dotted path. NVIDIA's own lists for diffusers leave them."""
+FINAL = "proj_out"
+"""A final projection where it is the whole path; within blocks it is an ordinary linear."""
+CONVOLUTIONS = ("Conv", "ConvTranspose")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The weights of matrix products and convolutions, by their names in the checkpoint.
+
+    quantized  those in eight bits
+    left       the others, with the reason
+    """
+
+    quantized: tuple[str, ...]
+    left: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for json.dump: how many, of how many, and the names that were left by reason."""
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left.items():
+            reasons.setdefault(reason, []).append(name)
+        count = len(self.quantized)
+        return {"type": "int8", "weights": count, "of": count + len(self.left), "left": reasons}
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A constant weight: the node that reads it, a Transpose perhaps, and its axis of output channels."""
+
+    value: ir.Value
+    reader: ir.Node
+    axis: int
+
+    @property
+    def name(self) -> str:
+        """In the checkpoint."""
+        return str(self.value.name).removesuffix(SUFFIX)
+
+
+def survey(model: ir.Model, exclude: Sequence[str]) -> Survey:
+    """What `quantize_weights` does to a graph that it was not applied to yet."""
+    reasons = {weight.name: reason for weight, reason in _judged(model, exclude)}
+    left = {name: reason for name, reason in reasons.items() if reason is not None}
+    return Survey(tuple(name for name in reasons if name not in left), left)
+
+
+def quantize_weights(model: ir.Model, exclude: Sequence[str]) -> ir.Model:
+    """A copy with its large weights in int8; `exclude` are dotted module names or fnmatch patterns."""
+    model = model.clone()
+    for weight, reason in _judged(model, exclude):
+        if reason is None:
+            _dequantize(model.graph, weight)
+    return model
+
+
+def quantized_axes(model: ir.Model) -> dict[str, int]:
+    """The axis of output channels of every weight that was quantised, by the name that its initializer had."""
+    axes = {}
+    for node in model.graph:
+        value = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if value is not None and is_weight(value) and str(value.name).endswith(VALUES):
+            axes[str(value.name).removesuffix(VALUES)] = node.attributes["axis"].as_int()
+    return axes
+
+
+def _weights(model: ir.Model) -> Iterator[_Weight]:
+    for node in model.graph:
+        if node.domain or len(node.inputs) < 2:
+            continue
+        value, reader = node.inputs[1], node
+        before = value.producer() if value is not None and node.op_type == "MatMul" else None
+        flipped = before is not None and before.op_type == "Transpose" and _swaps(before)
+        if before is not None and flipped:
+            value, reader = before.inputs[0], before
+        axis = _axis(node, flipped)
+        if axis is None or value is None or not is_weight(value):
+            continue
+        if node.op_type in CONVOLUTIONS or len(_shape(value)) == 2:
+            yield _Weight(value, reader, axis)
+
+
+def _swaps(transpose: ir.Node) -> bool:
+    perm = transpose.attributes.get("perm")
+    return perm is not None and list(perm.as_ints()) == [1, 0]
+
+
+def _axis(node: ir.Node, flipped: bool) -> int | None:
+    """Of output channels in the weight of a node; None where the node has no such weight."""
+    if node.op_type == "Gemm":
+        transposed = node.attributes.get("transB")
+        return 0 if transposed is not None and transposed.as_int() else 1
+    return {"Conv": 0, "ConvTranspose": 1, "MatMul": 0 if flipped else 1}.get(node.op_type)
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.const_value is not None
+    return static_shape(value.const_value)
+
+
+def _judged(model: ir.Model, exclude: Sequence[str]) -> list[tuple[_Weight, str | None]]:
+    """Every weight, and why it is left alone, or None."""
+    convolutions = [node for node in model.graph if node.op_type in CONVOLUTIONS]
+    ends = {*convolutions[:1], *convolutions[-1:]}
+    return [(weight, _reason(weight, exclude, ends)) for weight in _weights(model)]
+
+
+def _reason(weight: _Weight, exclude: Sequence[str], ends: Collection[ir.Node]) -> str | None:
+    parts = weight.name.split(".")[:-1]
+    modules = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    if any(fnmatch.fnmatchcase(module, pattern) for module in modules for pattern in exclude):
+        return "excluded"
+    for reason, names in SENSITIVE.items():
+        if any(name in parts for name in names):
+            return reason
+    if parts == [FINAL]:
+        return "final projection"
+    if weight.reader in ends:
+        return "first or last convolution"
+    turned = weight.reader.outputs if weight.reader.op_type == "Transpose" else ()
+    if any(len(value.uses()) > 1 for value in (weight.value, *turned)):
+        return "read twice"
+    return "small" if prod(_shape(weight.value)) < SMALLEST else None
+
+
+def _dequantize(graph: ir.Graph, weight: _Weight) -> None:
+    """Puts the DequantizeLinear between a weight and its reader."""
+    value, shape = weight.value, _shape(weight.value)
+    assert value.const_value is not None
+    dtype = value.const_value.dtype
+    values = _initializer(graph, f"{value.name}{VALUES}", ir.DataType.INT8, shape)
+    scales = _initializer(graph, f"{value.name}{SCALES}", dtype, (shape[weight.axis],))
+    node = ir.node("DequantizeLinear", [values, scales], {"axis": weight.axis}, name=f"{value.name}.dequantize")
+    output = node.outputs[0]
+    output.name, output.shape, output.type = f"{value.name}.dequantized", ir.Shape(shape), ir.TensorType(dtype)
+    graph.insert_before(weight.reader, node)
+    ir.convenience.replace_all_uses_with(value, output)
+    del graph.initializers[str(value.name)]
+
+
+def _initializer(graph: ir.Graph, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
+    tensor = placeholder(name, dtype, shape)
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
