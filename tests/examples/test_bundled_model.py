@@ -33,6 +33,16 @@ def test_the_check_passes(bundle: Path) -> None:
     assert min(p.psnr_db for p in report.pictures) >= 60
 
 
+def test_the_check_passes_with_weights_in_int8(store: Path, tmp_path: Path) -> None:
+    """Every component within the recipe's limits, at less than a quarter of the size."""
+    recipe = ROOT / "recipes" / "shapes-int8w.toml"
+    small = toolchain.build(recipe, str(MODEL), tmp_path / "bundle", store=store)
+    report = toolchain.check_bundle(small.path, str(MODEL))
+    assert report.passed, "\n".join(report.lines())
+    assert min(p.psnr_db for p in report.pictures) >= 48
+    assert sum(file.size for file in small.files.values()) < 12e6
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells resident memory")
 @pytest.mark.parametrize("batch", [1, 4])
 def test_memory_is_what_was_forecast(bundle: Path, batch: int) -> None:
