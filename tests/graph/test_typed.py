@@ -88,10 +88,10 @@ def test_what_a_backend_makes_of_a_graph_is_checked(tmp_path: Path) -> None:
     out = ir.node("Neg", [x], outputs=[value("y", (2,), BF16)], name="neg")
     ir.save(model([out], [x], list(out.outputs), []), tmp_path / GRAPH)
     sound: Any = SimpleNamespace(prepare=lambda graph: graph)
-    assert [node.name for node in prepared(sound, tmp_path / GRAPH).graph] == ["neg"]
+    assert [node.name for node in prepared(sound, tmp_path / GRAPH, None).graph] == ["neg"]
     damaging: Any = Damaging()
     with pytest.raises(ExportError, match="Neg neg"):
-        prepared(damaging, tmp_path / GRAPH)
+        prepared(damaging, tmp_path / GRAPH, None)
 
 
 def test_an_export_that_mixes_types_is_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
