@@ -17,8 +17,10 @@ from toolchain.engines.buffers import HostMemory
 from toolchain.engines.onnxruntime.activations import BLOCK, NARROW_BLOCK, NODE_BYTES, _Kinds, memory_facts, run_order
 from toolchain.engines.onnxruntime.build import OnnxRuntimeBuilder
 from toolchain.engines.onnxruntime.device import cpu_features
+from toolchain.engines.onnxruntime.optimize import widen_late
 from toolchain.engines.onnxruntime.run import OnnxRuntimeRunner
 from toolchain.engines.onnxruntime_cuda import build as cuda_build
+from toolchain.graph.placeholder import placeholder
 from toolchain.recipe.options import OnnxRuntimeCudaOptions, OnnxRuntimeOptions
 from toolchain.runtime.engines import BoundEngine
 
@@ -147,6 +149,36 @@ def test_a_batch_of_matrices_and_other_dtypes_are_not_packed() -> None:
     half = ir.Value(name="h", shape=ir.Shape((3, 5)), type=ir.TensorType(ir.DataType.FLOAT16))
     half.const_value = ir.tensor(np.zeros((3, 5), np.float16), name="h")
     assert of("MatMul", [value("x", (2, 3)), half])["packed_bytes"] == 0
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_weights_are_widened_when_they_are_needed(turned: bool) -> None:
+    """One at a time, and not all before the first product."""
+    x, nodes, weights = value("x", (8, 64)), list[ir.Node](), list[ir.Value]()
+    before = x
+    for name in "abcd":
+        stored = ir.Value(name=name, shape=ir.Shape((64, 64)), type=ir.TensorType(ir.DataType.INT8))
+        stored.const_value = placeholder(name, ir.DataType.INT8, (64, 64))
+        weights += [stored, weight(f"{name}.scales", (64,))]
+        wide = value(f"{name}.wide", (64, 64))
+        nodes.append(ir.node("DequantizeLinear", weights[-2:], {"axis": 1}, outputs=[wide], name=f"{name}.wide"))
+        if turned:
+            wide, source = value(f"{name}.turned", (64, 64)), wide
+            nodes.append(ir.node("Transpose", [source], {"perm": [1, 0]}, outputs=[wide], name=f"{name}.turned"))
+        nodes.append(ir.node("MatMul", [before, wide], outputs=[value(f"{name}.y", (8, 64))], name=name))
+        before = nodes[-1].outputs[0]
+    graph = model(nodes, [x], [before], weights)
+    assert [node.name for node in run_order(graph.graph)] != [node.name for node in nodes]
+    widen_late(graph.graph)
+    assert [node.name for node in run_order(graph.graph)] == [node.name for node in nodes]
+    wide_bytes, rows = 4 * 64 * 64, 4 * 8 * 64
+    assert memory_facts(graph, AVX512)["activation_bytes"] <= (1 + turned) * wide_bytes + 2 * rows
+
+
+def test_a_graph_of_constants_stays_one() -> None:
+    made = model([ir.node("Neg", [weight("w", (2,))], outputs=[value("y", (2,))])], [], [value("y", (2,))], [])
+    widen_late(made.graph)
+    assert [node.op_type for node in made.graph] == ["Neg"]
 
 
 def test_a_backend_that_cannot_tell_writes_nothing_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

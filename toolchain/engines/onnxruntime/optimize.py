@@ -90,7 +90,27 @@ def save_engine(model: ir.Model, weights: Mapping[str, Path], path: Path) -> Non
             else:
                 role, ref = match
                 point_into(value, ref, FILES[role])
+        widen_late(model.graph)
         ir.save(model, path)
+
+
+def widen_late(graph: ir.Graph) -> None:
+    """Moves what is computed from weights alone to the front of the list of nodes.
+
+    A session takes of the inputs of a node the one first whose node is the last in the list (`run_order`): listed in
+    front of their readers, weights in int8 would be widened long before these can run, and lie there as floats.
+    """
+    constant: list[ir.Node] = []
+    known = {*graph.initializers.values()}
+    for node in graph:
+        if node.inputs and all(value is None or value in known for value in node.inputs):
+            constant.append(node)
+            known.update(node.outputs)
+    graph.remove(constant)
+    if len(graph):
+        graph.insert_before(graph[0], constant)
+    else:
+        graph.extend(constant)
 
 
 def initializers(model: ir.Model) -> Iterable[tuple[str, ir.TensorProtocol]]:
