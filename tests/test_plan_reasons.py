@@ -178,6 +178,8 @@ def test_an_exclusion_that_matches_nothing(built: dict[str, str], tmp_path: Path
     for component, wrong, close in (
         ("denoiser", "mid_blok", "mid_block"),
         ("text_encoder", "encoder.layer", "encoder"),
+        ("vae_decoder", "encoder.mid_block", "decoder.mid_block"),  # the other half of the network
+        ("vae_encoder", "post_quant_conv", "quant_conv"),
     ):
         with pytest.raises(RecipeError) as error:
             plan(built["model"], built["store"], tmp_path, quantized(component, exclude=["*", wrong]))
@@ -214,6 +216,36 @@ def test_patterns_of_all_components_are_told_at_once(tiny_model: Path, tmp_path:
     with pytest.raises(RecipeError) as error:
         plan(tiny_model, tmp_path / "none", tmp_path, text)
     assert all(f"no module matches {name!r}" in str(error.value) for name in "abc")
+
+
+def test_older_names_are_none_of_the_network(tiny_copy: Path, tmp_path: Path) -> None:
+    """A checkpoint may call to_q query, as a module that no longer exists."""
+    from safetensors.numpy import load_file, save_file
+
+    (file,) = (tiny_copy / "vae").glob("*.safetensors")
+    save_file({name.replace(".to_q.", ".query."): tensor for name, tensor in load_file(file).items()}, file)
+    plan(tiny_copy, tmp_path / "none", tmp_path, quantized("vae_decoder", exclude=["*.to_q"]))
+    with pytest.raises(RecipeError, match=r"no module matches '\*\.query'"):
+        plan(tiny_copy, tmp_path / "none", tmp_path, quantized("vae_decoder", exclude=["*.query"]))
+
+
+def test_checking_a_recipe_against_a_model_sees_patterns(tiny_model: Path, tmp_path: Path) -> None:
+    recipe = write(tmp_path / "tiny.toml", quantized("denoiser", exclude=["mid_blok"]))
+    with pytest.raises(RecipeError, match="did you mean 'mid_block"):
+        toolchain.api.check_recipe_file(recipe, str(tiny_model))
+    wrong = own("denoiser", dtype="float16", keep_float32=["conv_inn"])
+    kept = write(tmp_path / "kept.toml", wrong)
+    with pytest.raises(RecipeError, match="no module matches 'conv_inn'"):
+        toolchain.api.check_recipe_file(kept, str(tiny_model))
+
+
+def test_an_exported_graph_forecasts_no_quantised_engine(built: dict[str, str], tmp_path: Path) -> None:
+    """What it knows of weights and activations is about floats."""
+    plain, small = (plan(built["model"], built["store"], tmp_path, text) for text in (RECIPE, quantized("denoiser")))
+    assert "denoiser" in {engine.component for engine in toolchain.api.plan_memory(plain)}
+    assert {engine.component for engine in toolchain.api.plan_memory(plain)} - {
+        engine.component for engine in toolchain.api.plan_memory(small)
+    } == {"denoiser"}
 
 
 def test_a_module_without_weights_is_a_module(tiny_model: Path, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def check_recipe_file(
     Needs no library of the engines. Raises RecipeError with every problem, ModelError and UsageError.
     """
     from toolchain.builder.open_model import open_model
-    from toolchain.builder.plan import check_recipe
+    from toolchain.builder.plan import check_patterns, check_recipe
     from toolchain.engines.builders import builder_of
     from toolchain.models.registry import family_of, named_family
 
@@ -116,6 +116,8 @@ def check_recipe_file(
     source = None if model is None else open_model(model, revision, config=config, weights=False, safety=safety)
     family = named_family(loaded.family) if source is None else family_of(source, loaded)
     check_recipe(loaded, family, builder_of(loaded.backend), source)
+    if source is not None:
+        check_patterns(loaded, source, family)
     return loaded
 
 

@@ -20,11 +20,12 @@ def planned(plan: Plan) -> list[EngineMemory]:
             component, bucket = step.id.component, step.id.label
             weights = plan.artifact(StepId("weights", component))
             size = sum(record.size for record in weights.files.values()) if weights else 0
-            sources = (
+            sources = [
                 (StepId("engine", component, bucket), ENGINE_FACTS),
                 (StepId("engine", component, PROFILES), ENGINE_FACTS),
-                (step.id, GRAPH_FACTS),
-            )
+            ]
+            if plan.recipe.component(component).quantize is None:  # which an exported graph knows nothing of
+                sources.append((step.id, GRAPH_FACTS))
             signature: Any = step.inputs["signature"]
             for source, file in sources:
                 artifact = plan.artifact(source)

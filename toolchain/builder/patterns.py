@@ -17,6 +17,9 @@ from toolchain.models.source import ModelSource
 from toolchain.recipe import Recipe
 from toolchain.weights.safetensors import read_folder
 
+OLDER = ("query", "proj_attn")
+"""Modules in checkpoints that call to_q and to_out so: names in a recipe are today's."""
+
 
 def pattern_problems(component: Component, source: ModelSource, recipe: Recipe, *, exported: bool) -> list[str]:
     """A line for each pattern of a component that matches no module.
@@ -24,7 +27,7 @@ def pattern_problems(component: Component, source: ModelSource, recipe: Recipe, 
     exported: its graph is in the store, so that `keep_float32` of a narrower type matches: construction checks that.
     """
     precision = recipe.component(component.name)
-    known = _names_of_weights(component, source)
+    known = _own(component, _names_of_weights(component, source))
     kept = () if exported and precision.dtype != "float32" else precision.keep_float32
     left = {
         "keep_float32": _unmatched(kept, known),
@@ -32,12 +35,17 @@ def pattern_problems(component: Component, source: ModelSource, recipe: Recipe, 
     }
     if not any(left.values()):
         return []
-    names = _names_of_modules(component, source, recipe)
+    names = _own(component, _names_of_modules(component, source, recipe))
     return [
         f"components.{component.name}.{key}: no module matches {pattern!r}{_hint(pattern, names)}"
         for key, patterns in left.items()
         for pattern in _unmatched(patterns, names)
     ]
+
+
+def _own(component: Component, names: Iterable[str]) -> list[str]:
+    """Those of the modules that it uses: one half of a VAE, not the other."""
+    return [name for name in names if not component.modules or name.split(".")[0] in component.modules]
 
 
 def _unmatched(patterns: Iterable[str], names: Collection[str]) -> list[str]:
@@ -59,7 +67,9 @@ def _names_of_weights(component: Component, source: ModelSource) -> set[str]:
         keys = read_folder(source.path / component.folder).keys()
     except WeightsError:
         return set()  # told where the weights are needed
-    parts = (key.split(".")[:-1] for key in keys)
+    parts = [key.split(".")[:-1] for key in keys]
+    if any(name in OLDER for names in parts for name in names):
+        return set()
     return {".".join(names[: i + 1]) for names in parts for i in range(len(names))}
 
 

@@ -5,7 +5,7 @@ Planning imports neither torch nor diffusers, so that a build with nothing to do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
@@ -100,7 +100,8 @@ def make_plan(recipe: Recipe, source: ModelSource, store: Store, *, graphs_only:
         planner.samplers()
     for component in family.parts(recipe):
         planner.graphs(component)
-    _check_patterns(recipe, source, family, planner.steps)
+    missing = {step.id.component for step in planner.steps if step.stage == "graph" and not step.hit}
+    check_patterns(recipe, source, family, exported={c.name for c in family.parts(recipe)} - missing)
     if not graphs_only:
         for component in family.parts(recipe):
             planner.engines(component)
@@ -115,16 +116,18 @@ def _device(backend: Builder[Any]) -> tuple[dict[str, Any] | None, EngineError |
         return None, error
 
 
-def _check_patterns(recipe: Recipe, source: ModelSource, family: Family, steps: Sequence[Step]) -> None:
-    """RecipeError with every pattern of `keep_float32` and `quantize.exclude` that matches no module."""
+def check_patterns(
+    recipe: Recipe, source: ModelSource, family: Family, *, exported: Collection[str] = frozenset()
+) -> None:
+    """RecipeError with every pattern of `keep_float32` and `quantize.exclude` that matches no module; `exported` are
+    the components whose graphs are in the store."""
     problems: list[str] = []
     for component in family.parts(recipe):
         precision = recipe.component(component.name)
         if precision.keep_float32 or (precision.quantize and precision.quantize.exclude):
             from toolchain.builder.patterns import pattern_problems
 
-            exported = all(s.hit for s in steps if s.stage == "graph" and s.inputs["component"] == component.name)
-            problems += pattern_problems(component, source, recipe, exported=exported)
+            problems += pattern_problems(component, source, recipe, exported=component.name in exported)
     _refuse(problems, recipe)
 
 

@@ -29,6 +29,7 @@ class Component:
     tokenizer   of a text encoder: the folder of its tokenizer. Its outputs [1, ...] are named as the inputs [B, ...] of
                 the denoiser that they become, the negative prompts' first
     optional    whether a recipe may leave the component out (`without`)
+    modules     the outermost modules of the checkpoint's network that it uses, where these are not all
 
     Of the recipe, spec, module and reference read `components`, `classifier_free_guidance` and `without` alone: a
     graph's key holds its signature, its own component's table and whether it is guided.
@@ -43,6 +44,7 @@ class Component:
     reference: Callable[[ModelSource, Recipe], nn.Module]
     tokenizer: str | None = None
     optional: bool = False
+    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

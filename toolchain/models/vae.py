@@ -54,7 +54,15 @@ def latent_shape(source: ModelSource, bucket: Bucket) -> tuple[int, int, int, in
     return bucket.batch, int(source.setting("vae", "latent_channels")), bucket.height // factor, bucket.width // factor
 
 
-def _component(name: str, factors: Factors, spec: Callable[..., GraphSpec], wrapper: str, optional: bool) -> Component:
+def _component(
+    name: str,
+    factors: Factors,
+    spec: Callable[..., GraphSpec],
+    wrapper: str,
+    modules: tuple[str, ...],
+    *,
+    optional: bool = False,
+) -> Component:
     def wrap(vae: nn.Module, source: ModelSource, dtype: str) -> nn.Module:
         from toolchain.models import vae_module
 
@@ -77,6 +85,7 @@ def _component(name: str, factors: Factors, spec: Callable[..., GraphSpec], wrap
         module=module,
         reference=reference,
         optional=optional,
+        modules=modules,
     )
 
 
@@ -90,7 +99,7 @@ def vae_decoder(factors: Factors) -> Component:
             (TensorSpec("pixels", "uint8", pixels), TensorSpec("image", "float32", pixels)),
         )
 
-    return _component("vae_decoder", factors, spec, "VaeDecoder", False)
+    return _component("vae_decoder", factors, spec, "VaeDecoder", ("decoder", "post_quant_conv"))
 
 
 def vae_encoder(factors: Factors) -> Component:
@@ -103,4 +112,4 @@ def vae_encoder(factors: Factors) -> Component:
         scales = (TensorSpec(name, "float32", (1,)) for name in ("signal", "sigma"))
         return GraphSpec((pixels, *draws, *scales), (TensorSpec("latents", "float32", latents),))
 
-    return _component("vae_encoder", factors, spec, "VaeEncoder", True)
+    return _component("vae_encoder", factors, spec, "VaeEncoder", ("encoder", "quant_conv"), optional=True)

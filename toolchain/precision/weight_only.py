@@ -34,7 +34,7 @@ SENSITIVE = {
         *("context_embedder", "patch_embedding"),
     ),
     "shortcut": ("conv_shortcut",),
-    "final projection": ("norm_out", "text_projection"),
+    "final projection": ("norm_out", "text_projection", "visual_projection"),
 }
 """Why a module stays as it is -> its name, anywhere in the dotted path. NVIDIA's own lists for diffusers leave them."""
 FINAL = "proj_out"
