@@ -55,6 +55,10 @@ class WeightsError(ModelError):
     """A weight file is damaged, or its tensors are not those of the model."""
 
 
+class CalibrationError(DiffbuildError):
+    """Ranges of activations are missing, of no use, or not this model's: calibrate again."""
+
+
 class SamplerError(DiffbuildError):
     """A scheduler cannot be compiled into a table."""
 
