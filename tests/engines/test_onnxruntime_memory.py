@@ -219,3 +219,17 @@ def test_it_is_what_onnxruntime_does(tiny_bundle: Path, tmp_path: Path, componen
     facts = json.loads((bundle.path / entry.folder / "engine.json").read_text())
     used = [int(e["args"]["mem_bytes_requested_in_use"]) for e in nodes]
     assert max(used) - facts["packed_bytes"] == pytest.approx(facts["activation_bytes"], rel=0.1)
+
+
+def test_a_product_in_int8_packs_columns_and_their_sums() -> None:
+    """Columns are filled up to 16 and rows to 4, and each column has a sum of four bytes."""
+    x, scales, step = value("x", (2, 3), ir.DataType.UINT8), value("scales", (20,)), value("step", ())
+    packed = value("w", (3, 20), ir.DataType.INT8)
+    packed.const_value = ir.tensor(np.zeros((3, 20), np.int8), name="w")
+    found = of("MatMulIntegerToFloat", [x, packed, step, scales])
+    assert (found["packed_bytes"], found["activation_bytes"]) == (32 * (4 + 4), 4 * 2 * 20)
+
+
+def test_rounding_to_eight_bits_takes_a_byte() -> None:
+    zero = constant("zero", np.uint8(128))
+    assert of("QuantizeLinear", [value("x", (2, 3)), value("step", ()), zero])["activation_bytes"] == 2 * 3

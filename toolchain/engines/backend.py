@@ -51,6 +51,9 @@ class Builder(Protocol[Options]):
     def prepare(self, graph: ir.Model) -> ir.Model:
         """An exported graph in the form that `build` takes, with weights as this backend wants them."""
 
+    def finish(self, graph: ir.Model) -> ir.Model:
+        """A prepared graph whose weights and activations were then quantised, in the form that `build` takes."""
+
     def merges(self, options: Options) -> bool:
         """Whether one engine serves all buckets of a component under these options, built from their merged graph."""
 

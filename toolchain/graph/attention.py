@@ -9,11 +9,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from toolchain.graph.insert import Inserter, shape_of
 from toolchain.graph.placeholder import is_weight
 
 DOMAIN = "com.microsoft"
@@ -44,15 +43,15 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> None:
     key, value, output = _untransposed(turned), merged.inputs[1], merged.outputs[0]
     if key is None or query is None or value is None:
         return
-    shapes = [_shape(v) for v in (query, key, value)]
+    shapes = [shape_of(v) for v in (query, key, value)]
     if any(len(shape) != 4 for shape in shapes) or len({shape[:2] for shape in shapes}) != 1:
         return
-    before = _Inserter(graph, merged)
+    before = Inserter(merged)
     heads = shapes[0][1]
-    batch, _, rows, width = _shape(output)
+    batch, _, rows, width = shape_of(output)
     whole = before.add(
         "MultiHeadAttention",
-        [before.packed(v) for v in (query, key, value)],
+        [_packed(before, v) for v in (query, key, value)],
         (batch, rows, heads * width),
         {"num_heads": heads, "scale": query_scale * key_scale},
         domain=DOMAIN,
@@ -66,49 +65,17 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> None:
     ir.convenience.replace_all_uses_with(replaced, by, replace_graph_outputs=True)
 
 
-class _Inserter:
-    """Puts new nodes before `where`; their values have `where`'s type."""
-
-    def __init__(self, graph: ir.Graph, where: ir.Node) -> None:
-        self._graph, self._where = graph, where
-        self._dtype = where.outputs[0].dtype or ir.DataType.FLOAT
-
-    def add(
-        self,
-        op: str,
-        inputs: list[ir.Value],
-        shape: tuple[int, ...],
-        attributes: dict[str, Any],
-        domain: str = "",
-    ) -> ir.Value:
-        node = ir.node(op, inputs, attributes, domain=domain)
-        output = node.outputs[0]
-        output.shape, output.type = ir.Shape(shape), ir.TensorType(self._dtype)
-        self._graph.insert_before(self._where, node)
-        return output
-
-    def reshape(self, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
-        constant = ir.node("Constant", [], {"value": ir.tensor(list(shape), dtype=ir.DataType.INT64)})
-        self._graph.insert_before(self._where, constant)
-        return self.add("Reshape", [value, constant.outputs[0]], shape, {})
-
-    def packed(self, heads: ir.Value) -> ir.Value:
-        """[B, H, S, D] -> [B, S, H*D]"""
-        batch, count, rows, width = _shape(heads)
-        whole = (batch, rows, count * width)
-        split = _transposed(heads, HEADS)
-        if split is None:
-            split = self.add("Transpose", [heads], (batch, rows, count, width), {"perm": HEADS})
-        source = _producer(split, "Reshape")
-        if source is not None and source.inputs[0] is not None and _shape(source.inputs[0]) == whole:
-            return source.inputs[0]
-        return self.reshape(split, whole)
-
-
-def _shape(value: ir.Value) -> tuple[int, ...]:
-    """Static, or () where it is not known."""
-    dims = tuple(value.shape) if value.shape is not None else ()
-    return tuple(d for d in dims if isinstance(d, int)) if all(isinstance(d, int) for d in dims) else ()
+def _packed(before: Inserter, heads: ir.Value) -> ir.Value:
+    """[B, H, S, D] -> [B, S, H*D]"""
+    batch, count, rows, width = shape_of(heads)
+    whole = (batch, rows, count * width)
+    split = _transposed(heads, HEADS)
+    if split is None:
+        split = before.add("Transpose", [heads], (batch, rows, count, width), {"perm": HEADS})
+    source = _producer(split, "Reshape")
+    if source is not None and source.inputs[0] is not None and shape_of(source.inputs[0]) == whole:
+        return source.inputs[0]
+    return before.reshape(split, whole)
 
 
 def _producer(value: ir.Value | None, op: str) -> ir.Node | None:
@@ -159,11 +126,11 @@ def _untransposed(value: ir.Value | None) -> ir.Value | None:
     source = inner.inputs[0] if inner is not None else None
     if source is None or flat is None:
         return None
-    *lead, width, rows = _shape(value) or (0, 0)
+    *lead, width, rows = shape_of(value) or (0, 0)
     batch = 1
     for side in lead:
         batch *= side
-    fits = _shape(source) == (*lead, rows, width) and _shape(flat) == (batch, rows, width)
+    fits = shape_of(source) == (*lead, rows, width) and shape_of(flat) == (batch, rows, width)
     return source if fits else None
 
 
@@ -173,5 +140,5 @@ def _joins_heads(output: ir.Value) -> ir.Value | None:
     if turn is None or _transposed(turn.outputs[0], HEADS) is None:
         return None
     join = _reader(turn.outputs[0], "Reshape")
-    batch, heads, rows, width = _shape(output)
-    return join.outputs[0] if join is not None and _shape(join.outputs[0]) == (batch, rows, heads * width) else None
+    batch, heads, rows, width = shape_of(output)
+    return join.outputs[0] if join is not None and shape_of(join.outputs[0]) == (batch, rows, heads * width) else None

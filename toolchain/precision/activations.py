@@ -14,13 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from math import isfinite
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from toolchain.errors import CalibrationError
+from toolchain.graph.insert import shared_constant
 from toolchain.graph.placeholder import is_weight
 from toolchain.graph.transpose import SUFFIX
 from toolchain.precision.ranges import Ranges
@@ -95,7 +94,8 @@ def _round(graph: ir.Graph, value: ir.Value, scale: float, before: ir.Node) -> i
     assert value.dtype is not None
     least = TINY if value.dtype == ir.DataType.FLOAT16 else 0.0
     steps = np.array(max(scale, least)).astype(value.dtype.numpy())
-    constants = [_constant(graph, f"{value.name}.scale", steps), _constant(graph, ZERO, np.array(0, np.int8))]
+    scales = shared_constant(graph, f"{value.name}.scale", steps)
+    constants = [scales, shared_constant(graph, ZERO, np.array(0, np.int8))]
     integers = _insert(before, "QuantizeLinear", [value, *constants], f"{value.name}.int8", ir.DataType.INT8)
     return _insert(before, "DequantizeLinear", [integers, *constants], f"{value.name}.rounded", value.dtype)
 
@@ -108,12 +108,3 @@ def _insert(before: ir.Node, op: str, inputs: list[ir.Value], name: str, dtype: 
     assert before.graph is not None
     before.graph.insert_before(before, node)
     return output
-
-
-def _constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
-    """An initializer, which is there once."""
-    if name not in graph.initializers:
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        graph.register_initializer(value)
-    return graph.initializers[name]

@@ -13,3 +13,10 @@ def prepare(graph: ir.Model) -> ir.Model:
     from toolchain.graph.transpose import transpose_weights
 
     return transpose_weights(graph)
+
+
+def finish(graph: ir.Model) -> ir.Model:
+    """The graph with uint8 activations and with convolutions as products, whose weights are stored accordingly."""
+    from toolchain.engines.onnxruntime.integer import as_products
+
+    return as_products(graph)

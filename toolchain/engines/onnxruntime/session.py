@@ -34,9 +34,10 @@ def session_options(threads: int, entries: Mapping[str, str] | None = None) -> A
     return settings
 
 
-QUANTIZED_FUSIONS = "QDQSelectorActionTransformer"
-"""An optimiser of ONNX Runtime that would make MatMulNBits of int8 weights: a second copy of them, and activations
-rounded to int8 (1.32: an error of 5e-3 where a DequantizeLinear leaves 6e-7)."""
+QUANTIZED_FUSIONS = ("QDQSelectorActionTransformer", "QDQPropagationTransformer")
+"""Optimisers of ONNX Runtime. The first would make MatMulNBits of int8 weights: a second copy of them, and activations
+rounded to int8 (1.32: an error of 5e-3 where a DequantizeLinear leaves 6e-7). The second puts pairs in front of what it
+moves a QuantizeLinear over, for the first to take away again. Products of int8 are fused in `integer_kernels`."""
 
 
 def open_session(graph: bytes, settings: Any, where: Path, providers: Sequence[Provider]) -> Any:
@@ -48,7 +49,7 @@ def open_session(graph: bytes, settings: Any, where: Path, providers: Sequence[P
 
     try:
         session = onnxruntime.InferenceSession(
-            graph, settings, providers=list(providers), disabled_optimizers=[QUANTIZED_FUSIONS]
+            graph, settings, providers=list(providers), disabled_optimizers=[*QUANTIZED_FUSIONS]
         )
     except Exception as error:  # onnxruntime raises a dozen classes of its own, all derived straight from Exception
         raise EngineError("ONNX Runtime cannot open the graph", where=where, got=first_line(error)) from error

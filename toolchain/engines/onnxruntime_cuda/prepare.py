@@ -15,6 +15,11 @@ def prepare(graph: ir.Model) -> ir.Model:
     return _float_argmax(transpose_weights(graph))
 
 
+def finish(graph: ir.Model) -> ir.Model:
+    """The graph itself: nothing is quantised for this backend."""
+    return graph
+
+
 def _float_argmax(model: ir.Model) -> ir.Model:
     """CUDA's ArgMax takes floats alone. CLIP finds the end of a prompt with it, in token ids: exact in float32."""
     import onnx_ir as ir
