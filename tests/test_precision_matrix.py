@@ -21,6 +21,7 @@ from tests.test_recipes import MODELS as MAKERS
 from toolchain.builder.plan import make_plan
 from toolchain.builder.stages.graph import GRAPH
 from toolchain.engines.builders import BUILDERS
+from toolchain.engines.onnxruntime.integer_kernels import fuse_integer_products
 from toolchain.engines.tensorrt.network import add_profiles
 from toolchain.graph.parser_rules import refusals
 from toolchain.graph.placeholder import is_weight
@@ -28,6 +29,7 @@ from toolchain.graph.profiles import merge_buckets, read_profiles
 from toolchain.graph.typed import check_types
 from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS
+from toolchain.precision.activations import quantize_activations, quantized_products
 from toolchain.precision.weight_only import quantize_weights, quantized_axes
 from toolchain.recipe import Bucket, Check, ComponentRecipe, Recipe
 from toolchain.store.artifacts import Store
@@ -151,9 +153,41 @@ def test_a_denoiser_with_weights_in_int8(graph: Graph, family: str, dtype: str) 
     assert parsed.build() is not None, parsed.errors()
 
 
-def test_two_buckets_with_weights_in_int8_as_one_graph(graph: Graph) -> None:
+def in_int8(backend: str, exported: ir.Model) -> ir.Model:
+    """Weights and activations, as a build makes it of a graph. How large activations get matters to no parser."""
+    builder = BUILDERS[backend]
+    quantized = quantize_weights(builder.prepare(exported), ())
+    products = quantized_products(quantized)
+    return builder.finish(quantize_activations(quantized, {name: 0.03 for name, _ in products}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", MAKERS)
+def test_a_denoiser_in_int8(graph: Graph, family: str, dtype: str) -> None:
+    """One plan for all targets; on ONNX Runtime every quantised product of float32 has an integer kernel."""
+    exported = graph(family, "denoiser", dtype, True, 0)
+    quantized = in_int8("tensorrt_rtx", exported)
+    check_types(quantized)
+    assert refusals(quantized) == []
+    if dtype != "bfloat16":
+        prepared = in_int8("onnxruntime", exported)
+        check_types(prepared)
+        require_session(prepared)
+        kernels = [node.op_type for node in fuse_integer_products(prepared).graph if node.domain]
+        expected = len(quantized_axes(prepared)) if dtype == "float32" else 0
+        assert kernels == ["MatMulIntegerToFloat"] * expected
+    real_trt()
+    parsed = Parsed(quantized)
+    assert parsed.refused == []
+    assert parsed.build() is not None, parsed.errors()
+
+
+@pytest.mark.parametrize("activations", [False, True], ids=["weights", "products"])
+def test_two_buckets_in_int8_as_one_graph(graph: Graph, activations: bool) -> None:
     merged = merge_buckets([graph("sd", "denoiser", "float16", True, number) for number in (0, 1)])
     quantized = quantize_weights(BUILDERS["tensorrt_rtx"].prepare(merged), ())
+    if activations:
+        quantized = in_int8("tensorrt_rtx", merged)
     check_types(quantized)
     assert refusals(quantized) == []
     real_trt()

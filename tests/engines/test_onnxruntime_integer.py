@@ -59,7 +59,9 @@ def rows(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 CONVOLUTIONS = [
-    pytest.param((2, 32, 8, 8), (16, 32, 3, 3), (2, 16, 8, 8), {"pads": [1, 1, 1, 1]}, id="padded"),
+    pytest.param(
+        (2, 32, 8, 8), (16, 32, 3, 3), (2, 16, 8, 8), {"pads": [1, 1, 1, 1], "auto_pad": "NOTSET"}, id="padded"
+    ),
     pytest.param((1, 64, 5, 7), (80, 64, 1, 1), (1, 80, 5, 7), {}, id="1x1"),
     pytest.param((1, 64, 5, 7), (80, 64, 1, 1), (1, 80, 3, 4), {"strides": [2, 2]}, id="1x1 of every second"),
     pytest.param((1, 32, 8, 9), (16, 32, 3, 3), (1, 16, 4, 4), {"strides": [2, 2], "pads": [0, 0, 1, 1]}, id="strides"),
@@ -172,6 +174,8 @@ def test_4_what_stays() -> None:
     assert left(transposed, "body") == ["Conv", "ConvTranspose", "Conv"]
     grouped = convolution((1, 64, 4, 4), (64, 32, 3, 3), (1, 64, 4, 4), pads=[1, 1, 1, 1], group=2)
     assert left(grouped, "body") == ["Conv"] * 3
+    alike = convolution((1, 32, 4, 4), (32, 32, 3, 3), (1, 32, 4, 4), auto_pad="SAME_UPPER")
+    assert left(alike, "body") == ["Conv"] * 3
     assert left(product("Gemm", (64, 128), alpha=0.5), "linear") == ["Gemm"]
     assert left(product("MatMul", (64, 128), dtype=ir.DataType.FLOAT16), "linear") == ["MatMul"]
     halves = product("Gemm", (64, 128), dtype=ir.DataType.FLOAT16)

@@ -77,7 +77,7 @@ def _convolution(graph: ir.Graph, node: ir.Node) -> None:
     value, weight, *bias = node.inputs
     assert value is not None
     assert weight is not None
-    plain = node.attributes.get_int("group", 1) == 1 and "auto_pad" not in node.attributes
+    plain = node.attributes.get_int("group", 1) == 1 and node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
     if not plain or len(shape_of(value)) != 4:
         return
     batch, out, *sides = shape_of(node.outputs[0])
