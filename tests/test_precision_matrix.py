@@ -29,7 +29,7 @@ from toolchain.graph.profiles import merge_buckets, read_profiles
 from toolchain.graph.typed import check_types
 from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS
-from toolchain.precision.activations import quantize_activations, quantized_products
+from toolchain.precision.activations import quantize_activations
 from toolchain.precision.weight_only import quantize_weights, quantized_axes
 from toolchain.recipe import Bucket, Check, ComponentRecipe, Recipe
 from toolchain.store.artifacts import Store
@@ -154,11 +154,10 @@ def test_a_denoiser_with_weights_in_int8(graph: Graph, family: str, dtype: str) 
 
 
 def in_int8(backend: str, exported: ir.Model) -> ir.Model:
-    """Weights and activations, as a build makes it of a graph. How large activations get matters to no parser."""
+    """Weights and smoothed activations, as a build makes it of a graph."""
     builder = BUILDERS[backend]
     quantized = quantize_weights(builder.prepare(exported), ())
-    products = quantized_products(quantized)
-    return builder.finish(quantize_activations(quantized, {name: 0.03 for name, _ in products}))
+    return builder.prepare_quantized(quantize_activations(quantized, smooth=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -17,6 +17,7 @@ from toolchain.engines.onnxruntime.integer_kernels import fuse_integer_products
 from toolchain.graph.placeholder import placeholder
 from toolchain.graph.typed import check_types
 from toolchain.precision.activations import quantize_activations
+from toolchain.precision.changes import Changes
 from toolchain.precision.rounding import channel_scales, quantize
 from toolchain.precision.weight_only import quantize_weights
 from toolchain.weights.derived import weight_uses
@@ -42,10 +43,14 @@ def convolution(x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...], **at
     return model(nodes, [source], [nodes[-1].outputs[0]], [*weights, bias])
 
 
-def in_int8(made: ir.Model, **scales: float) -> ir.Model:
+def in_int8(made: ir.Model) -> ir.Model:
     """As a build makes it of an exported graph."""
-    named = {f"{name}.weight": scale for name, scale in scales.items()}
-    return BUILDER.finish(quantize_activations(quantize_weights(BUILDER.prepare(made), ()), named))
+    quantized = quantize_weights(BUILDER.prepare(made), ())
+    return BUILDER.prepare_quantized(quantize_activations(quantized, smooth=False))
+
+
+def scaled(name: str) -> Changes:
+    return Changes({f"{name}.weight.input.scales": np.array(SCALE, F32)})
 
 
 def integers(x: np.ndarray) -> np.ndarray:
@@ -85,10 +90,10 @@ def test_2_a_convolution_computes_with_integers(
         "last.weight": np.eye(y[1], dtype=F32)[..., None, None],
         "body.bias": generator.standard_normal(w[0]).astype(F32),
     }
-    graph = in_int8(convolution(x, w, y, **attributes), body=SCALE)
+    graph = in_int8(convolution(x, w, y, **attributes))
     check_types(graph)
     data = generator.standard_normal(x).astype(F32)
-    found, _ = run(tmp_path, graph, weights, data, level)
+    found, _ = run(tmp_path, graph, weights, data, level, scaled("body"))
     steps, scales = rows(weights["body.weight"])
     before, (top, left, bottom, right) = torch.from_numpy(integers(data)), attributes.get("pads", [0] * 4)
     before = torch.nn.functional.pad(before.double(), (left, right, top, bottom))
@@ -127,8 +132,8 @@ def test_3_a_product_computes_with_integers(
         made.graph.outputs[0] = added.outputs[0]
     kernel, offsets = generator.standard_normal(shape).astype(F32), generator.standard_normal(128).astype(F32)
     data = generator.standard_normal((4, 64)).astype(F32)
-    graph = in_int8(made, linear=SCALE)
-    found, _ = run(tmp_path, graph, {"linear.weight": kernel, "linear.bias": offsets}, data, level)
+    graph = in_int8(made)
+    found, _ = run(tmp_path, graph, {"linear.weight": kernel, "linear.bias": offsets}, data, level, scaled("linear"))
     steps, scales = rows(kernel if shape == (128, 64) else kernel.T)
     expected = (integers(data) @ steps.T) * (scales * np.float32(SCALE)) + offsets
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -142,7 +147,7 @@ def executed(folder: Path) -> dict[str, int]:
 
 
 def test_1_activations_are_shifted_to_uint8() -> None:
-    found = in_int8(product("MatMul", (64, 128)), linear=SCALE)
+    found = in_int8(product("MatMul", (64, 128)))
     pair = [node for node in found.graph if len(node.inputs) == 3]
     assert [node.op_type for node in pair] == ["QuantizeLinear", "DequantizeLinear"]
     zeros = {node.inputs[2] for node in pair}
@@ -154,7 +159,7 @@ def test_1_activations_are_shifted_to_uint8() -> None:
 
 
 def test_2_3_weights_are_stored_the_other_way_round() -> None:
-    made = in_int8(convolution((1, 64, 4, 4), (96, 64, 3, 2), (1, 96, 2, 3)), body=SCALE)
+    made = in_int8(convolution((1, 64, 4, 4), (96, 64, 3, 2), (1, 96, 2, 3)))
     (use,) = (use for use in weight_uses(made) if use.channels is not None)
     assert (use.name, use.key, use.shape, use.channels, use.transposed) == (
         "body.weight.transposed", "body.weight", (2, 3, 64, 96), 3, True,
@@ -162,8 +167,8 @@ def test_2_3_weights_are_stored_the_other_way_round() -> None:
     assert "body.weight.int8" not in made.graph.initializers
 
 
-def left(made: ir.Model, name: str, dtype: ir.DataType = ir.DataType.FLOAT) -> list[str]:
-    made = in_int8(made, **{name: SCALE})
+def left(made: ir.Model) -> list[str]:
+    made = in_int8(made)
     assert fuse_integer_products(made).opset_imports.keys() == {""}
     return [op for op in ops(made) if op not in ("QuantizeLinear", "DequantizeLinear")]
 
@@ -171,15 +176,15 @@ def left(made: ir.Model, name: str, dtype: ir.DataType = ir.DataType.FLOAT) -> l
 def test_4_what_stays() -> None:
     transposed = convolution((1, 32, 4, 4), (32, 32, 3, 3), (1, 32, 4, 4), pads=[1, 1, 1, 1])
     list(transposed.graph)[1].op_type = "ConvTranspose"
-    assert left(transposed, "body") == ["Conv", "ConvTranspose", "Conv"]
+    assert left(transposed) == ["Conv", "ConvTranspose", "Conv"]
     grouped = convolution((1, 64, 4, 4), (64, 32, 3, 3), (1, 64, 4, 4), pads=[1, 1, 1, 1], group=2)
-    assert left(grouped, "body") == ["Conv"] * 3
+    assert left(grouped) == ["Conv"] * 3
     alike = convolution((1, 32, 4, 4), (32, 32, 3, 3), (1, 32, 4, 4), auto_pad="SAME_UPPER")
-    assert left(alike, "body") == ["Conv"] * 3
-    assert left(product("Gemm", (64, 128), alpha=0.5), "linear") == ["Gemm"]
-    assert left(product("MatMul", (64, 128), dtype=ir.DataType.FLOAT16), "linear") == ["MatMul"]
+    assert left(alike) == ["Conv"] * 3
+    assert left(product("Gemm", (64, 128), alpha=0.5)) == ["Gemm"]
+    assert left(product("MatMul", (64, 128), dtype=ir.DataType.FLOAT16)) == ["MatMul"]
     halves = product("Gemm", (64, 128), dtype=ir.DataType.FLOAT16)
-    assert left(halves, "linear") == ["Gemm"]
+    assert left(halves) == ["Gemm"]
 
 
 def test_weights_alone_stay_in_float() -> None:
@@ -196,12 +201,12 @@ def test_an_add_of_something_else_stays_behind_the_product() -> None:
     added = ir.node("Add", [last, row], outputs=[value("sum", (4, 128))])
     made.graph.append(added)
     made.graph.outputs[0] = added.outputs[0]
-    found = fuse_integer_products(in_int8(made, linear=SCALE))
+    found = fuse_integer_products(in_int8(made))
     assert [op for op in ops(found) if op not in ("Constant", "Reshape")] == ["QuantizeLinear", KERNEL, "Add"]
 
 
 def test_the_given_graphs_stay() -> None:
-    made = quantize_activations(quantize_weights(product("Gemm", (64, 128)), ()), {"linear.weight": SCALE})
+    made = quantize_activations(quantize_weights(product("Gemm", (64, 128)), ()), smooth=False)
     before = ir.to_proto(made).SerializeToString()
     products = as_products(made)
     assert ir.to_proto(made).SerializeToString() == before

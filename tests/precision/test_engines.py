@@ -27,6 +27,7 @@ from toolchain.engines.buffers import HostMemory
 from toolchain.engines.onnxruntime.build import OnnxRuntimeBuilder
 from toolchain.engines.onnxruntime.run import OnnxRuntimeRunner
 from toolchain.graph.placeholder import placeholder
+from toolchain.precision.changes import NONE, Changes
 from toolchain.precision.rounding import channel_scales, quantize
 from toolchain.precision.weight_only import quantize_weights
 from toolchain.recipe.options import OnnxRuntimeOptions
@@ -40,14 +41,16 @@ F16 = ir.DataType.FLOAT16
 BUILDER, RUNNER = OnnxRuntimeBuilder(), OnnxRuntimeRunner()
 
 
-def run(folder: Path, graph: ir.Model, arrays: dict[str, Any], x: np.ndarray, level: Any) -> tuple[np.ndarray, int]:
+def run(
+    folder: Path, graph: ir.Model, arrays: dict[str, Any], x: np.ndarray, level: Any, changes: Changes = NONE
+) -> tuple[np.ndarray, int]:
     """The output of an engine over these weights, and the bytes of all its files."""
     write(folder, arrays, "F32")
     ir.save(graph, folder / "graph.onnx")
     uses = weight_uses(graph)
     tensors = find_tensors(uses, read_header(folder / "c.safetensors"), folder)
     files = {"weights": folder / "weights.safetensors"}
-    write_weights(uses, tensors, files["weights"])
+    write_weights(uses, tensors, files["weights"], changes=changes)
     options = OnnxRuntimeOptions(level, threads=1)
     pack = BUILDER.packer(options)
     if pack is not None:

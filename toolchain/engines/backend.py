@@ -51,8 +51,8 @@ class Builder(Protocol[Options]):
     def prepare(self, graph: ir.Model) -> ir.Model:
         """An exported graph in the form that `build` takes, with weights as this backend wants them."""
 
-    def finish(self, graph: ir.Model) -> ir.Model:
-        """A prepared graph whose weights and activations were then quantised, in the form that `build` takes."""
+    def prepare_quantized(self, graph: ir.Model) -> ir.Model:
+        """What `prepare` gave, now quantised, with the backend's own operators where it has better ones."""
 
     def merges(self, options: Options) -> bool:
         """Whether one engine serves all buckets of a component under these options, built from their merged graph."""

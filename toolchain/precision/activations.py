@@ -1,34 +1,67 @@
 """X -> QuantizeLinear -> DequantizeLinear -> product: activations in eight bits where quantised weights meet them.
 
 Symmetric int8 with one scale per tensor, in the activation's own float type. The zero point is written out: without one
-QuantizeLinear makes uint8.
+QuantizeLinear makes uint8. Scales are placeholders as weights are; `precision.changes` computes them.
 
 1. The activation that a Conv, ConvTranspose, Gemm or MatMul multiplies with a quantised weight is read through a pair.
-2. All readers of one activation share its pair, as the projections to query, key and value do. Its scale is the largest
-   of theirs.
+2. All readers of one activation share its pair and its scale, as the projections to query, key and value do.
 3. Whoever reads the activation with a weight that was left alone, or without one, reads it as it was.
-4. What reads a pair already is left alone.
+4. What reads a pair already is left alone, and so is a constant.
+5. Smoothing (SmoothQuant): the inputs of matrix products are divided by a number for each channel, and the weights
+   multiplied with it. A norm before them, which nobody else reads, has it in its weights; elsewhere it is a Mul.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from math import isfinite
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from toolchain.errors import CalibrationError
-from toolchain.graph.insert import shared_constant
-from toolchain.graph.placeholder import is_weight
+from toolchain.graph.insert import shape_of, shared_constant
+from toolchain.graph.placeholder import is_weight, placeholder
 from toolchain.graph.transpose import SUFFIX
-from toolchain.precision.ranges import Ranges
-from toolchain.precision.rounding import LARGEST
-from toolchain.precision.weight_only import VALUES
+from toolchain.precision.weight_only import SCALES, VALUES
 
 ZERO = "zero.int8"
-TINY = float(np.finfo(np.float16).tiny)
-"""The least scale in float16 that is not rounded to a few bits."""
+SCALE, FACTORS = f".input{SCALES}", ".input.factors"
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """An activation that is rounded.
+
+    weights    that it is multiplied with, by their names in the checkpoint
+    dtype      its type
+    smoothing  whether each channel is divided by a number of its own, and where
+    norm       initializers that hold it where it is "folded"
+    """
+
+    weights: tuple[str, ...]
+    dtype: ir.DataType
+    smoothing: Literal["none", "multiplied", "folded"]
+    norm: tuple[str, ...] = ()
+
+    @property
+    def scale(self) -> str:
+        """The initializer of its scale, whose name is the same in all buckets."""
+        return self.weights[0] + SCALE
+
+    @property
+    def factors(self) -> str:
+        """The initializer that it is multiplied with."""
+        return self.weights[0] + FACTORS
+
+
+@dataclass(frozen=True)
+class _Group:
+    """An activation, the products that read it with quantised weights, the first of them first."""
+
+    value: ir.Value
+    readers: tuple[ir.Node, ...]
+    rounded: Rounded
 
 
 def quantized_products(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
@@ -43,61 +76,69 @@ def quantized_products(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
             yield name, next(r for r, _ in reader.outputs[0].uses()) if turned else reader
 
 
-def activation_scales(ranges: Ranges, weights: Iterable[str], method: str) -> dict[str, float]:
-    """By the name of the weight: what an int8 of 1 stands for in the activation that it is multiplied with.
-
-    method  as `parse_method` takes it
-
-    Raises CalibrationError with every weight whose activation has no range, or one that is no use.
-    """
-    scales, problems = {}, []
-    for name in weights:
-        seen = ranges.get(name)
-        largest = None if seen is None else seen.largest(method)
-        if largest is None:
-            problems.append(f"{name}: was not watched")
-        elif not isfinite(largest):
-            problems.append(f"{name}: its input reached {largest}")
-        elif largest <= 0:
-            problems.append(f"{name}: its input was never anything but zero")
-        else:
-            scales[name] = largest / LARGEST
-    if problems:
-        shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
-        raise CalibrationError(
-            "the inputs of weights that are to be multiplied in int8 have no range:\n    " + "\n    ".join(shown),
-            hint="calibrate this model again, or name the modules in quantize.exclude",
-        )
-    return scales
+def rounded_activations(model: ir.Model, *, smooth: bool) -> list[Rounded]:
+    """What `quantize_activations` rounds in a graph whose weights were quantised."""
+    return [group.rounded for group in _groups(model, smooth)]
 
 
-def quantize_activations(model: ir.Model, scales: Mapping[str, float]) -> ir.Model:
-    """A copy that rounds the inputs of all products with int8 weights to int8; `scales` are `activation_scales`."""
+def added_names(model: ir.Model) -> set[str]:
+    """The placeholders that `quantize_activations` added to a graph."""
+    return {str(name) for name in model.graph.initializers if str(name).endswith((SCALE, FACTORS))}
+
+
+def quantize_activations(model: ir.Model, *, smooth: bool) -> ir.Model:
+    """A copy that rounds the inputs of all products with int8 weights to int8."""
     model = model.clone()
-    readers: dict[ir.Value, dict[ir.Node, float]] = {}
-    for name, node in quantized_products(model):
-        value = node.inputs[0]
-        assert value is not None
-        before = value.producer()
-        if before is None or before.op_type != "DequantizeLinear":
-            readers.setdefault(value, {})[node] = scales[name]
-    order = {node: index for index, node in enumerate(model.graph)}
-    for value, nodes in readers.items():
-        rounded = _round(model.graph, value, max(nodes.values()), before=min(nodes, key=order.__getitem__))
-        for node in nodes:
-            node.replace_input_with(0, rounded)
+    for group in _groups(model, smooth):
+        value, before = group.value, group.readers[0]
+        if group.rounded.smoothing == "multiplied":
+            factors = _placeholder(model.graph, group.rounded.factors, group.rounded.dtype, shape_of(value)[-1:])
+            value = _insert(before, "Mul", [value, factors], f"{value.name}.smoothed", group.rounded.dtype)
+        scale = _placeholder(model.graph, group.rounded.scale, group.rounded.dtype, ())
+        constants = [scale, shared_constant(model.graph, ZERO, np.array(0, np.int8))]
+        integers = _insert(before, "QuantizeLinear", [value, *constants], f"{value.name}.int8", ir.DataType.INT8)
+        kept = _insert(before, "DequantizeLinear", [integers, *constants], f"{value.name}.kept", group.rounded.dtype)
+        for node in group.readers:
+            node.replace_input_with(0, kept)
     return model
 
 
-def _round(graph: ir.Graph, value: ir.Value, scale: float, before: ir.Node) -> ir.Value:
-    """Puts a pair in front of a node and returns what it writes."""
-    assert value.dtype is not None
-    least = TINY if value.dtype == ir.DataType.FLOAT16 else 0.0
-    steps = np.array(max(scale, least)).astype(value.dtype.numpy())
-    scales = shared_constant(graph, f"{value.name}.scale", steps)
-    constants = [scales, shared_constant(graph, ZERO, np.array(0, np.int8))]
-    integers = _insert(before, "QuantizeLinear", [value, *constants], f"{value.name}.int8", ir.DataType.INT8)
-    return _insert(before, "DequantizeLinear", [integers, *constants], f"{value.name}.rounded", value.dtype)
+def _groups(model: ir.Model, smooth: bool) -> list[_Group]:
+    order = {node: index for index, node in enumerate(model.graph)}
+    readers: dict[ir.Value, dict[ir.Node, str]] = {}
+    for name, node in quantized_products(model):
+        value = node.inputs[0]
+        before = value.producer() if value is not None else None
+        if value is None or value.const_value is not None or (before and before.op_type == "DequantizeLinear"):
+            continue
+        readers.setdefault(value, {})[node] = name
+    groups = []
+    for value, names in readers.items():
+        nodes = tuple(sorted(names, key=order.__getitem__))
+        products = all(node.op_type == "MatMul" or (node.op_type == "Gemm" and not _flipped(node)) for node in nodes)
+        norm = _norm(value, nodes) if smooth and products else ()
+        assert value.dtype is not None
+        smoothing: Literal["none", "multiplied", "folded"]
+        smoothing = "none" if not (smooth and products) else "folded" if norm else "multiplied"
+        groups.append(_Group(value, nodes, Rounded(tuple(sorted(names.values())), value.dtype, smoothing, norm)))
+    return groups
+
+
+def _flipped(gemm: ir.Node) -> bool:
+    return gemm.attributes.get_int("transA", 0) != 0
+
+
+def _norm(value: ir.Value, readers: tuple[ir.Node, ...]) -> tuple[str, ...]:
+    """The weights of a norm, one number for each channel, whose output nobody but the readers reads."""
+    norm = value.producer()
+    alone = not value.is_graph_output() and all(node in readers for node, _ in value.uses())
+    if norm is None or not alone or norm.op_type not in ("LayerNormalization", "Mul"):
+        return ()
+    # The last step of a norm that was taken apart is a Mul with its weight.
+    inputs = norm.inputs[1:] if norm.op_type == "LayerNormalization" else [v for v in norm.inputs if is_weight(v)]
+    weights = [v for v in inputs if v is not None]
+    fits = all(is_weight(v) and shape_of(v) == shape_of(value)[-1:] and len(v.uses()) == 1 for v in weights)
+    return tuple(str(v.name) for v in weights) if fits else ()
 
 
 def _insert(before: ir.Node, op: str, inputs: list[ir.Value], name: str, dtype: ir.DataType) -> ir.Value:
@@ -108,3 +149,10 @@ def _insert(before: ir.Node, op: str, inputs: list[ir.Value], name: str, dtype: 
     assert before.graph is not None
     before.graph.insert_before(before, node)
     return output
+
+
+def _placeholder(graph: ir.Graph, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    value.const_value = placeholder(name, dtype, shape)
+    graph.register_initializer(value)
+    return value

@@ -6,7 +6,8 @@ One file serves all buckets. A tensor is copied, converted to the graph's dtype,
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 from toolchain.errors import WeightsError
 from toolchain.graph.placeholder import is_weight, static_shape
 from toolchain.graph.transpose import SUFFIX
+from toolchain.precision.activations import added_names
+from toolchain.precision.changes import NONE, Changes, Peaks
 from toolchain.precision.rounding import Scales, channel_scales, quantize
 from toolchain.precision.weight_only import SCALES, VALUES, quantized_axes
 from toolchain.weights.mapped import FLOATS, MappedWeights, TensorRef, numpy_dtype
@@ -85,6 +88,7 @@ def weight_uses(model: ir.Model) -> list[WeightUse]:
     uses = []
     quantized = quantized_axes(model)
     parts = {name + part for name in quantized for part in (VALUES, SCALES)}
+    parts |= added_names(model)
     for name, value in model.graph.initializers.items():
         if is_weight(value) and name not in parts:
             tensor = _tensor(value)
@@ -146,34 +150,72 @@ def _spellings(key: str) -> list[str]:
     return [key, older, TIED.get(key, key), TEXT_PREFIX + key, bare, doubled]
 
 
-def write_weights(uses: list[WeightUse], tensors: Mapping[str, TensorRef], path: Path, method: Scales = "max") -> None:
+def input_peaks(uses: Iterable[WeightUse], tensors: Mapping[str, TensorRef], names: Collection[str]) -> Peaks:
+    """For each input of the quantised matrices `names` in the checkpoint the largest magnitude of its weights. Reads
+    one of them at a time."""
+    peaks = {}
+    with _opened(tensors) as files:
+        for use in uses:
+            if use.key in names and use.channels is not None:
+                ref = tensors[use.name]
+                weight = _convert(_read(files, use, ref), replace(use, dtype="F32"), ref)
+                peaks[use.key] = np.abs(weight).max(axis=use.channels)
+    return peaks
+
+
+def write_weights(
+    uses: list[WeightUse],
+    tensors: Mapping[str, TensorRef],
+    path: Path,
+    method: Scales = "max",
+    changes: Changes = NONE,
+) -> None:
     """Writes `path` as safetensors, keyed by initializer name. Raises WeightsError for values that are not finite.
 
     method  how the scales of quantised weights are chosen
     """
     by_name = {name: use for use in uses for name, _, _ in use.tensors}
     scales: dict[str, NDArray[Any]] = {}  # by the name of the weight: small, and needed for its integers again
-    files = {file: MappedWeights(file) for file in {ref.file for ref in tensors.values()}}
+    listed = [tensor for use in uses for tensor in use.tensors]
+    listed += [(name, *_kind(array)) for name, array in changes.added.items()]
 
     def read(name: str) -> NDArray[Any]:
+        if name in changes.added:
+            return changes.added[name].view(numpy_dtype(_kind(changes.added[name])[0]))
         use = by_name[name]
-        ref = tensors[use.name]
-        raw = files[ref.file].array(ref.key)
-        array = raw.view(FLOAT_DTYPES[ref.dtype]).reshape(use.shape[::-1] if use.transposed else use.shape)
+        ref, factor = tensors[use.name], changes.factors.get(use.key)
+        array = _read(files, use, ref)
         if use.channels is None:
+            array = array if factor is None else array.astype(np.float32) * factor
             return _convert(array, use, ref).view(numpy_dtype(use.dtype))  # of bfloat16 the bits, as files hold them
         weight = _convert(array, replace(use, dtype="F32"), ref)
+        if factor is not None:
+            weight = weight * np.expand_dims(factor, use.channels)
         if use.name not in scales:
             scales[use.name] = channel_scales(weight, use.channels, method, FLOAT_DTYPES[use.dtype])
         if name.endswith(SCALES):
             return scales[use.name].view(numpy_dtype(use.dtype))
         return quantize(weight, scales[use.name], use.channels)
 
-    try:
-        write_safetensors(path, [tensor for use in uses for tensor in use.tensors], read)
-    finally:
-        for mapped in files.values():
-            mapped.close()
+    with _opened(tensors) as files:
+        write_safetensors(path, listed, read)
+
+
+@contextmanager
+def _opened(tensors: Mapping[str, TensorRef]) -> Iterator[dict[Path, MappedWeights]]:
+    with ExitStack() as stack:
+        yield {f: stack.enter_context(MappedWeights(f)) for f in {ref.file for ref in tensors.values()}}
+
+
+def _read(files: Mapping[Path, MappedWeights], use: WeightUse, ref: TensorRef) -> NDArray[Any]:
+    """A tensor of the checkpoint as it lies there, in the shape that its use expects."""
+    array: NDArray[Any] = files[ref.file].array(ref.key).view(FLOAT_DTYPES[ref.dtype])
+    return array.reshape(use.shape[::-1] if use.transposed else use.shape)
+
+
+def _kind(array: NDArray[Any]) -> tuple[str, tuple[int, ...]]:
+    """A float array's name of its type in a weight file, and its shape."""
+    return next(name for name, dtype in FLOAT_DTYPES.items() if dtype == array.dtype), array.shape
 
 
 def _convert(array: NDArray[Any], use: WeightUse, ref: TensorRef) -> NDArray[Any]:

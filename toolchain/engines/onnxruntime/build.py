@@ -21,7 +21,7 @@ from toolchain.engines.onnxruntime.optimize import (
     tensors_by_content,
 )
 from toolchain.engines.onnxruntime.package import warn_of_clash
-from toolchain.engines.onnxruntime.prepare import finish, prepare
+from toolchain.engines.onnxruntime.prepare import prepare, prepare_quantized
 from toolchain.engines.onnxruntime.session import CPU_PROVIDER, GRAPH, PACKED, session_options
 from toolchain.recipe.options import OnnxRuntimeOptions
 from toolchain.store.facts import ENGINE_FACTS
@@ -55,7 +55,7 @@ class OnnxRuntimeBuilder:
         return None
 
     prepare = staticmethod(prepare)
-    finish = staticmethod(finish)
+    prepare_quantized = staticmethod(prepare_quantized)
 
     def merges(self, options: OnnxRuntimeOptions) -> bool:
         """No: each bucket has a graph with static shapes."""

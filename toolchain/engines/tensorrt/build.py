@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from toolchain.engines.tensorrt.device import gpu_device
 from toolchain.engines.tensorrt.library import TENSORRT, Library, numbers
-from toolchain.engines.tensorrt.prepare import finish, prepare
+from toolchain.engines.tensorrt.prepare import prepare, prepare_quantized
 from toolchain.recipe.options import TensorRtOptions, TensorRtRtxOptions
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class PlanBuilder(Generic[Options]):
         raise NotImplementedError
 
     prepare = staticmethod(prepare)
-    finish = staticmethod(finish)
+    prepare_quantized = staticmethod(prepare_quantized)
 
     def merges(self, options: Options) -> bool:
         """Whether a plan has an optimization profile for each bucket."""
