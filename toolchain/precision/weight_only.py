@@ -64,11 +64,13 @@ class Survey:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A constant weight: the node that reads it, a Transpose perhaps, and its axis of output channels."""
+    """A constant weight: the node that reads it, a Transpose perhaps, its axis of output channels, and the convolution
+    or product that multiplies with it."""
 
     value: ir.Value
     reader: ir.Node
     axis: int
+    product: ir.Node
 
     @property
     def name(self) -> str:
@@ -102,6 +104,11 @@ def quantized_axes(model: ir.Model) -> dict[str, int]:
     return axes
 
 
+def weighted(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
+    """Every convolution and matrix product with a constant weight, after the weight's name in the checkpoint."""
+    return ((weight.name, weight.product) for weight in _weights(model))
+
+
 def _weights(model: ir.Model) -> Iterator[_Weight]:
     for node in model.graph:
         if node.domain or len(node.inputs) < 2:
@@ -115,7 +122,7 @@ def _weights(model: ir.Model) -> Iterator[_Weight]:
         if axis is None or value is None or not is_weight(value):
             continue
         if node.op_type in CONVOLUTIONS or len(_shape(value)) == 2:
-            yield _Weight(value, reader, axis)
+            yield _Weight(value, reader, axis, node)
 
 
 def _swaps(transpose: ir.Node) -> bool:
