@@ -75,6 +75,10 @@ class StoreError(DiffbuildError):
     """The artifact store cannot be read or written, or an artifact in it is damaged."""
 
 
+class CalibrationError(DiffbuildError):
+    """Ranges of activations are missing, damaged, or of another model: calibrate again."""
+
+
 class BundleError(DiffbuildError):
     """A bundle is incomplete, changed since it was built, or made for another device or version."""
 

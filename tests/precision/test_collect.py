@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from toolchain.precision.collect import Collector
+from toolchain.precision.collect import Collector, Watched
 from toolchain.precision.ranges import histogram
-from toolchain.precision.watch import Watched
 
 WATCHED = (Watched(("q", "k"), 3, 12), Watched(("out",), 2, 8))
 

@@ -16,7 +16,8 @@ from toolchain.errors import ExportError
 from toolchain.graph.parser_rules import refusals
 from toolchain.graph.placeholder import placeholder
 from toolchain.graph.typed import check_types
-from toolchain.precision.watch import PEAKS, SAMPLED, SAMPLES, Watched, watch, watched
+from toolchain.precision.collect import PEAKS, SAMPLES, Watched
+from toolchain.precision.watch import SAMPLED, watch, watched
 
 FLOATS = [F32, ir.DataType.FLOAT16, ir.DataType.BFLOAT16]
 

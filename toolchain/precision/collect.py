@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toolchain.precision.ranges import BINS, Range, Ranges, histogram
-from toolchain.precision.watch import Watched
+
+PEAKS, SAMPLES = "watched_peaks", "watched_samples"
+"""Names of the two outputs that `watch` adds to a graph."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """An activation and its part of the two outputs.
+
+    weights   the weights that it is multiplied with, by their names in the checkpoint
+    channels  how many peaks are its
+    samples   how many samples
+    """
+
+    weights: tuple[str, ...]
+    channels: int
+    samples: int
 
 
 class Collector:

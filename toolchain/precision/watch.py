@@ -19,25 +19,10 @@ import numpy as np
 import onnx_ir as ir
 
 from toolchain.errors import ExportError
+from toolchain.precision.collect import PEAKS, SAMPLES, Watched
 from toolchain.precision.weight_only import CONVOLUTIONS, weighted
 
-PEAKS, SAMPLES = "watched_peaks", "watched_samples"
-"""Names of the outputs."""
 SAMPLED = 8192
-
-
-@dataclass(frozen=True)
-class Watched:
-    """An activation and its part of the two outputs.
-
-    weights   the weights that it is multiplied with, by their names in the checkpoint
-    channels  how many peaks are its
-    samples   how many samples
-    """
-
-    weights: tuple[str, ...]
-    channels: int
-    samples: int
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ STORAGE_DTYPES = {
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 GIT_LFS = b"version "
+METADATA = "__metadata__"
+"""The name in the header that is no tensor's."""
 FLOATS = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
 """What a weight may be stored as."""
 # Tensors beside weights that are not plain numbers: a LoRA's matrices; the scales and tables of bitsandbytes, quanto,
@@ -64,17 +66,29 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
 
 def read_header(path: Path) -> dict[str, TensorRef]:
     """Every tensor of a safetensors file, in the order of its data. WeightsError for all that the format forbids."""
+    text, size = _read_header(path)
+    entries = _parse_header(path, text)
+    entries.pop(METADATA, None)
+    start = 8 + len(text)
+    refs = sorted((_tensor_ref(path, key, entry, start) for key, entry in entries.items()), key=_place)
+    _check_layout(path, refs, start=start, size=size)
+    return {ref.key: ref for ref in refs}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors. WeightsError as `read_header`."""
+    metadata: dict[str, str] = _parse_header(path, _read_header(path)[0]).get(METADATA, {})
+    return metadata
+
+
+def _read_header(path: Path) -> tuple[bytes, int]:
+    """The header's text, and the size of the file."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = _header_length(path, file.read(8), size)
-            text = file.read(length)
+            return file.read(_header_length(path, file.read(8), size)), size
     except OSError as error:
         raise WeightsError("the weight file cannot be read", where=path, got=error.strerror) from error
-    entries = _parse_header(path, text)
-    refs = sorted((_tensor_ref(path, key, entry, 8 + length) for key, entry in entries.items()), key=_place)
-    _check_layout(path, refs, start=8 + length, size=size)
-    return {ref.key: ref for ref in refs}
 
 
 def _place(ref: TensorRef) -> tuple[int, int]:
@@ -113,9 +127,9 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
         raise WeightsError(
             "the header of the weight file is not JSON", where=path, got=error, hint="download the file again"
         ) from error
-    metadata = header.pop("__metadata__", {})
+    metadata = header.get(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise WeightsError("__metadata__ is not a table of strings", where=path, got=repr(metadata)[:100])
+        raise WeightsError(f"{METADATA} is not a table of strings", where=path, got=repr(metadata)[:100])
     assert isinstance(header, dict)
     return header
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from toolchain.errors import ModelError, WeightsError
-from toolchain.weights.mapped import NOT_QUANTIZED, STORAGE_DTYPES, TensorRef, numpy_dtype, read_header
+from toolchain.weights.mapped import METADATA, NOT_QUANTIZED, STORAGE_DTYPES, TensorRef, numpy_dtype, read_header
 
 Data = bytes | memoryview | npt.NDArray[Any]
 
@@ -132,16 +132,21 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def write_safetensors(
-    path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], read: Callable[[str], Data]
+    path: Path,
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+    read: Callable[[str], Data],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write (name, dtype, shape) tensors; `read(name)` is called once for each, and one is in memory at a time.
+
+    metadata  what the header says beside the tensors: see `mapped.read_metadata`
 
     Data start at a multiple of 64 bytes. The format allows no holes, so that tensors of larger items come first: then
     each is aligned to its own item. The file appears under its name when it is whole. WeightsError where `read` returns
     another dtype, shape or size than announced, or the file cannot be written.
     """
     ordered = sorted(tensors, key=lambda tensor: -_itemsize(path, tensor))
-    header = _header(path, ordered)
+    header = _header(path, ordered, metadata or {})
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
@@ -163,11 +168,11 @@ def _itemsize(path: Path, tensor: tuple[str, str, tuple[int, ...]]) -> int:
     return numpy_dtype(dtype).itemsize
 
 
-def _header(path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
-    entries: dict[str, Any] = {}
+def _header(path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     position = 0
     for name, dtype, shape in tensors:
-        if name in entries or name == "__metadata__":
+        if name in entries or name == METADATA:
             raise WeightsError("a name is duplicate, or reserved by the format", where=f"{path}, tensor {name!r}")
         end = position + prod(shape) * numpy_dtype(dtype).itemsize
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
