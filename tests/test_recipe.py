@@ -12,6 +12,7 @@ import pytest
 from toolchain.errors import RecipeError
 from toolchain.recipe import (
     Bucket,
+    Calibration,
     Check,
     ComponentRecipe,
     Quantize,
@@ -69,6 +70,7 @@ def test_defaults() -> None:
         onnxruntime_cuda=OnnxRuntimeCudaOptions("all", True, False, True),
         tensorrt=TensorRtOptions(3, 0, "none", "none", False, False, -1, "", True, "step"),
         tensorrt_rtx=TensorRtRtxOptions((), True, True, "eager", "step"),
+        calibration=None,
         check=Check(("a circle",), (0,), 0.0, 0.98, {}),
     )
     assert parse(SMALLEST).component("denoiser") == ComponentRecipe("float32", ())
@@ -138,6 +140,11 @@ profile_per_bucket = false
 tf32 = false
 kernel_specialization = "lazy"
 cuda_graph = "off"
+[calibration]
+prompts = ["a red circle", "night"]
+seeds = [0, 18446744073709551615]
+scheduler = "ddim"
+steps = 8
 [check]
 prompts = ["a", "b"]
 seeds = [0, 18446744073709551615]
@@ -180,6 +187,7 @@ def test_every_key() -> None:
         5, 4096, "fast", "same_compute_capability", True, True, 0, "-a=1 -b=2", False, "loop"
     )
     assert recipe.tensorrt_rtx == TensorRtRtxOptions(("12.0", "8.9"), False, False, "lazy", "off")
+    assert recipe.calibration == Calibration(("a red circle", "night"), (0, 2**64 - 1), "ddim", 8)
     assert recipe.check.seeds == (0, 2**64 - 1)
     assert recipe.tolerance("denoiser") == Tolerance(0.99, 40.0, 0.5)
     assert recipe.tolerance("vae_decoder") == Tolerance(snr_db=30.5)
@@ -214,6 +222,15 @@ def test_json_and_pickle_round_trips(text: str) -> None:
     assert again.to_json() == plain
     assert pickle.loads(pickle.dumps(recipe)) == recipe
     assert hash(again) == hash(recipe)
+
+
+def test_a_list_of_prompts_has_a_name() -> None:
+    recipe = parse(f'{SMALLEST}[calibration]\nprompts = "varied-64"\n')
+    assert recipe.calibration is not None
+    prompts = recipe.calibration.prompts
+    assert len(prompts) == len({prompt.lower() for prompt in prompts}) == 64
+    assert recipe.to_json()["calibration"]["prompts"] == [*prompts]  # written out, as everything is
+    assert Recipe.from_json(recipe.to_json()) == recipe
 
 
 def test_json_is_as_strict() -> None:
@@ -270,7 +287,7 @@ max_error = true
 vae_decoder.cosin = 1
 """
 KEYS = "family, backend, buckets, classifier_free_guidance, without, components, sampling, safety, onnxruntime, "
-KEYS += "onnxruntime_cuda, tensorrt, tensorrt_rtx, check"
+KEYS += "onnxruntime_cuda, tensorrt, tensorrt_rtx, calibration, check"
 STEP_COUNT = 'a number of steps from 1, or a range such as "1-50"'
 SEED = "an integer from 0 to 2**64 - 1"
 MANY_LINES = [
@@ -356,6 +373,26 @@ def changed(**values: str) -> str:
             [
                 "buckets: unknown name, did you mean 'sdxl-aspect-ratios'? "
                 "(expected a list of buckets, or one of sdxl-aspect-ratios, got 'sdxl-aspect')"
+            ],
+        ),
+        (changed(calibration="{}"), [f"calibration.prompts: missing key (expected {ENTRIES}, got nothing)"]),
+        (changed(calibration="{prompts = []}"), [f"calibration.prompts: empty (expected {ENTRIES}, got [])"]),
+        (
+            changed(calibration='{prompts = "varied", seeds = [], scheduler = 1, steps = -1, guidance = 3}'),
+            [
+                "calibration.guidance: unknown key (expected one of prompts, seeds, scheduler, steps, got 'guidance')",
+                "calibration.prompts: unknown name, did you mean 'varied-64'? "
+                "(expected a list of prompts, or one of varied-64, got 'varied')",
+                f"calibration.seeds: empty (expected {ENTRIES}, got [])",
+                "calibration.scheduler: wrong type (expected a string, got 1)",
+                "calibration.steps: out of range (expected an integer of 0 or more, got -1)",
+            ],
+        ),
+        (
+            changed(calibration='{prompts = ["a", " ", "a"]}'),
+            [
+                "calibration.prompts[1]: empty (expected a prompt that is not empty, got ' ')",
+                "calibration.prompts[2]: duplicate (expected each entry once, got 'a')",
             ],
         ),
         (changed(buckets="1"), [f"buckets: wrong type (expected a list, each {BUCKET}, got 1)"]),

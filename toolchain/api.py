@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from toolchain.errors import UsageError
 if TYPE_CHECKING:
     from toolchain.bench.results import BenchReport
     from toolchain.builder.plan import Plan
+    from toolchain.builder.starter import WrittenRecipe
     from toolchain.builder.steps import Step
     from toolchain.bundle.bundle import Bundle
     from toolchain.bundle.forecast import EngineMemory
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from toolchain.bundle.signing import Signature, Verdict
     from toolchain.check.report import CheckReport
     from toolchain.recipe import Recipe
+    from toolchain.recipe.shipped import ShippedRecipe
     from toolchain.runtime.pictures import SavedPictures
     from toolchain.runtime.progress import Callback
     from toolchain.store.artifacts import Store
     from toolchain.store.upkeep import CleanUp, Listing, StoreVerdict
     from toolchain.trace.timeline import Trace
+    from toolchain.weights.range_file import RangeFile
 
 log = logging.getLogger("toolchain")
 
@@ -41,28 +43,11 @@ StepShare = Callable[["Step", str, float | None], None]
 """Called with a long step, the name of its phase and how much of that is done, 0 to 1; None where nobody knows."""
 
 
-@dataclass(frozen=True)
-class ShippedRecipe:
-    """A recipe that comes with diffbuild, and its first sentence."""
-
-    recipe: Recipe
-    about: str
-
-
-@dataclass(frozen=True)
-class WrittenRecipe:
-    """A recipe that `write_recipe` wrote; `like` is the name of the shipped one that it comes from."""
-
-    path: Path
-    recipe: Recipe
-    like: str
-
-
 def shipped_recipes() -> list[ShippedRecipe]:
     """The recipes that come with diffbuild, by name."""
     from toolchain.recipe import load_recipe, shipped
 
-    return [ShippedRecipe(load_recipe(Path(name)), shipped.about(name)) for name in shipped.names()]
+    return [shipped.ShippedRecipe(load_recipe(Path(name)), shipped.about(name)) for name in shipped.names()]
 
 
 def write_recipe(
@@ -81,7 +66,7 @@ def write_recipe(
     Raises ModelError, and UsageError for an output that exists already or cannot be written.
     """
     from toolchain.builder.open_model import open_model
-    from toolchain.builder.starter import best_backend, write_starter
+    from toolchain.builder.starter import WrittenRecipe, best_backend, write_starter
     from toolchain.store.files import write_atomic
     from toolchain.store.outputs import check_output
 
@@ -177,6 +162,23 @@ def build(
     plan = plan_build(recipe, model, revision=revision, config=config, store=store)
     on_plan(plan)
     return assemble(plan, Path(output), progress, within)
+
+
+def calibrate(
+    recipe: Recipe | str | Path,
+    model: str | Path,
+    output: str | Path,
+    *,
+    store: str | Path | None = None,
+    **options: Any,
+) -> RangeFile:
+    """Draws what the recipe's table `calibration` says and writes the ranges of the activations to a file.
+
+    `options` are those of `build`. Raises what `build` does, and EngineError where no backend can draw here.
+    """
+    from toolchain.builder.ranges import calibrate
+
+    return calibrate(_load(recipe), model, Path(output), _store(store), **options)
 
 
 def export_graphs(

@@ -4,6 +4,22 @@ Held by tests/builder/test_closures.py, which also writes this file.
 """
 
 CLOSURES: dict[str, tuple[str, ...]] = {
+    "builder.stages.calibration": (
+        "builder.stages.calibration",
+        "builder.stages.weights",
+        "graph.placeholder",
+        "graph.transpose",
+        "graph.typed",
+        "precision.collect",
+        "precision.ranges",
+        "precision.rounding",
+        "precision.watch",
+        "precision.weight_only",
+        "weights.derived",
+        "weights.mapped",
+        "weights.range_file",
+        "weights.safetensors",
+    ),
     "builder.stages.engine": (
         "builder.stages.engine",
         "builder.stages.weights",

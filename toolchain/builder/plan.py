@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from toolchain.builder.calibration import CalibrationPlanner
 from toolchain.builder.planner import Planner
 from toolchain.builder.stages.graph import GRAPH
 from toolchain.builder.stages.weights import surveyed
@@ -108,6 +109,25 @@ def make_plan(recipe: Recipe, source: ModelSource, store: Store, *, graphs_only:
     return Plan(recipe, source, family, backend, store, tuple(planner.steps), device=device, refused=refused)
 
 
+def plan_calibration(recipe: Recipe, source: ModelSource, store: Store) -> Plan:
+    """Every step of a calibration, whose artifact is the last step's. Its recipe draws without quantisation.
+
+    Raises ModelError and RecipeError before any work is done, and EngineError where no backend can draw here.
+    """
+    family = family_of(source, recipe)
+    check_recipe(recipe, family, builder_of(recipe.backend), source)
+    if recipe.calibration is None:
+        raise RecipeError(
+            "the recipe says nothing of what to calibrate with",
+            where=recipe.name,
+            expected='a table [calibration] with prompts like those that you will draw, or prompts = "varied-64"',
+        )
+    planner = CalibrationPlanner(recipe, source, family, store)
+    planner.plan()
+    _check_patterns(recipe, source, family, planner.steps)
+    return Plan(planner.recipe, source, family, planner.backend, store, tuple(planner.steps), device=planner.device)
+
+
 def _device(backend: Builder[Any]) -> tuple[dict[str, Any] | None, EngineError | None]:
     """What engines are built for here, or why none can be."""
     try:
@@ -170,7 +190,10 @@ def check_recipe(
         if bucket.height % multiple or bucket.width % multiple:
             problems.append(f"buckets: {bucket} has sides that are no multiples of {multiple}, as the model needs them")
     config = None if source is None or graphs_only else family.settings(source).scheduler
-    for spec in dict.fromkeys([recipe.sampling.scheduler, *recipe.sampling.schedulers]):
+    specs = dict.fromkeys([recipe.sampling.scheduler, *recipe.sampling.schedulers], "sampling.schedulers")
+    if recipe.calibration is not None and recipe.calibration.scheduler:
+        specs.setdefault(recipe.calibration.scheduler, "calibration.scheduler")
+    for spec, key in specs.items():
         try:
             parsed = parse(spec)
             if config is not None:
@@ -178,7 +201,7 @@ def check_recipe(
         except (RequestError, SamplerError) as error:
             expected = f"expected {error.expected}, " if isinstance(error, SamplerError) and error.expected else ""
             hint = f"; {error.hint}" if error.hint else ""
-            problems.append(f"sampling.schedulers: {error.what} ({expected}got {spec}){hint}")
+            problems.append(f"{key}: {error.what} ({expected}got {spec}){hint}")
     _refuse(problems, recipe)
 
 

@@ -137,10 +137,19 @@ class Planner:
 
     def engines(self, component: Component) -> None:
         """The steps from a component's graphs to its engines. Raises WeightsError for files that cannot be read."""
+        shared, labels = self.weights(component), list(self.buckets(component))
+        if len(labels) > 1 and self.backend.merges(self.options):
+            self.merged(component, labels)
+            labels = [PROFILES]
+        for label in labels:
+            self.backend_step("engine", component, label, shared)
+
+    def weights(self, component: Component) -> dict[str, Json]:
+        """The steps from a checkpoint to the weight files that a component's engines share; their keys by role. Raises
+        WeightsError for files that cannot be read."""
         folder = self.source.path / component.folder
         files = find_weights(folder)
-        labels = list(self.buckets(component))
-        first = StepId("graph", component.name, labels[0])
+        first = StepId("graph", component.name, next(iter(self.buckets(component))))
         inputs: dict[str, Json] = {
             "family": self.family.name,
             "component": component.name,  # both halves of a VAE come from one checkpoint
@@ -167,12 +176,8 @@ class Planner:
             require_plain(read_folder(folder), folder)
         if self.backend.packer(self.options) is not None:
             # Made from the first bucket, and so the same for whatever buckets follow it.
-            shared["packed"] = self.backend_step("packed", component, labels[0], dict(shared))
-        if len(labels) > 1 and self.backend.merges(self.options):
-            self.merged(component, labels)
-            labels = [PROFILES]
-        for label in labels:
-            self.backend_step("engine", component, label, shared)
+            shared["packed"] = self.backend_step("packed", component, first.label, dict(shared))
+        return shared
 
     def merged(self, component: Component, labels: Sequence[str]) -> None:
         """One graph for the buckets `labels`, from theirs."""
@@ -190,7 +195,7 @@ class Planner:
         self.add(merged, ("builder.stages.merged",), inputs, run, graphs)
 
     def backend_step(
-        self, stage: Literal["packed", "engine"], component: Component, label: str, shared: dict[str, Json]
+        self, stage: Literal["packed", "engine", "watched"], component: Component, label: str, shared: dict[str, Json]
     ) -> str:
         """A step of the backend: from one graph and the weight files `shared`, role -> key."""
         graph = StepId("merged" if label == PROFILES else "graph", component.name, label)
@@ -212,12 +217,15 @@ class Planner:
             path = built[graph].file(GRAPH)
             quantize = self.recipe.component(component.name).quantize
             with _named(step):
-                if stage == "packed":
+                if stage == "watched":
+                    stages.calibration.write_watched(self.backend, path, files, out, self.options, within)
+                elif stage == "packed":
                     stages.engine.write_packed(self.backend, path, files, out, self.options, quantize)
                 else:
                     stages.engine.write_engine(self.backend, path, files, out, self.options, quantize, within)
 
-        return self.add(step, ("builder.stages.engine", self._builder), inputs, run, [graph, *roles.values()])
+        code = "builder.stages.calibration" if stage == "watched" else "builder.stages.engine"
+        return self.add(step, (code, self._builder), inputs, run, [graph, *roles.values()])
 
     def tokenizers(self) -> None:
         """One step for each tokenizer."""

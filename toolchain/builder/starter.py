@@ -31,6 +31,15 @@ class Starter:
     like: str
 
 
+@dataclass(frozen=True)
+class WrittenRecipe:
+    """A recipe that was written to a file; `like` is the name of the shipped one that it comes from."""
+
+    path: Path
+    recipe: Recipe
+    like: str
+
+
 def best_backend() -> str:
     """The fastest that runs here; the CPU's where none does, which every machine can have."""
     return next((name for name in BEST_FIRST if runner_of(name).available() is None), "onnxruntime")

@@ -18,7 +18,7 @@ from toolchain.builder.closures import CLOSURES
 from toolchain.store.artifacts import Artifact, Json
 from toolchain.store.manifest import Change
 
-Stage = Literal["tokenizer", "sampler", "graph", "weights", "packed", "merged", "engine"]
+Stage = Literal["tokenizer", "sampler", "graph", "weights", "packed", "merged", "engine", "watched", "calibration"]
 RENAMED = "recipe.name"
 """The changed field of a step that was compared with a recipe of another name."""
 EXPORT_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")

@@ -10,6 +10,7 @@ import click
 
 from toolchain.cli.build import build, export, plan
 from toolchain.cli.cache import cache
+from toolchain.cli.calibrate import calibrate
 from toolchain.cli.check import bench, check
 from toolchain.cli.console import CommandLine, examples, verbosity
 from toolchain.cli.doctor import doctor
@@ -20,7 +21,7 @@ from toolchain.cli.sign import sign, verify
 from toolchain.cli.trace import trace
 
 COMMANDS = (
-    *(plan, build, export),
+    *(plan, build, export, calibrate),
     *(generate, check, bench, trace, inspect, sign, verify),
     *(recipes, init, recipe_group),
     *(cache, doctor),

@@ -21,7 +21,9 @@ from toolchain.cli.console import (
 from toolchain.terminal import table
 
 if TYPE_CHECKING:
+    from toolchain.builder.starter import WrittenRecipe
     from toolchain.recipe import Recipe
+    from toolchain.recipe.shipped import ShippedRecipe
 
 BACKENDS = ("onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx")
 
@@ -93,19 +95,19 @@ def _precisions(recipe: Recipe) -> str:
     return ", ".join([dtype, *others])
 
 
-def _recipes_json(listed: Sequence[api.ShippedRecipe]) -> dict[str, Any]:
+def _recipes_json(listed: Sequence[ShippedRecipe]) -> dict[str, Any]:
     entries = [{"about": s.about, "runs_on": _runs_on(s.recipe), **s.recipe.to_json()} for s in listed]
     return {"recipes": entries}
 
 
-def _recipes_lines(listed: Sequence[api.ShippedRecipe]) -> Iterator[str]:
+def _recipes_lines(listed: Sequence[ShippedRecipe]) -> Iterator[str]:
     recipes = [entry.recipe for entry in listed]
     rows = [[r.name, r.family, r.backend, _runs_on(r), _precisions(r)] for r in recipes]
     yield from table(rows, head=["recipe", "family", "backend", "runs on", "precision"], indent="")
     yield "next: diffbuild plan RECIPE --model DIR_OR_HUB_ID"
 
 
-def _init_lines(written: api.WrittenRecipe, model: str) -> Iterator[str]:
+def _init_lines(written: WrittenRecipe, model: str) -> Iterator[str]:
     path, recipe = written.path, written.recipe
     facts = ", ".join([f"family {recipe.family}", recipe.backend, _precisions(recipe), str(recipe.buckets[0])])
     yield f"{path}: {facts}; after {written.like}"

@@ -5,6 +5,7 @@ from toolchain.recipe.load import load_recipe, parse_recipe
 from toolchain.recipe.schema import (
     EXACT_PSNR_DB,
     ROUNDED_PSNR_DB,
+    Calibration,
     Check,
     ComponentRecipe,
     Quantize,
@@ -20,6 +21,7 @@ __all__ = [
     "EXACT_PSNR_DB",
     "ROUNDED_PSNR_DB",
     "Bucket",
+    "Calibration",
     "Check",
     "ComponentRecipe",
     "Quantize",

@@ -20,6 +20,7 @@ class Rule:
 
 
 Text = Annotated[str, Rule("a non-empty string", lambda text: text.strip() != "")]
+Prompt = Annotated[str, Rule("a prompt that is not empty", lambda text: text.strip() != "")]
 # Rules have names here rather than stand in the annotations: `get_type_hints` evaluates those where a lambda sees no
 # module globals.
 Count = Annotated[int, Rule("an integer of 1 or more", lambda n: n >= 1)]

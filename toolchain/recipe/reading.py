@@ -15,7 +15,14 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from toolchain.errors import RecipeError
 from toolchain.recipe.bucket import BUCKET_FORM, BUCKET_SETS, Bucket, bucket_problem
-from toolchain.recipe.options import Text
+from toolchain.recipe.options import Prompt, Text
+from toolchain.recipe.prompts import PROMPT_SETS
+
+NAMED: dict[Any, tuple[str, Mapping[str, tuple[Any, ...]]]] = {
+    Bucket: ("buckets", {name: tuple(map(Bucket.parse, texts)) for name, texts in BUCKET_SETS.items()}),
+    Prompt: ("prompts", PROMPT_SETS),
+}
+"""Entries whose lists may have a name -> what they are, and the lists."""
 
 
 def structure(kind: Any, data: dict[str, Any], name: Any, *, where: str) -> Any:
@@ -44,8 +51,8 @@ def _read(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     if is_dataclass(kind) and kind is not Bucket:
         return _read_table(kind, value, path, problems, given={})
     if get_origin(kind) is tuple:
-        if get_args(kind)[0] is Bucket and type(value) is str:
-            return _read_bucket_set(value, path, problems)
+        if type(value) is str and get_args(kind)[0] in NAMED:
+            return _read_named(get_args(kind)[0], value, path, problems)
         return _read_list(get_args(kind)[0], value, path, problems)
     if get_origin(kind) is Mapping:
         if type(value) is dict:
@@ -117,11 +124,12 @@ def _read_list(kind: Any, value: Any, path: str, problems: list[str]) -> tuple[A
     return tuple(results)
 
 
-def _read_bucket_set(name: str, path: str, problems: list[str]) -> tuple[Bucket, ...]:
-    if name not in BUCKET_SETS:
-        expected = "a list of buckets, or one of " + ", ".join(BUCKET_SETS)
-        problems.append(_line(path, f"unknown name{nearest(name, BUCKET_SETS)}", expected, name))
-    return tuple(map(Bucket.parse, BUCKET_SETS.get(name, ())))
+def _read_named(kind: Any, name: str, path: str, problems: list[str]) -> tuple[Any, ...]:
+    what, lists = NAMED[kind]
+    if name not in lists:
+        expected = f"a list of {what}, or one of " + ", ".join(lists)
+        problems.append(_line(path, f"unknown name{nearest(name, lists)}", expected, name))
+    return lists.get(name, ())
 
 
 @cache

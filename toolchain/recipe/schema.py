@@ -13,6 +13,7 @@ from toolchain.recipe.options import (
     Count,
     OnnxRuntimeCudaOptions,
     OnnxRuntimeOptions,
+    Prompt,
     Rule,
     StepCount,
     TensorRtOptions,
@@ -126,6 +127,22 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What is drawn to learn how large activations get: every prompt with every seed.
+
+    prompts    a list, or the name of one
+    seeds      each is counted up over the prompts, so that no two pictures begin with the same noise
+    scheduler  empty: the recipe's default
+    steps      0: the recipe's default
+    """
+
+    prompts: Annotated[tuple[Prompt, ...], NOT_EMPTY]
+    seeds: Annotated[tuple[Seed, ...], NOT_EMPTY] = (0,)
+    scheduler: str = ""
+    steps: Whole = 0
+
+
+@dataclass(frozen=True)
 class Safety:
     """checker: whether the model's safety checker is compiled and looks at every picture: what it flags is black."""
 
@@ -137,6 +154,7 @@ class Recipe:
     """What to build. `name` is the file's stem; family, backend and component names are checked by their owners.
 
     without: optional components to leave out, such as the VAE's encoder where nobody needs image to image.
+    calibration: None where the recipe needs none.
     """
 
     name: Text
@@ -152,6 +170,7 @@ class Recipe:
     onnxruntime_cuda: OnnxRuntimeCudaOptions = field(default_factory=OnnxRuntimeCudaOptions)
     tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
     tensorrt_rtx: TensorRtRtxOptions = field(default_factory=TensorRtRtxOptions)
+    calibration: Calibration | None = None
     check: Check
 
     def component(self, name: str) -> ComponentRecipe:

@@ -5,7 +5,18 @@ In a clone they lie in `recipes/` beside this package, in a wheel inside it: `py
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+
+from toolchain.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class ShippedRecipe:
+    """A recipe that comes with diffbuild, and its first sentence."""
+
+    recipe: Recipe
+    about: str
 
 
 def folder() -> Path:

@@ -127,6 +127,11 @@ class Store:
             raise StoreError("an artifact vanished while it was published", where=self._tree.folder(stage, key))
         return built, True
 
+    def partial(self, key: str) -> Path:
+        """A file, in a folder that may be missing, for what a long build of `key` has done so far: after an
+        interruption the next goes on from there, and removes it at its end. `gc` removes one that is old."""
+        return self._tree.partial(key)
+
     def artifacts(self) -> Iterator[Artifact]:
         """All complete artifacts, by stage and key."""
         for stage, key, _ in self._tree.entries():

@@ -87,10 +87,10 @@ def _collect(tree: Tree, folder: Path, key: str, *, min_age_s: float, dry_run: b
 def _collect_leftovers(tree: Tree, *, min_age_s: float, dry_run: bool) -> dict[str, int]:
     """Removes old temporary and quarantined entries that no running build owns; their bytes, by relative path."""
     freed: dict[str, int] = {}
-    for pattern in (".tmp/*", ".quarantine/*", ".stamps/.*.partial", "..bundles.json.*.partial"):
+    for pattern in (".tmp/*", ".partial/*", ".quarantine/*", ".stamps/.*.partial", "..bundles.json.*.partial"):
         for path in sorted(tree.root.glob(pattern)):
             key = path.name.partition(".")[0]
-            owned = path.parent.name == ".tmp" and KEY.fullmatch(key)
+            owned = path.parent.name in (".tmp", ".partial") and KEY.fullmatch(key)
             with locked(tree.lock(key), wait=False, purpose="") if owned else nullcontext(True) as held:
                 if held and age_s(path) >= min_age_s:
                     freed[str(path.relative_to(tree.root))] = _bytes_in(path)

@@ -3,6 +3,7 @@
     <stage>/<key>/manifest.json, files    a complete artifact; the key is the hash of its stage and inputs
     .locks/<key>                          one lock file per key, never deleted
     .tmp/<key>.*                          folders being built
+    .partial/<key>                        what an interrupted build of a key did, for the next to go on from
     .quarantine/                          damaged entries that were moved aside
     .bundles.json                         the bundles that keep artifacts alive
     .stamps/                              digests of large files, by identity and times of the file
@@ -45,6 +46,10 @@ class Tree:
     def temporary(self, key: str) -> Path:
         """A new path for a folder of this key: to be built, or to be deleted."""
         return self.root / ".tmp" / temporary_name(key)
+
+    def partial(self, key: str) -> Path:
+        """The file in which an unfinished build of this key keeps what it did."""
+        return self.root / ".partial" / key
 
     def entries(self) -> Iterator[tuple[str, str, Path]]:
         """(stage, key, folder) of every artifact's folder, complete or not."""
