@@ -56,7 +56,7 @@ class WeightsError(ModelError):
 
 
 class CalibrationError(DiffbuildError):
-    """Ranges of activations are missing, of no use, or not this model's: calibrate again."""
+    """Ranges of activations are missing, damaged, of no use, or of another model: calibrate again."""
 
 
 class SamplerError(DiffbuildError):
@@ -73,10 +73,6 @@ class EngineError(DiffbuildError):
 
 class StoreError(DiffbuildError):
     """The artifact store cannot be read or written, or an artifact in it is damaged."""
-
-
-class CalibrationError(DiffbuildError):
-    """Ranges of activations are missing, damaged, or of another model: calibrate again."""
 
 
 class BundleError(DiffbuildError):

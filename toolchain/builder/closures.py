@@ -7,9 +7,12 @@ CLOSURES: dict[str, tuple[str, ...]] = {
     "builder.stages.calibration": (
         "builder.stages.calibration",
         "builder.stages.weights",
+        "graph.insert",
         "graph.placeholder",
         "graph.transpose",
         "graph.typed",
+        "precision.activations",
+        "precision.changes",
         "precision.collect",
         "precision.ranges",
         "precision.rounding",

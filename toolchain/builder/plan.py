@@ -5,7 +5,7 @@ Planning imports neither torch nor diffusers, so that a build with nothing to do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
@@ -101,8 +101,7 @@ def make_plan(recipe: Recipe, source: ModelSource, store: Store, *, graphs_only:
         planner.samplers()
     for component in family.parts(recipe):
         planner.graphs(component)
-    missing = {step.id.component for step in planner.steps if step.stage == "graph" and not step.hit}
-    check_patterns(recipe, source, family, exported={c.name for c in family.parts(recipe)} - missing)
+    check_patterns(recipe, source, family, exported=_exported(planner.steps))
     if not graphs_only:
         for component in family.parts(recipe):
             planner.engines(component)
@@ -124,7 +123,7 @@ def plan_calibration(recipe: Recipe, source: ModelSource, store: Store) -> Plan:
         )
     planner = CalibrationPlanner(recipe, source, family, store)
     planner.plan()
-    _check_patterns(recipe, source, family, planner.steps)
+    check_patterns(recipe, source, family, exported=_exported(planner.steps))
     return Plan(planner.recipe, source, family, planner.backend, store, tuple(planner.steps), device=planner.device)
 
 
@@ -134,6 +133,15 @@ def _device(backend: Builder[Any]) -> tuple[dict[str, Any] | None, EngineError |
         return backend.device(), None
     except EngineError as error:
         return None, error
+
+
+def _exported(steps: Iterable[Step]) -> set[str]:
+    """The components all of whose graphs are in the store."""
+    hits: dict[str, bool] = {}
+    for step in steps:
+        if step.stage == "graph":
+            hits[step.id.component] = hits.get(step.id.component, True) and step.hit
+    return {component for component, hit in hits.items() if hit}
 
 
 def check_patterns(
