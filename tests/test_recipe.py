@@ -23,6 +23,7 @@ from toolchain.recipe import (
     parse_recipe,
 )
 from toolchain.recipe.options import OnnxRuntimeCudaOptions, OnnxRuntimeOptions, TensorRtOptions, TensorRtRtxOptions
+from toolchain.recipe.schema import TOLERANCES
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "recipes").glob("*.toml"))
@@ -94,6 +95,8 @@ def test_quantised_weights_have_the_tolerance_of_float16_at_least() -> None:
         recipe = parse(f'{SMALLEST}\n[components.denoiser]\ndtype = "{dtype}"\n{table}')
         plain = parse(f'{SMALLEST}\n[components.denoiser]\ndtype = "{same}"\n')
         assert recipe.tolerance("denoiser") == plain.tolerance("denoiser")
+        rounded = parse(f'{SMALLEST}\n[components.denoiser]\ndtype = "{dtype}"\n{table}activations = "int8"\n')
+        assert rounded.tolerance("denoiser") == TOLERANCES["bfloat16"]
 
 
 FULL = """
@@ -108,6 +111,9 @@ keep_float32 = ["time_embedding", "up_blocks.*.norm"]
 weights = "int8"
 exclude = ["mid_block", "*.to_out"]
 scales = "mse"
+activations = "int8"
+ranges = "percentile=99.9"
+smoothing = 0.5
 [components.text_encoder_2]
 [sampling]
 scheduler = "euler"
@@ -174,7 +180,7 @@ def test_step_counts_are_numbers_and_ranges() -> None:
 def test_every_key() -> None:
     recipe = parse(FULL)
     assert recipe.buckets == (Bucket(batch=1, height=64, width=64), Bucket(batch=4, height=64, width=128))
-    quantize = Quantize("int8", ("mid_block", "*.to_out"), "mse")
+    quantize = Quantize("int8", ("mid_block", "*.to_out"), "mse", "int8", "percentile=99.9", 0.5)
     kept = ("time_embedding", "up_blocks.*.norm")
     assert recipe.component("denoiser") == ComponentRecipe("bfloat16", kept, 0, quantize)
     assert recipe.component("text_encoder_2") == ComponentRecipe()
@@ -429,16 +435,20 @@ def changed(**values: str) -> str:
         (
             changed(
                 components="{denoiser = {quantize = {weights = 'int4', scales = 'min', exclude = ['', 'a', 'a'], "
-                "activations = 'int8'}}}"
+                "activations = 'int9', smoothing = 2, ranges = '', alpha = 1}}}"
             ),
             [
-                "components.denoiser.quantize.activations: unknown key (expected one of weights, exclude, scales, "
-                "got 'activations')",
+                "components.denoiser.quantize.alpha: unknown key (expected one of weights, exclude, scales, "
+                "activations, ranges, smoothing, got 'alpha')",
                 "components.denoiser.quantize.weights: unknown value, did you mean 'int8'? "
                 "(expected one of 'int8', got 'int4')",
                 f"components.denoiser.quantize.exclude[0]: empty (expected {TEXT}, got '')",
                 "components.denoiser.quantize.exclude[2]: duplicate (expected each entry once, got 'a')",
                 "components.denoiser.quantize.scales: unknown value (expected one of 'max', 'mse', got 'min')",
+                "components.denoiser.quantize.activations: unknown value, did you mean 'int8'? "
+                "(expected one of 'none', 'int8', got 'int9')",
+                f"components.denoiser.quantize.ranges: empty (expected {TEXT}, got '')",
+                "components.denoiser.quantize.smoothing: out of range (expected a number from 0 to 1, got 2)",
             ],
         ),
         (changed(components="{denoiser = 1}"), ["components.denoiser: wrong type (expected a table, got 1)"]),

@@ -114,10 +114,12 @@ def plan_build(
     config: str | Path | None = None,
     store: str | Path | None = None,
     graphs_only: bool = False,
+    calibration: str | Path | None = None,
 ) -> Plan:
     """What a build would do: every step, hit or miss, and the field that changed.
 
-    Needs no engine library. Raises RecipeError, ModelError, WeightsError and UsageError.
+    `calibration` is a file that `calibrate` wrote, in place of a calibration. Needs no engine library but for that.
+    Raises RecipeError, ModelError, WeightsError, CalibrationError, UsageError, and EngineError of a calibration.
     """
     from toolchain.builder.open_model import open_model
     from toolchain.builder.plan import make_plan
@@ -128,8 +130,7 @@ def plan_build(
     weights = not graphs_only or Path(model).expanduser().is_file()
     safety = loaded.safety.checker
     source = open_model(model, revision, config=config, store=store, weights=weights, safety=safety)
-    log.debug("planning, with the digests of %s", source.path)
-    return make_plan(loaded, source, _store(store), graphs_only=graphs_only)
+    return make_plan(loaded, source, _store(store), graphs_only=graphs_only, calibration=calibration)
 
 
 def plan_memory(plan: Plan) -> list[EngineMemory]:
@@ -144,22 +145,20 @@ def build(
     model: str | Path,
     output: str | Path,
     *,
-    revision: str | None = None,
-    config: str | Path | None = None,
-    store: str | Path | None = None,
     on_plan: Callable[[Plan], None] = lambda plan: None,
     progress: StepProgress = lambda step, what: None,
     within: StepShare = lambda step, phase, share: None,
+    **options: Any,
 ) -> Bundle:
     """Builds what the store lacks and writes a bundle.
 
-    `on_plan` is called once, before the first step. Raises UsageError for an output that cannot be written, before any
-    work is done, what `plan_build` raises, and the errors of every stage.
+    `options` are those of `plan_build`; `on_plan` is called once, before the first step. Raises UsageError for an
+    output that cannot be written, what `plan_build` raises, and the errors of every stage.
     """
     from toolchain.builder.assemble import assemble, check_output
 
     check_output(Path(output))
-    plan = plan_build(recipe, model, revision=revision, config=config, store=store)
+    plan = plan_build(recipe, model, **options)
     on_plan(plan)
     return assemble(plan, Path(output), progress, within)
 

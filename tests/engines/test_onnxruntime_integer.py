@@ -12,6 +12,7 @@ import pytest
 from tests.graph.test_simplify import model, ops, value, weight
 from tests.precision.test_engines import BUILDER, run
 from tests.precision.test_weight_only import product
+from toolchain.engines.onnxruntime import device
 from toolchain.engines.onnxruntime.integer import OFFSET, as_products
 from toolchain.engines.onnxruntime.integer_kernels import fuse_integer_products
 from toolchain.graph.placeholder import placeholder
@@ -20,6 +21,7 @@ from toolchain.precision.activations import quantize_activations
 from toolchain.precision.changes import Changes
 from toolchain.precision.rounding import channel_scales, quantize
 from toolchain.precision.weight_only import quantize_weights
+from toolchain.recipe import Quantize
 from toolchain.weights.derived import weight_uses
 
 F32 = np.dtype(np.float32)
@@ -185,6 +187,25 @@ def test_4_what_stays() -> None:
     assert left(product("MatMul", (64, 128), dtype=ir.DataType.FLOAT16)) == ["MatMul"]
     halves = product("Gemm", (64, 128), dtype=ir.DataType.FLOAT16)
     assert left(halves) == ["Gemm"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "machine", "saturates"),
+    [
+        ("avx2 avx512f avx512_vnni", "x86_64", False),
+        ("avx2 avx_vnni", "AMD64", False),
+        ("avx2 avx512f", "x86_64", True),
+        ("", "aarch64", False),
+    ],
+)
+def test_a_cpu_whose_sums_saturate_is_warned_of(
+    flags: str, machine: str, saturates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_flags", lambda: frozenset(flags.split()))
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    said = BUILDER.warning(Quantize("int8", activations="int8"))
+    assert (said is not None and "no VNNI" in said) is saturates
+    assert BUILDER.warning(Quantize("int8")) is None
 
 
 def test_weights_alone_stay_in_float() -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from toolchain.builder import stages
-from toolchain.builder.planner import Planner
+from toolchain.builder.planner import Planner, config_digest
+from toolchain.builder.quantization import CALIBRATED
 from toolchain.builder.stages.graph import GRAPH
 from toolchain.builder.stages.sampler import TABLES
 from toolchain.builder.steps import Built, StepId, Within
@@ -30,10 +31,8 @@ from toolchain.recipe import Calibration, Recipe, Safety
 from toolchain.recipe.options import BackendOptions
 from toolchain.runtime.observer import Observer
 from toolchain.signature import GraphSpec, TensorSpec
-from toolchain.store.artifacts import Artifact, Json, Store, content_key
+from toolchain.store.artifacts import Artifact, Json, Store
 
-CALIBRATED = ("denoiser", "vae_decoder")
-"""The components whose activations are watched: all that a picture's pixels pass through."""
 FALLBACK = "onnxruntime"
 """The backend that draws where the recipe's own cannot run."""
 
@@ -107,11 +106,6 @@ class CalibrationPlanner(Planner):
             "guidance": sampling.guidance,
             "bucket": str(self.recipe.buckets[0]),
         }
-
-
-def config_digest(planner: Planner, component: Component) -> str:
-    """Tells models apart of which no range of the one serves the other."""
-    return content_key("config", planner.config(component))
 
 
 def _reference_backend(recipe: Recipe) -> str:

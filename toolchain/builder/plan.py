@@ -5,20 +5,22 @@ Planning imports neither torch nor diffusers, so that a build with nothing to do
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from toolchain.builder.calibration import CalibrationPlanner
-from toolchain.builder.planner import Planner
+from toolchain.builder.planner import Planner, rounds
+from toolchain.builder.quantization import quantize_problems
 from toolchain.builder.stages.graph import GRAPH
 from toolchain.builder.stages.weights import surveyed
-from toolchain.builder.steps import Step, StepId
+from toolchain.builder.steps import Built, Step, StepId, Within
 from toolchain.engines.backend import Builder
 from toolchain.engines.builders import builder_of
-from toolchain.errors import EngineError, RecipeError, RequestError, SamplerError
+from toolchain.errors import EngineError, RecipeError, RequestError, SamplerError, UsageError
 from toolchain.models import safety
 from toolchain.models.component import Family
 from toolchain.models.registry import family_of
@@ -27,6 +29,8 @@ from toolchain.recipe import Recipe
 from toolchain.recipe.options import BackendOptions
 from toolchain.sampler.schedulers import entry_for, parse
 from toolchain.store.artifacts import Artifact, Store
+
+log = logging.getLogger("toolchain")
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Plan:
             quantize = self.recipe.component(component).quantize if step.stage == "graph" else None
             graph = None if quantize is None or component in surveys else self.artifact(step.id)
             if quantize is not None and graph is not None:
-                surveys[component] = surveyed(self.backend, graph.file(GRAPH), quantize).to_json()
+                surveys[component] = surveyed(self.backend, graph.file(GRAPH), quantize)
         return surveys
 
     def step(self, wanted: StepId) -> Step:
@@ -83,17 +87,27 @@ class Plan:
         return None if step is None else self.store.lookup(step.stage, step.key)
 
 
-def make_plan(recipe: Recipe, source: ModelSource, store: Store, *, graphs_only: bool = False) -> Plan:
-    """Every step of a build, in order. Raises ModelError and RecipeError before any work is done.
+def make_plan(
+    recipe: Recipe,
+    source: ModelSource,
+    store: Store,
+    *,
+    graphs_only: bool = False,
+    calibration: str | Path | None = None,
+) -> Plan:
+    """Every step of a build, in order. Raises ModelError, RecipeError and CalibrationError before any work is done.
 
     A build can be planned where its engines cannot be built: see `Plan.refused`.
 
-    graphs_only: no weights, engines, tables or tokenizer; needs the config files alone.
+    graphs_only  no weights, engines, tables or tokenizer; needs the config files alone
+    calibration  a file of ranges, in place of a calibration
     """
     family = family_of(source, recipe)
     backend = builder_of(recipe.backend)
     check_recipe(recipe, family, backend, source, graphs_only=graphs_only)
     device, refused = (None, None) if graphs_only else _device(backend)
+    if refused is None and not graphs_only:
+        _warn(recipe, backend)
     planner = Planner(recipe, source, family, backend, store, device)
     if not graphs_only:
         # Quick to build, and so first: what cannot be compiled here is refused before hours of work.
@@ -103,9 +117,36 @@ def make_plan(recipe: Recipe, source: ModelSource, store: Store, *, graphs_only:
         planner.graphs(component)
     check_patterns(recipe, source, family, exported=_exported(planner.steps))
     if not graphs_only:
+        _add_ranges(planner, calibration)
         for component in family.parts(recipe):
             planner.engines(component)
     return Plan(recipe, source, family, backend, store, tuple(planner.steps), device=device, refused=refused)
+
+
+def _add_ranges(planner: Planner, file: str | Path | None) -> None:
+    """The ranges that a recipe needs: of a file, or a step that draws them."""
+    recipe = planner.recipe
+    needed = any(rounds(recipe.component(c.name)) for c in planner.family.parts(recipe))
+    if file is not None and not needed:
+        raise UsageError("the recipe rounds no activations, and so needs no ranges", where=recipe.name, got=file)
+    if file is not None:
+        planner.calibrated(Path(file))
+    elif needed:
+        planner.calibrate(_as_step(plan_calibration(recipe, planner.source, planner.store), recipe.name))
+
+
+def _as_step(calibration: Plan, recipe: str) -> Step:
+    """A calibration as one step of a build, which runs all others of it where it has to draw."""
+    *before, last = calibration.steps
+
+    def run(_: Built, folder: Path, within: Within) -> None:
+        def begin(step: Step, what: str) -> None:
+            within(str(step.id), None)
+
+        built = execute(replace(calibration, steps=tuple(before)), begin, lambda step, *told: within(*told))
+        last.run(built, folder, within)
+
+    return replace(last, recipe=recipe, run=run, needs=())
 
 
 def plan_calibration(recipe: Recipe, source: ModelSource, store: Store) -> Plan:
@@ -120,11 +161,19 @@ def plan_calibration(recipe: Recipe, source: ModelSource, store: Store) -> Plan:
             "the recipe says nothing of what to calibrate with",
             where=recipe.name,
             expected='a table [calibration] with prompts like those that you will draw, or prompts = "varied-64"',
+            hint="or give the file of a calibration: diffbuild build ... --calibration FILE",
         )
     planner = CalibrationPlanner(recipe, source, family, store)
     planner.plan()
     check_patterns(recipe, source, family, exported=_exported(planner.steps))
     return Plan(planner.recipe, source, family, planner.backend, store, tuple(planner.steps), device=planner.device)
+
+
+def _warn(recipe: Recipe, backend: Builder[Any]) -> None:
+    for name, component in recipe.components.items():
+        warning = None if component.quantize is None else backend.warning(component.quantize)
+        if warning is not None:
+            log.warning("components.%s.quantize: %s", name, warning)
 
 
 def _device(backend: Builder[Any]) -> tuple[dict[str, Any] | None, EngineError | None]:
@@ -181,6 +230,8 @@ def check_recipe(
         refusal = None if component.quantize is None or graphs_only else backend.refuses_quantized(options)
         if refusal:
             problems.append(f"components.{name}.quantize: {refusal}")
+        if component.quantize is not None:
+            problems += [f"components.{name}.quantize.{why}" for why in quantize_problems(name, component.quantize)]
     if not graphs_only:
         problems += [f"{backend.name}.{problem}" for problem in backend.problems(options)]
     if recipe.safety.checker and family.checker is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from toolchain.builder import stages
+from toolchain.builder.stages.calibration import RANGES
 from toolchain.builder.stages.graph import GRAPH
 from toolchain.builder.steps import (
     EXPORT_TOOLS,
@@ -28,7 +29,7 @@ from toolchain.engines.backend import Builder
 from toolchain.errors import EngineError, ExportError
 from toolchain.models.component import Component, Family
 from toolchain.models.source import ModelSource
-from toolchain.recipe import Bucket, ComponentRecipe, Recipe
+from toolchain.recipe import Bucket, ComponentRecipe, Quantize, Recipe
 from toolchain.sampler.schedulers import parse, steps_of
 from toolchain.sampler.table import spans
 from toolchain.settings import ModelSettings
@@ -36,6 +37,7 @@ from toolchain.store.artifacts import Artifact, Json, Store, content_key
 from toolchain.store.manifest import Change
 from toolchain.store.plain_json import plain
 from toolchain.weights.mapped import require_plain
+from toolchain.weights.range_file import RangeFile, read_ranges
 from toolchain.weights.safetensors import find_weights, read_folder
 
 
@@ -54,6 +56,7 @@ class Planner:
         self.recipe, self.source, self.family, self.backend, self.store = recipe, source, family, backend, store
         self.device = device
         self.steps: list[Step] = []
+        self._ranges: StepId | Path | None = None
         self.guided = recipe.classifier_free_guidance
         # Entries of CLOSURES: what this family, this backend and its form of a graph decide.
         self._components = f"models.{family.name}_components"
@@ -150,13 +153,16 @@ class Planner:
         folder = self.source.path / component.folder
         files = find_weights(folder)
         first = StepId("graph", component.name, next(iter(self.buckets(component))))
+        quantize = self.recipe.component(component.name).quantize
+        rounded = rounds(self.recipe.component(component.name))
         inputs: dict[str, Json] = {
             "family": self.family.name,
             "component": component.name,  # both halves of a VAE come from one checkpoint
             "checkpoint": {f.name: self.store.digest_of(f) for f in files},
             "config": self.config(component),
             "recipe": _precision(self.recipe.component(component.name)),
-            "quantize": _quantize(self.recipe.component(component.name)),
+            "quantize": _quantize(quantize),
+            **({"ranges": self._ranges_key()} if rounded else {}),
             "backend": self.backend.name,
             "tools": tool_versions(EXPORT_TOOLS),
         }
@@ -165,12 +171,13 @@ class Planner:
 
         def run(built: Built, out: Path, within: Within) -> None:
             with _named(weights):
-                quantize = self.recipe.component(component.name).quantize
-                stages.weights.write(self.backend, folder, built[first].file(GRAPH), out, quantize)
+                ranges = self._read_ranges(built).components[component.name] if rounded else None
+                stages.weights.write(self.backend, folder, built[first].file(GRAPH), out, quantize, ranges)
 
         # The weights that are used, and under which names, is decided by the graphs.
         code = ("builder.stages.weights", self._preparation, "builder.stages.graph", self._components)
-        shared: dict[str, Json] = {"weights": self.add(weights, code, inputs, run, [first])}
+        needs = [first, self._ranges] if rounded and isinstance(self._ranges, StepId) else [first]
+        shared: dict[str, Json] = {"weights": self.add(weights, code, inputs, run, needs)}
         if not self.steps[-1].hit:
             # Damaged, half-downloaded and foreign files are found now, not after the export.
             require_plain(read_folder(folder), folder)
@@ -178,6 +185,27 @@ class Planner:
             # Made from the first bucket, and so the same for whatever buckets follow it.
             shared["packed"] = self.backend_step("packed", component, first.label, dict(shared))
         return shared
+
+    def calibrate(self, step: Step) -> None:
+        """Ranges come from the artifact of a step, which is added."""
+        self.steps.append(step)
+        self._ranges = step.id
+
+    def calibrated(self, file: Path) -> None:
+        """Ranges come from a file. Raises CalibrationError where it is none, or of another model."""
+        names = [c.name for c in self.family.parts(self.recipe) if rounds(self.recipe.component(c.name))]
+        read_ranges(file).require_model({n: config_digest(self, self.family.component(n)) for n in names})
+        self._ranges = file
+
+    def _ranges_key(self) -> Json:
+        """Identifies the ranges in the keys of what is made of them."""
+        assert self._ranges is not None
+        return self.key(self._ranges) if isinstance(self._ranges, StepId) else self.store.digest_of(self._ranges)
+
+    def _read_ranges(self, built: Built) -> RangeFile:
+        assert self._ranges is not None
+        ranges = self._ranges
+        return read_ranges(built[ranges].file(RANGES) if isinstance(ranges, StepId) else ranges)
 
     def merged(self, component: Component, labels: Sequence[str]) -> None:
         """One graph for the buckets `labels`, from theirs."""
@@ -304,9 +332,18 @@ def _precision(component: ComponentRecipe) -> dict[str, Json]:
     return {"dtype": component.dtype, "keep_float32": [*kept]}
 
 
-def _quantize(component: ComponentRecipe) -> dict[str, Json] | None:
+def rounds(component: ComponentRecipe) -> bool:
+    """Whether activations of a component are rounded, for which their ranges are needed."""
+    return component.quantize is not None and component.quantize.activations != "none"
+
+
+def config_digest(planner: Planner, component: Component) -> str:
+    """Tells models apart of which no range of the one serves the other."""
+    return content_key("config", planner.config(component))
+
+
+def _quantize(table: Quantize | None) -> dict[str, Json] | None:
     """What of a component's table decides its weights and engines, and not its graph."""
-    table = component.quantize
     return None if table is None else {**asdict(table), "exclude": [*sorted(table.exclude)]}
 
 

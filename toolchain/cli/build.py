@@ -35,19 +35,28 @@ KEYS = ("graph", "weights", "packed")
 """Inputs of a step that are keys of other steps, which tell by themselves what changed in them."""
 
 
+calibration_option = click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Ranges that calibrate wrote, in place of a calibration.",
+)
+
+
 @click.command(epilog=examples("diffbuild plan sd15-fp32 --model owner/name"))
 @recipe_argument
 @model_option
 @origin_options
+@calibration_option
 @store_option
 @json_option
 @verbosity
-def plan(recipe: Path, model: str, store: Path | None, as_json: bool, **origin: Any) -> None:
+def plan(recipe: Path, model: str, as_json: bool, **options: Any) -> None:
     """Show what a build would do, and build nothing.
 
     Each step is a hit, which is in the store, or a miss, with the fields that changed since it was last built.
     """
-    planned = api.plan_build(recipe, model, **origin, store=store)
+    planned = api.plan_build(recipe, model, **options)
     answer(as_json, lambda: plan_json(planned), lambda: plan_lines(planned))
 
 
@@ -63,6 +72,7 @@ def plan(recipe: Path, model: str, store: Path | None, as_json: bool, **origin: 
     "--output", "-o", required=True, type=click.Path(path_type=Path), metavar="BUNDLE", help="The new bundle."
 )
 @origin_options
+@calibration_option
 @store_option
 @json_option
 @verbosity

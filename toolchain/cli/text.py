@@ -48,7 +48,8 @@ def quantized_lines(quantized: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
     """How many weights of each component are in fewer bits, and why others are not."""
     for component, facts in quantized.items():
         left = ", ".join(f"{len(names)} {reason}" for reason, names in facts["left"].items())
-        yield f"{component}: {facts['weights']} of {facts['of']} weights in {facts['type']}" + (
+        what = "weights and their inputs" if facts.get("inputs") else "weights"
+        yield f"{component}: {facts['weights']} of {facts['of']} {what} in {facts['type']}" + (
             f"; left alone: {left}" if left else ""
         )
 

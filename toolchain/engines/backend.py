@@ -16,6 +16,8 @@ from toolchain.signature import GraphSpec
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from toolchain.recipe import Quantize
+
 Buffers = Mapping[str, Buffer]
 Weights = Mapping[str, Path]
 """Role -> weight file: "weights" is the component's own, "packed" what `Builder.packer` wrote."""
@@ -47,6 +49,9 @@ class Builder(Protocol[Options]):
 
     def refuses_quantized(self, options: Options) -> str | None:
         """Why a component cannot have quantised weights under these options, and what can; None where it can."""
+
+    def warning(self, quantize: Quantize) -> str | None:
+        """What goes worse on this machine than a recipe expects of a component that is quantised so, or None."""
 
     def prepare(self, graph: ir.Model) -> ir.Model:
         """An exported graph in the form that `build` takes, with weights as this backend wants them."""

@@ -29,22 +29,29 @@ NotNegative = Annotated[float, Rule("a number of 0 or more", lambda x: 0 <= x < 
 Decibels = Annotated[float, Rule("a number above 0", lambda x: 0 < x < math.inf)]
 Strength = Annotated[float, Rule("a number above 0, at most 1", lambda x: 0 < x <= 1)]
 Share = Annotated[float, Rule("a number above 0, at most 1", lambda x: 0 < x <= 1)]
+ShareOrNone = Annotated[float, Rule("a number from 0 to 1", lambda x: 0 <= x <= 1)]
 EXACT_PSNR_DB, ROUNDED_PSNR_DB = 60.0, 40.0
 NOT_EMPTY = Rule("a list with at least one entry", lambda entries: len(entries) > 0)
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """Which weights of a component are stored in fewer bits. Activations stay in the component's type.
+    """Which weights of a component are stored in fewer bits, and whether their inputs are rounded too.
 
-    weights  the type of convolutions' and matrix products' weights
-    exclude  dotted module names or fnmatch patterns that are left alone
-    scales   "max" keeps every channel's largest weight, "mse" clips it where the squared error is then least
+    weights      the type of convolutions' and matrix products' weights
+    exclude      dotted module names or fnmatch patterns that are left alone
+    scales       "max" keeps every channel's largest weight, "mse" clips it where the squared error is then least
+    activations  the type that the inputs of quantised weights are rounded to; "none" leaves them as they are
+    ranges       how a calibration's ranges become scales, as `precision.ranges.parse_method` takes it
+    smoothing    how much of the magnitude of a linear layer's input is moved into its weights: SmoothQuant's alpha
     """
 
     weights: Literal["int8"]
     exclude: tuple[Text, ...] = ()
     scales: Literal["max", "mse"] = "max"
+    activations: Literal["none", "int8"] = "none"
+    ranges: Text = "max"
+    smoothing: ShareOrNone = 0.0
 
 
 @dataclass(frozen=True)
@@ -185,10 +192,14 @@ class Recipe:
     def tolerance(self, name: str) -> Tolerance:
         """The tolerance of a component; that of its dtype where `[check.components.NAME]` is absent.
 
-        With quantised weights it is float16's at least: eight bits for a channel cost about as much.
+        With quantised weights it is float16's at least: eight bits for a channel cost about as much. With rounded
+        activations it is bfloat16's.
         """
         component = self.component(name)
-        least = "float16" if component.quantize and component.dtype == "float32" else component.dtype
+        least: str = component.dtype
+        if component.quantize is not None:
+            least = "float16" if least == "float32" else least
+            least = "bfloat16" if component.quantize.activations != "none" else least
         return self.check.components.get(name) or TOLERANCES[least]
 
     @property

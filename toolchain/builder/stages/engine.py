@@ -47,7 +47,7 @@ def write_engine(
         backend.build(path, weights, folder, options, progress)
     if quantize is not None:
         facts = folder / ENGINE_FACTS
-        survey = surveyed(backend, graph, quantize).to_json()
+        survey = surveyed(backend, graph, quantize)
         facts.write_text(json.dumps(read_facts(facts) | {QUANTIZED: survey}, indent=1) + "\n")
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.engines.onnxruntime.device import cpu_device, cpu_features, physical_cores
+from toolchain.engines.onnxruntime.device import cpu_device, cpu_features, physical_cores, saturates_int8
 from toolchain.engines.onnxruntime.optimize import (
     content_of,
     initializers,
@@ -28,7 +28,7 @@ from toolchain.store.facts import ENGINE_FACTS
 from toolchain.weights.mapped import MappedWeights
 
 if TYPE_CHECKING:
-    pass
+    from toolchain.recipe import Quantize
 
 PACKED_FROM_BYTES = 1024
 """Smaller tensors stay in the graph."""
@@ -53,6 +53,12 @@ class OnnxRuntimeBuilder:
     def refuses_quantized(self, options: OnnxRuntimeOptions) -> str | None:
         """None: a DequantizeLinear widens int8 weights when they are used."""
         return None
+
+    def warning(self, quantize: Quantize) -> str | None:
+        """Of a CPU whose integer kernels saturate."""
+        if quantize.activations == "none" or not saturates_int8():
+            return None
+        return "this CPU has no VNNI: its products in int8 saturate, which check shows, and are hardly faster"
 
     prepare = staticmethod(prepare)
     prepare_quantized = staticmethod(prepare_quantized)

@@ -14,15 +14,29 @@ from toolchain.engines.onnxruntime.package import module_version
 @cache
 def cpu_features() -> str:
     """The instruction set that decides ONNX Runtime's blocked layouts and kernels, such as "x86_64-avx512"."""
-    machine = platform.machine().lower().replace("amd64", "x86_64")
-    try:
-        flags = next(
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
-        ).split()
-    except (OSError, StopIteration):
-        return machine
+    flags = _flags()
+    if not flags:
+        return _machine()
     level = "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "sse"
-    return f"{machine}-{level}"
+    return f"{_machine()}-{level}"
+
+
+def saturates_int8() -> bool:
+    """Whether sums of two products of uint8 and int8 are cut off at sixteen bits, as on x86 without VNNI."""
+    return _machine() == "x86_64" and not _flags() & {"avx512_vnni", "avx_vnni"}
+
+
+def _machine() -> str:
+    return platform.machine().lower().replace("amd64", "x86_64")
+
+
+def _flags() -> frozenset[str]:
+    """What the CPU can do by Linux's names; empty where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split() for line in lines if line.startswith("flags")), ()))
 
 
 def physical_cores() -> int:

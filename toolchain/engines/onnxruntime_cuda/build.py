@@ -20,7 +20,7 @@ from toolchain.engines.onnxruntime_cuda.provider import (
 from toolchain.recipe.options import OnnxRuntimeCudaOptions
 
 if TYPE_CHECKING:
-    pass
+    from toolchain.recipe import Quantize
 
 
 class OnnxRuntimeCudaBuilder:
@@ -42,6 +42,10 @@ class OnnxRuntimeCudaBuilder:
     def refuses_quantized(self, options: OnnxRuntimeCudaOptions) -> str | None:
         """Not tried on a GPU yet."""
         return f"{self.name} cannot run quantised weights (expected onnxruntime, tensorrt or tensorrt_rtx)"
+
+    def warning(self, quantize: Quantize) -> str | None:
+        """None."""
+        return None
 
     prepare = staticmethod(prepare)
     prepare_quantized = staticmethod(prepare_quantized)

@@ -20,7 +20,7 @@ from toolchain.engines.tensorrt.prepare import prepare, prepare_quantized
 from toolchain.recipe.options import TensorRtOptions, TensorRtRtxOptions
 
 if TYPE_CHECKING:
-    pass
+    from toolchain.recipe import Quantize
 
 log = logging.getLogger("toolchain")
 
@@ -40,6 +40,10 @@ class PlanBuilder(Generic[Options]):
     def device(self) -> dict[str, Any]:
         """What engines are tied to. Raises EngineError."""
         raise NotImplementedError
+
+    def warning(self, quantize: Quantize) -> str | None:
+        """None."""
+        return None
 
     prepare = staticmethod(prepare)
     prepare_quantized = staticmethod(prepare_quantized)

@@ -1,0 +1,147 @@
+"""Builds in int8 from recipe to picture: ranges, keys, what is refused, and which operators are run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+import toolchain
+from tests.parity import Build, least_psnr_db
+from tests.precision.test_engines import MAKERS, PLAIN
+from toolchain import api
+from toolchain.cli.inspect import bundle_json, bundle_lines
+from toolchain.errors import CalibrationError, DiffbuildError, RecipeError, UsageError
+from toolchain.precision.ranges import EXPECTED
+from toolchain.weights.range_file import read_ranges, write_ranges
+
+CALIBRATION = """
+[calibration]
+prompts = ["a red circle", "a blue square"]
+"""
+INT8 = """
+[components.denoiser.quantize]
+weights = "int8"
+activations = "int8"
+"""
+TEXT = f'family = "sd"\n{PLAIN}{INT8}{CALIBRATION}'
+
+
+def operators(bundle: toolchain.Bundle, component: str) -> list[str]:
+    """What an engine runs."""
+    entry = bundle.engine(component, bundle.buckets[0])
+    return [node.op_type for node in ir.load(bundle.path / entry.folder / "graph.onnx").graph]
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_a_family_draws_nearly_the_same_in_int8(family: str, build: Build, tmp_path: Path) -> None:
+    """With smoothing, on a tiny model, whose random weights are harder than trained ones."""
+    folder = MAKERS[family](tmp_path / "model")
+    plain = build(f"{family}-plain", folder, f'family = "{family}"\n{PLAIN}')
+    text = f'family = "{family}"\n{PLAIN}{INT8}smoothing = 0.5\nscales = "mse"\n{CALIBRATION}'
+    small = build(f"{family}-w8a8", folder, text)
+    pictures = [pipe(["a red circle"] * 2, seed=[0, 1]).images for pipe in (plain, small)]
+    psnr = least_psnr_db(*pictures)  # type: ignore[arg-type]
+    assert 30 <= psnr < 90, psnr
+    inspection = api.inspect_bundle(small.bundle.path)
+    facts = bundle_json(inspection)["quantized"]["denoiser"]
+    assert facts["inputs"] == facts["weights"] > 5
+    assert operators(small.bundle, "denoiser").count("MatMulIntegerToFloat") == facts["weights"]
+    said = f"denoiser: {facts['weights']} of {facts['of']} weights and their inputs in int8"
+    assert any(line.startswith(said) for line in bundle_lines(inspection))
+
+
+@pytest.fixture(scope="module")
+def planned(tiny_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Plans a recipe in the shared store, in which the one of TEXT is built."""
+    folder = tmp_path_factory.mktemp("int8")
+
+    def plan(text: str, **options: Any) -> Any:
+        path = folder / "tiny-int8.toml"
+        path.write_text(text)
+        return api.plan_build(path, tiny_model, store=store, **options)
+
+    plan(TEXT)
+    toolchain.build(folder / "tiny-int8.toml", str(tiny_model), folder / "bundle", store=store)
+    return plan
+
+
+def misses(plan: Any) -> list[str]:
+    return [str(step.id) for step in plan.steps if not step.hit]
+
+
+def test_a_second_build_has_nothing_to_do(planned: Any) -> None:
+    assert misses(planned(TEXT)) == []
+
+
+@pytest.mark.parametrize("change", ['ranges = "percentile=99.9"', "smoothing = 0.5", 'exclude = ["mid_block"]'])
+def test_what_ranges_are_made_into_draws_nothing_again(planned: Any, change: str) -> None:
+    plan = planned(TEXT.replace(INT8, f"{INT8}{change}\n"))
+    assert [name.split()[0] for name in misses(plan)] == ["weights", "packed", "engine"]
+
+
+def test_other_pictures_are_another_calibration(planned: Any) -> None:
+    plan = planned(TEXT.replace("a blue square", "a blue ring"))
+    assert [name.split()[0] for name in misses(plan)] == ["calibration", "weights", "packed", "engine"]
+
+
+def test_a_file_stands_for_a_calibration(planned: Any, tiny_model: Path, store: Path, tmp_path: Path) -> None:
+    """Also where the recipe has no table; and the weights are the same, bit for bit."""
+    (tmp_path / "tiny-int8.toml").write_text(TEXT)
+    ranges = api.calibrate(tmp_path / "tiny-int8.toml", tiny_model, tmp_path / "ranges.safetensors", store=store)
+    (tmp_path / "tiny-int8.toml").write_text(TEXT.replace(CALIBRATION, ""))
+    bundles = [
+        toolchain.build(tmp_path / "tiny-int8.toml", str(tiny_model), tmp_path / name, store=store, calibration=file)
+        for name, file in (("file", ranges.path), ("again", str(ranges.path)))
+    ]
+    entry = bundles[0].engine("denoiser", bundles[0].buckets[0])
+    (tmp_path / "drawn.toml").write_text(TEXT)
+    drawn = toolchain.build(tmp_path / "drawn.toml", str(tiny_model), tmp_path / "drawn", store=store)
+    for file in entry.weights.values():
+        assert bundles[0].files[file] == drawn.files[file] == bundles[1].files[file]
+    plan = planned(TEXT.replace(CALIBRATION, ""), calibration=ranges.path)
+    assert not any(step.stage == "calibration" for step in plan.steps)
+
+
+def test_ranges_of_another_model_are_refused(planned: Any, tmp_path: Path) -> None:
+    file = tmp_path / "other.safetensors"
+    write_ranges(file, {"denoiser": {}}, {"model": "other", "configs": {"denoiser": "0"}})
+    with pytest.raises(CalibrationError, match="another model"):
+        planned(TEXT, calibration=file)
+    assert read_ranges(file).components == {"denoiser": {}}
+
+
+BAD = [
+    (TEXT.replace(CALIBRATION, ""), RecipeError, "the recipe says nothing of what to calibrate with"),
+    (TEXT.replace("denoiser", "text_encoder"), RecipeError, "text_encoder.quantize.activations: no ranges are known"),
+    (TEXT.replace("denoiser", "vae_encoder"), RecipeError, "vae_encoder.quantize.activations: no ranges are known"),
+    (TEXT.replace(INT8, f'{INT8}ranges = "most"\n'), RecipeError, f"ranges: unknown method (expected {EXPECTED}"),
+    (TEXT.replace('activations = "int8"', "smoothing = 0.5"), RecipeError, "quantize.smoothing: needs activations"),
+    (TEXT.replace('activations = "int8"', 'ranges = "mean"'), RecipeError, "quantize.ranges: needs activations"),
+    (TEXT.replace(INT8, f"{INT8}smoothing = 1.5\n"), RecipeError, "expected a number from 0 to 1, got 1.5"),
+    (TEXT.replace('activations = "int8"', 'activations = "int4"'), RecipeError, "expected one of 'none', 'int8'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "kind", "message"), BAD)
+def test_what_does_not_fit_is_refused_while_planning(
+    planned: Any, text: str, kind: type[DiffbuildError], message: str
+) -> None:
+    with pytest.raises(kind) as error:
+        planned(text)
+    assert message in str(error.value)
+
+
+def test_a_file_that_nothing_needs_is_refused(planned: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="rounds no activations"):
+        planned(f'family = "sd"\n{PLAIN}', calibration=tmp_path / "ranges.safetensors")
+
+
+def test_a_warning_of_the_backend_is_logged(
+    planned: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("toolchain.engines.onnxruntime.build.saturates_int8", lambda: True)
+    planned(TEXT)
+    assert "components.denoiser.quantize: this CPU has no VNNI" in caplog.text
