@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from toolchain.errors import CalibrationError
-from toolchain.precision.ranges import BINS, Range, Ranges, histogram
+from toolchain.precision.ranges import Range, Ranges, histogram
 from toolchain.weights.mapped import read_metadata
-from toolchain.weights.range_file import FORMAT_KEY, PARTS, read_ranges, require_ranges, write_ranges
+from toolchain.weights.range_file import FORMAT_KEY, PARTS, read_ranges, write_ranges
 from toolchain.weights.safetensors import write_safetensors
 
 ABOUT = {"model": "a model", "configs": {"denoiser": "d1", "vae_decoder": "d2"}}
@@ -166,14 +166,3 @@ def test_another_model(file: Path) -> None:
         found.require_model({"denoiser": "d0", "vae_decoder": "d2"})
     with pytest.raises(CalibrationError, match=r"no ranges of a component(.|\n)*expected: text_encoder"):
         found.require_model({"text_encoder": "d0"})
-
-
-def test_what_a_weight_needs(file: Path) -> None:
-    ranges = dict(read_ranges(file).components["denoiser"])
-    require_ranges(ranges, ["q.weight", "out.weight"], "denoiser")
-    dead = Range(np.zeros((3, 4), np.float32), np.zeros(3, np.float32), np.zeros(BINS, np.int64))
-    ranges["dead.weight"] = dead
-    with pytest.raises(CalibrationError) as caught:
-        require_ranges(ranges, ["ouch.weight", "dead.weight", "q.weight"], "denoiser")
-    assert "ouch.weight: no range; the nearest is out.weight" in str(caught.value)
-    assert "dead.weight: its input was nothing but zeros; leave it out with `exclude`" in str(caught.value)

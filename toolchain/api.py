@@ -171,13 +171,11 @@ def calibrate(
     store: str | Path | None = None,
     **options: Any,
 ) -> RangeFile:
-    """Draws what the recipe's table `calibration` says and writes the ranges of the activations to a file.
+    """Draws what the recipe says in `calibration` and writes the ranges of the activations to a file. `options` are
+    those of `build`. Raises what `build` does, and EngineError where nothing can draw here."""
+    from toolchain.builder import ranges
 
-    `options` are those of `build`. Raises what `build` does, and EngineError where no backend can draw here.
-    """
-    from toolchain.builder.ranges import calibrate
-
-    return calibrate(_load(recipe), model, Path(output), _store(store), **options)
+    return ranges.calibrate(_load(recipe), model, Path(output), _store(store), **options)
 
 
 def export_graphs(

@@ -19,10 +19,12 @@ import numpy as np
 import onnx_ir as ir
 
 from toolchain.errors import ExportError
+from toolchain.graph.insert import Inserter, shape_of
 from toolchain.precision.collect import PEAKS, SAMPLES, Watched
 from toolchain.precision.weight_only import CONVOLUTIONS, weighted
 
 SAMPLED = 8192
+FLOAT32 = ir.TensorType(ir.DataType.FLOAT)
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,10 @@ class _Activation:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        shape = self.value.shape
-        if shape is None or not shape.is_static():
+        shape = shape_of(self.value)
+        if not shape:
             raise ExportError("an activation has no static shape", where=f"{self.reader.op_type} {self.reader.name}")
-        return tuple(int(d) for d in shape.numpy())
+        return shape
 
     @property
     def stride(self) -> int:
@@ -61,20 +63,18 @@ def watched(model: ir.Model) -> tuple[Watched, ...]:
 def watch(model: ir.Model) -> ir.Model:
     """A copy with the two outputs. Raises ExportError for an activation without a static shape."""
     model = model.clone()
-    graph, added = model.graph, watched(model)
+    graph = model.graph
     peaks, samples = [], []
-    for number, (activation, _) in enumerate(_activations(model)):
-        name = f"watched.{number}"
-        # Before what reads it, so that it need not be kept until the end.
-        nodes = [*_peak(activation, name), *_sample(activation, name)]
-        graph.insert_before(activation.reader, nodes)
-        peaks.append(next(n for n in nodes if n.name == f"{name}.peaks").outputs[0])
-        samples.append(nodes[-1].outputs[0])
-    totals = (sum(w.channels for w in added), sum(w.samples for w in added))
-    for name, parts, total in zip((PEAKS, SAMPLES), (peaks, samples), totals, strict=True) if peaks else ():
+    for activation, _ in _activations(model):
+        before = Inserter(activation.reader)  # there, so that the activation need not be kept until the end
+        peaks.append(_peaks(activation, before))
+        samples.append(_sample(activation, before))
+    for name, parts in ((PEAKS, peaks), (SAMPLES, samples)) if peaks else ():
         node = ir.node("Concat", parts, {"axis": 0}, name=name)
+        output, total = node.outputs[0], sum(shape_of(part)[0] for part in parts)
+        output.name, output.shape, output.type = name, ir.Shape([total]), FLOAT32
         graph.append(node)
-        graph.outputs.append(_typed(node, name, total))
+        graph.outputs.append(output)
     return model
 
 
@@ -100,48 +100,23 @@ def _channels(node: ir.Node, value: ir.Value) -> int:
     return 0 if flipped is not None and flipped.as_int() else rank - 1
 
 
-def _peak(activation: _Activation, name: str) -> list[ir.Node]:
-    shape, axis = activation.shape, activation.axis
-    size = ir.node("Abs", [activation.value], name=f"{name}.abs")
-    _typed(size, f"{name}.abs", *shape, dtype=activation.value.dtype)
-    others = [i for i in range(len(shape)) if i != axis]
-    axes = _constant(f"{name}.axes", others)
-    peak = ir.node("ReduceMax", [size.outputs[0], axes.outputs[0]], {"keepdims": 0}, name=f"{name}.max")
-    _typed(peak, f"{name}.max", shape[axis], dtype=activation.value.dtype)
-    return [size, axes, peak, _float32(peak, f"{name}.peaks", shape[axis])]
+def _peaks(activation: _Activation, before: Inserter) -> ir.Value:
+    value, shape = activation.value, activation.shape
+    others = [axis for axis in range(len(shape)) if axis != activation.axis]
+    sizes = before.add("Abs", [value], shape, {}, dtype=value.dtype)
+    axes = before.constant(np.array(others, np.int64))
+    channels = (shape[activation.axis],)
+    return _float32(before.add("ReduceMax", [sizes, axes], channels, {"keepdims": 0}, dtype=value.dtype), before)
 
 
-def _sample(activation: _Activation, name: str) -> list[ir.Node]:
-    size, stride = math.prod(activation.shape), activation.stride
-    constants = {
-        part: _constant(f"{name}.{part}", [number])
-        for part, number in (("flat", -1), ("start", 0), ("end", size), ("axis", 0), ("stride", stride))
-    }
-    flat, start, end, axis, step = (node.outputs[0] for node in constants.values())
-    line = ir.node("Reshape", [activation.value, flat], name=f"{name}.line")
-    _typed(line, f"{name}.line", size, dtype=activation.value.dtype)
-    sample = ir.node("Slice", [line.outputs[0], start, end, axis, step], name=f"{name}.slice")
-    count = math.ceil(size / stride)
-    _typed(sample, f"{name}.slice", count, dtype=activation.value.dtype)
-    return [*constants.values(), line, sample, _float32(sample, f"{name}.samples", count)]
+def _sample(activation: _Activation, before: Inserter) -> ir.Value:
+    value, size, stride = activation.value, math.prod(activation.shape), activation.stride
+    line = before.reshape(value, (size,))
+    start, end, axis, step = (before.constant(np.array([n], np.int64)) for n in (0, size, 0, stride))
+    count = (math.ceil(size / stride),)
+    return _float32(before.add("Slice", [line, start, end, axis, step], count, {}, dtype=value.dtype), before)
 
 
-def _constant(name: str, numbers: Sequence[int]) -> ir.Node:
-    tensor = ir.tensor(np.array(numbers, np.int64), name=name)
-    node = ir.node("Constant", [], {"value": tensor}, name=name)
-    _typed(node, name, len(numbers), dtype=ir.DataType.INT64)
-    return node
-
-
-def _float32(node: ir.Node, name: str, count: int) -> ir.Node:
-    """What a node computes in float32, so that all parts can be joined."""
-    cast = ir.node("Cast", [node.outputs[0]], {"to": ir.DataType.FLOAT}, name=name)
-    _typed(cast, name, count)
-    return cast
-
-
-def _typed(node: ir.Node, name: str, *shape: int, dtype: ir.DataType | None = ir.DataType.FLOAT) -> ir.Value:
-    assert dtype is not None
-    output = node.outputs[0]
-    output.name, output.shape, output.type = name, ir.Shape(shape), ir.TensorType(dtype)
-    return output
+def _float32(value: ir.Value, before: Inserter) -> ir.Value:
+    """In the type that all parts can be joined in."""
+    return before.add("Cast", [value], shape_of(value), {"to": FLOAT32.dtype}, dtype=FLOAT32.dtype)

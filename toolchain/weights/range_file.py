@@ -10,7 +10,6 @@ of the first of them.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -61,18 +60,6 @@ class RangeFile:
             )
 
 
-def require_ranges(ranges: Ranges, weights: Iterable[str], where: str) -> None:
-    """CalibrationError with every weight that has no range, or none to make a scale of."""
-    problems = []
-    for name in weights:
-        if name not in ranges:
-            close = difflib.get_close_matches(name, ranges, n=1)
-            problems.append(f"{name}: no range" + (f"; the nearest is {close[0]}" if close else ""))
-        elif not ranges[name].peaks.any():
-            problems.append(f"{name}: its input was nothing but zeros; leave it out with `exclude`")
-    _refuse("the calibration lacks ranges", problems, where)
-
-
 def write_ranges(path: Path, components: Mapping[str, Ranges], about: Mapping[str, Any]) -> None:
     """Writes `path`. `about` is plain data, with the digests of the components' configs as `configs`. WeightsError."""
     shared: dict[str, list[list[str]]] = {}
@@ -117,7 +104,9 @@ def read_ranges(path: Path) -> RangeFile:
         raise CalibrationError(
             "the calibration's metadata are damaged", where=path, got=f"{type(error).__name__}: {error}", hint=AGAIN
         ) from error
-    _refuse("the calibration is damaged", [*_problems(mapped, groups)], path)
+    if problems := [*_problems(mapped, groups)]:
+        shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
+        raise CalibrationError("the calibration is damaged:\n    " + "\n    ".join(shown), where=path, hint=AGAIN)
     components: dict[str, dict[str, Range]] = {component: {} for component in shared}
     for component, names in groups:
         seen = Range(*(mapped.array(f"{component}/{names[0]}.{part}") for part in PARTS))
@@ -143,9 +132,3 @@ def _problems(mapped: MappedWeights, groups: Iterable[tuple[str, list[str]]]) ->
                 yield f"{name}: infinite or NaN"
             elif (array < 0).any():
                 yield f"{name}: negative"
-
-
-def _refuse(what: str, problems: list[str], where: object) -> None:
-    if problems:
-        shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
-        raise CalibrationError(f"{what}:\n    " + "\n    ".join(shown), where=where, hint=AGAIN)
