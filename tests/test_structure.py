@@ -35,6 +35,7 @@ OWNERS = {
     "cuda": {"cuda"},
     "polygraphy": {"check"},
     "skimage": {"check"},
+    "flip_evaluator": {"check"},
     "diffusers": {"models", "sampler", "check", "bench"},
     "transformers": {"models", "check"},
     "onnxscript": {"graph"},

@@ -52,7 +52,11 @@ def test_json_has_no_nan_or_infinity(tmp_path: Path) -> None:
     assert data["entries"][1]["metrics"]["snr_db"] == "inf"
     assert data["worst"]["failed"] == ["finite"]
     assert data["pictures"][0]["psnr_db"] == "inf"
-    assert data["summary"] == {"psnr_db": {"min": "inf", "median": "inf"}, "ssim": {"min": 1.0, "median": 1.0}}
+    assert data["summary"] == {
+        "psnr_db": {"min": "inf", "median": "inf"},
+        "ssim": {"min": 1.0, "median": 1.0},
+        "flip": None,
+    }
 
 
 def test_an_entry_or_a_picture_alone_fails_the_report() -> None:

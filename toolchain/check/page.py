@@ -162,12 +162,12 @@ def _picture(picture: Picture, limits: Mapping[str, float]) -> Html:
         "article",
         element("h3", picture.prompt),
         element("p", f"{picture.size}, seed {picture.seed}: ", *spaced, _badge(picture.passed)),
-        *([] if pair is None else _figures(pair)),
+        *([] if pair is None else _figures(pair, picture.flip)),
         class_=" ".join(name for name, holds in kinds.items() if holds),
     )
 
 
-def _figures(pair: Pair) -> list[Html]:
+def _figures(pair: Pair, flip: float | None) -> list[Html]:
     import numpy as np
 
     levels = np.abs(pair.reference.astype(np.int16) - pair.compiled).max(axis=-1)
@@ -179,6 +179,7 @@ def _figures(pair: Pair) -> list[Html]:
         figure(amplified, f"difference x{AMPLIFIED}"),
     ]
     summary = differ if levels.any() else "Every pixel is the same."
+    summary += "" if flip is None else f" FLIP {show(flip)}."
     return [element("p", summary, class_="note"), element("div", *figures, class_="three")]
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
 
 from toolchain.bundle.bundle import Bundle
+from toolchain.check.flip import mean_flip
 from toolchain.check.reference import reference_pipeline, reference_scheduler, text_length
 from toolchain.check.report import Pair, Picture
 from toolchain.models.component import Family
@@ -88,7 +89,7 @@ def judge(drawn: CompiledPicture, reference: Pixels, limits: Mapping[str, float]
     }
     size = f"{reference.shape[0]}x{reference.shape[1]}"
     failed = tuple(name for name, passed in verdicts.items() if not passed)
-    return Picture(drawn.prompt, drawn.seed, size, psnr, ssim, failed, pair)
+    return Picture(drawn.prompt, drawn.seed, size, psnr, ssim, failed, pair, mean_flip(reference, drawn.pixels))
 
 
 def is_blank(pixels: Pixels) -> bool:

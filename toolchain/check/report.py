@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolchain.check.flip import INSTALL
 from toolchain.store.files import write_atomic
 from toolchain.store.plain_json import encode, plain
 from toolchain.terminal import table
@@ -117,6 +118,7 @@ class Picture:
     failed   of "psnr_db", "ssim", "finite" (the latents hold NaN or infinity), "not blank" (one colour throughout,
              where the reference is not)
     pixels   of both, for the HTML report; not in the JSON
+    flip     mean FLIP error, 0 to 1, which has no limit; None where it was not measured
     """
 
     prompt: str
@@ -126,6 +128,7 @@ class Picture:
     ssim: float
     failed: tuple[str, ...]
     pixels: Pair | None = field(default=None, repr=False, compare=False)
+    flip: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -145,6 +148,7 @@ class Picture:
             "size": self.size,
             "psnr_db": plain(self.psnr_db),
             "ssim": plain(self.ssim),
+            "flip": self.flip,
             "failed": [*self.failed],
             "passed": self.passed,
         }
@@ -221,7 +225,7 @@ class CheckReport:
             "entries": [e.to_json() for e in self.entries],
             "pictures": [p.to_json() for p in self.pictures],
             "limits": plain(self.limits),
-            "summary": {name: self._summary(name) for name in ("psnr_db", "ssim")},
+            "summary": {name: self._summary(name) for name in ("psnr_db", "ssim")} | {"flip": self._flip() or None},
         }
 
     def save(self, path: Path) -> None:
@@ -248,6 +252,10 @@ class CheckReport:
                     f"{len(self.pictures)} pictures, {label}: min {show(spread['min'])}, "
                     f"median {show(spread['median'])} ({need})"
                 )
+        if flip := self._flip():
+            lines.append(f"{len(self.pictures)} pictures, FLIP: max {show(flip['max'])}, median {show(flip['median'])}")
+        elif self.pictures:
+            lines.append(f"FLIP was not measured ({INSTALL})")
         failed = self.failures()
         more = len(failed) - LISTED_FAILURES
         lines += [f"failed: {text}" for text in failed[:LISTED_FAILURES]]
@@ -258,6 +266,11 @@ class CheckReport:
         if not values:
             return {"min": None, "median": None}
         return {"min": plain(min(values)), "median": plain(statistics.median(values))}
+
+    def _flip(self) -> dict[str, float]:
+        """The largest and the median; empty where it was not measured."""
+        values = [p.flip for p in self.pictures if p.flip is not None]
+        return {"max": max(values), "median": statistics.median(values)} if values else {}
 
 
 def worst(entries: Iterable[Entry]) -> dict[str, float]:
