@@ -73,13 +73,13 @@ def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def build(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """Builds and loads a bundle from a name, a model and the text of a recipe."""
+    """Builds and loads a bundle from a name, a model and the text of a recipe; whether it is good is up to the test."""
     import toolchain
 
     def made(name: str, model: Path, text: str) -> toolchain.Pipeline:
         folder = tmp_path_factory.mktemp(name)
         (folder / f"{name}.toml").write_text(text)
-        toolchain.build(folder / f"{name}.toml", str(model), folder / "bundle", store=store)
+        toolchain.build(folder / f"{name}.toml", str(model), folder / "bundle", store=store, gate=False)
         return toolchain.load(folder / "bundle")
 
     return made

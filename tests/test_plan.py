@@ -280,7 +280,7 @@ def test_files_of_somebody_else_in_a_bundle_are_kept(
         toolchain.build(recipe, built["model"], bundle_copy, store=Path(built["store"]))
     plan = toolchain.plan_build(recipe, **built)  # type: ignore[arg-type]
     with pytest.raises(StoreError, match=f"refusing to replace(.|\n)*{name}"):
-        assemble(plan, bundle_copy)
+        assemble(plan, bundle_copy, lambda *_: {})
     (bundle_copy / name).unlink()
     toolchain.build(recipe, built["model"], bundle_copy, store=Path(built["store"])).verify()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +115,7 @@ def plan_build(
     store: str | Path | None = None,
     graphs_only: bool = False,
     calibration: str | Path | None = None,
+    gate: bool = True,
 ) -> Plan:
     """What a build would do: every step, hit or miss, and the field that changed.
 
@@ -130,7 +131,8 @@ def plan_build(
     weights = not graphs_only or Path(model).expanduser().is_file()
     safety = loaded.safety.checker
     source = open_model(model, revision, config=config, store=store, weights=weights, safety=safety)
-    return make_plan(loaded, source, _store(store), graphs_only=graphs_only, calibration=calibration)
+    log.debug("planning, with the digests of %s", source.path)
+    return make_plan(loaded, source, _store(store), graphs_only=graphs_only, calibration=calibration, gate=gate)
 
 
 def plan_memory(plan: Plan) -> list[EngineMemory]:
@@ -152,15 +154,26 @@ def build(
 ) -> Bundle:
     """Builds what the store lacks and writes a bundle.
 
-    `options` are those of `plan_build`; `on_plan` is called once, before the first step. Raises UsageError for an
-    output that cannot be written, what `plan_build` raises, and the errors of every stage.
+    `options` are those of `plan_build`; `on_plan` is called once, before the first step. With `gate` the bundle of a
+    quantised recipe is checked first, and one that misses a limit is left at OUTPUT.rejected. Raises UsageError for an
+    output that cannot be written, what `plan_build` raises, the errors of every stage, and GateError.
     """
     from toolchain.builder.assemble import assemble, check_output
 
     check_output(Path(output))
     plan = plan_build(recipe, model, **options)
     on_plan(plan)
-    return assemble(plan, Path(output), progress, within)
+    if plan.gate is not None and not plan.gate.hit:
+        from toolchain.check.gate import require_installed
+
+        require_installed()
+
+    def gate_check(*arguments: Any) -> Mapping[str, Any]:
+        from toolchain.check.gate import check_gate
+
+        return check_gate(*arguments)
+
+    return assemble(plan, Path(output), gate_check, progress, within)
 
 
 def calibrate(

@@ -6,11 +6,15 @@ The message says what went wrong, where, what was expected, what was found, and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class DiffbuildError(Exception):
     """Base of every error raised on purpose.
 
-    `what` is one sentence; the others are optional and printed one to a line. Exit codes: 1 could not, 2 wrong usage.
+    `what` is one sentence; the others are optional and printed one to a line. Exit codes: 1 could not, 2 wrong usage, 3
+    done, but a gate failed.
     """
 
     exit_code = 1
@@ -69,6 +73,19 @@ class ExportError(DiffbuildError):
 
 class EngineError(DiffbuildError):
     """A backend cannot build, open or run an engine."""
+
+
+class GateError(DiffbuildError):
+    """A quantised bundle was built and misses its recipe's limits: change the recipe, or build without the gate.
+
+    `gate` is the result of its check, as the bundle says it.
+    """
+
+    exit_code = 3
+
+    def __init__(self, what: str, gate: Mapping[str, Any], *, where: object, got: str, hint: str) -> None:
+        super().__init__(what, where=where, expected="every comparison within its limit", got=got, hint=hint)
+        self.gate = gate
 
 
 class StoreError(DiffbuildError):

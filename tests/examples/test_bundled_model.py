@@ -33,13 +33,14 @@ def test_the_check_passes(bundle: Path) -> None:
     assert min(p.psnr_db for p in report.pictures) >= 60
 
 
-def test_the_check_passes_with_weights_in_int8(store: Path, tmp_path: Path) -> None:
-    """Every component within the recipe's limits, at less than a quarter of the size."""
+def test_the_gate_passes_with_weights_in_int8(bundle: Path, store: Path, tmp_path: Path) -> None:
+    """Every component within the recipe's limits, at less than a quarter of the size; and it says what a step costs."""
     recipe = ROOT / "recipes" / "shapes-int8w.toml"
     small = toolchain.build(recipe, str(MODEL), tmp_path / "bundle", store=store)
-    report = toolchain.check_bundle(small.path, str(MODEL))
-    assert report.passed, "\n".join(report.lines())
-    assert min(p.psnr_db for p in report.pictures) >= 48
+    assert small.gate is not None
+    assert small.gate["state"] == "passed"
+    assert small.gate["pictures"]["psnr_db"]["min"] >= 48
+    assert small.gate["step_time"]["saved_bytes"] > 15e6
     assert sum(file.size for file in small.files.values()) < 12e6
 
 

@@ -11,11 +11,12 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from toolchain.builder.gate import Gate, pass_gate, rejected, result_of
 from toolchain.builder.plan import Plan, execute
 from toolchain.builder.stages.sampler import TABLES
 from toolchain.builder.steps import EXPORT_TOOLS, Step, StepId, tool_versions
@@ -31,7 +32,7 @@ from toolchain.bundle.bundle import (
     read_bundle,
 )
 from toolchain.bundle.provenance import note_built
-from toolchain.errors import BundleError, StoreError, UsageError
+from toolchain.errors import BundleError, GateError, StoreError, UsageError
 from toolchain.models import safety
 from toolchain.signature import GraphSpec
 from toolchain.store.artifacts import Artifact, Store, publish_folder
@@ -45,13 +46,15 @@ FICLONE = 0x40049409  # ioctl of Linux: both files share their blocks until one 
 def assemble(
     plan: Plan,
     output: Path,
+    gate: Gate,
     progress: Callable[[Step, str], None] = lambda step, what: None,
     within: Callable[[Step, str, float | None], None] = lambda step, phase, share: None,
 ) -> Bundle:
     """Builds what the store does not hold yet and writes the bundle, replacing an older one only when all went well.
 
     A bundle that was put together from the same artifacts, all still in the store, is left as it is, with its
-    signature; a new bundle has none. Raises the errors of every stage.
+    signature; a new bundle has none. A bundle of a quantised recipe has passed `gate` before it is at `output`, or lies
+    at `rejected(output)`. Raises the errors of every stage, and GateError.
     """
     refs = [f"{step.stage}/{step.key}" for step in plan.steps]
     existing = _existing(output) if plan.misses == 0 else None
@@ -61,16 +64,60 @@ def assemble(
         for step in plan.steps:
             progress(step, "hit")
         return existing
+    if plan.gate is not None:
+        check_output(rejected(output))
     built = execute(plan, progress, within)
     signed = (output / SIGNATURE).exists()
     _LOG.debug("writing %s", output)
-    publish_folder(output, _Writer(plan, built, copy_file).fill, owns=_owns(output))
+
+    def fill(folder: Path) -> None:
+        _fill(plan, built, folder, output, gate, progress, within)
+
+    publish_folder(output, fill, owns=_owns(output))
     plan.store.register_bundle(output, refs)
     if signed:
         _LOG.warning("%s is a new bundle, and no longer signed: diffbuild sign %s --key private.pem", output, output)
     bundle = read_bundle(output)
     note_built(bundle)
     return bundle
+
+
+def _fill(
+    plan: Plan,
+    built: dict[StepId, Artifact],
+    folder: Path,
+    output: Path,
+    gate: Gate,
+    progress: Callable[[Step, str], None],
+    within: Callable[[Step, str, float | None], None],
+) -> None:
+    """Writes the bundle for `output` into `folder`; where it fails the gate, moves it to where rejected ones lie."""
+    writer = _Writer(plan, built, copy_file)
+    bundle = writer.fill(folder)
+    step = plan.gate
+    if step is None:
+        return
+    progress(step, "start")
+    try:
+        artifact, checked = pass_gate(plan, bundle, output, gate, partial(within, step))
+    except GateError as error:
+        _set_aside(plan, replace(bundle, gate=error.gate), rejected(output))
+        raise
+    seal(replace(bundle, gate=result_of(artifact), artifacts={**bundle.artifacts, step.name: step.key}))
+    progress(step, "built" if checked else "hit")
+
+
+def _set_aside(plan: Plan, bundle: Bundle, target: Path) -> None:
+    """Moves a bundle that failed the gate out of its temporary folder."""
+    seal(bundle)
+
+    def move(folder: Path) -> None:
+        for entry in bundle.path.iterdir():
+            entry.rename(folder / entry.name)
+
+    publish_folder(target, move, owns=_owns(target))
+    plan.store.register_bundle(target, [f"{s.stage}/{s.key}" for s in plan.steps if s.stage != "gate"])
+    note_built(read_bundle(target))
 
 
 def check_output(output: Path) -> None:
@@ -156,10 +203,10 @@ class _Writer:
         self.plan, self.built, self._copy_file = plan, built, copy
         self.files: dict[str, FileEntry] = {}
 
-    def fill(self, folder: Path) -> None:
+    def fill(self, folder: Path) -> Bundle:
         """Writes the bundle into `folder`, and verifies it. Raises StoreError for a damaged artifact."""
         bundle = self.bundle(folder)
-        (folder / MANIFEST).write_bytes(encode(bundle.to_json()))
+        seal(bundle)
         try:
             bundle.verify()  # the store checks sizes on lookup, and digests only when it is asked to
         except BundleError as error:
@@ -169,6 +216,7 @@ class _Writer:
                 got=f"{error.what}: {error.where}",
                 hint=f"diffbuild cache verify --quarantine --store {self.plan.store.root}, then build again",
             ) from error
+        return bundle
 
     def bundle(self, folder: Path) -> Bundle:
         """Copies every file to its place below `folder`, and says what the manifest must."""
@@ -203,9 +251,17 @@ class _Writer:
             samplers=samplers,
             tokenizers=tokenizers,
             files=self.files,
-            artifacts={step.name: step.key for step in plan.steps if step.stage != "graph"},
+            artifacts={step.name: step.key for step in plan.steps if step.stage != "graph" and step.id in self.built},
             tools={"diffbuild": version("diffbuild")} | {k: str(v) for k, v in tool_versions(EXPORT_TOOLS).items()},
+            gate=self._gate(),
         )
+
+    def _gate(self) -> dict[str, Any] | None:
+        """What the gate said; None before it was asked, and where it has no say."""
+        if self.plan.ungated is not None:
+            return {"state": "not checked", "reason": self.plan.ungated}
+        artifact = self.plan.gate and self.built.get(self.plan.gate.id)
+        return result_of(artifact) if artifact else None
 
     def _engines(self, folder: Path, component: str) -> dict[str, EngineEntry]:
         plan = self.plan
@@ -240,6 +296,11 @@ class _Writer:
         record = artifact.files[name]
         self._copy_file(artifact.file(name), folder / target)
         self.files[target] = FileEntry(record.sha256, record.size)
+
+
+def seal(bundle: Bundle) -> None:
+    """Writes the manifest into the bundle's folder."""
+    (bundle.path / MANIFEST).write_bytes(encode(bundle.to_json()))
 
 
 def sampler_file(spec: str) -> str:

@@ -17,9 +17,10 @@ from toolchain.builder.planner import Planner, rounds
 from toolchain.builder.quantization import quantize_problems
 from toolchain.builder.stages.graph import GRAPH
 from toolchain.builder.stages.weights import surveyed
-from toolchain.builder.steps import Built, Step, StepId, Within
+from toolchain.builder.steps import Built, Run, Step, StepId, Within
 from toolchain.engines.backend import Builder
 from toolchain.engines.builders import builder_of
+from toolchain.engines.runners import runner_of
 from toolchain.errors import EngineError, RecipeError, RequestError, SamplerError, UsageError
 from toolchain.models import safety
 from toolchain.models.component import Family
@@ -38,6 +39,7 @@ class Plan:
     """What a build has to do.
 
     device   what its engines are built for; None where this machine can build none, and `refused` is why
+    ungated  why the bundle of a quantised recipe will not be checked; None where it will, or has nothing to check
     """
 
     recipe: Recipe
@@ -49,6 +51,7 @@ class Plan:
     _: KW_ONLY
     device: dict[str, Any] | None = None
     refused: EngineError | None = None
+    ungated: str | None = None
 
     @property
     def safety_checker(self) -> str | None:
@@ -77,6 +80,11 @@ class Plan:
                 surveys[component] = surveyed(self.backend, graph.file(GRAPH), quantize)
         return surveys
 
+    @property
+    def gate(self) -> Step | None:
+        """The step that checks the bundle; None where there is nothing to check, or no way: see `ungated`."""
+        return next((step for step in self.steps if step.stage == "gate"), None)
+
     def step(self, wanted: StepId) -> Step:
         """The step of an id, which must be in the plan."""
         return next(step for step in self.steps if step.id == wanted)
@@ -94,6 +102,7 @@ def make_plan(
     *,
     graphs_only: bool = False,
     calibration: str | Path | None = None,
+    gate: bool = True,
 ) -> Plan:
     """Every step of a build, in order. Raises ModelError, RecipeError and CalibrationError before any work is done.
 
@@ -101,6 +110,7 @@ def make_plan(
 
     graphs_only  no weights, engines, tables or tokenizer; needs the config files alone
     calibration  a file of ranges, in place of a calibration
+    gate         whether the bundle of a quantised recipe is checked before it is put into its place
     """
     family = family_of(source, recipe)
     backend = builder_of(recipe.backend)
@@ -120,7 +130,13 @@ def make_plan(
         _add_ranges(planner, calibration)
         for component in family.parts(recipe):
             planner.engines(component)
-    return Plan(recipe, source, family, backend, store, tuple(planner.steps), device=device, refused=refused)
+    ungated = None
+    if recipe.quantizes and not graphs_only:
+        ungated = _cannot_run(backend, device, refused, recipe) if gate else "it was built with --no-gate"
+        if ungated is None:
+            planner.gate()
+    steps = tuple(planner.steps)
+    return Plan(recipe, source, family, backend, store, steps, device=device, refused=refused, ungated=ungated)
 
 
 def _add_ranges(planner: Planner, file: str | Path | None) -> None:
@@ -138,13 +154,15 @@ def _add_ranges(planner: Planner, file: str | Path | None) -> None:
 def _as_step(calibration: Plan, recipe: str) -> Step:
     """A calibration as one step of a build, which runs all others of it where it has to draw."""
     *before, last = calibration.steps
+    draw = last.run
+    assert draw is not None
 
     def run(_: Built, folder: Path, within: Within) -> None:
         def begin(step: Step, what: str) -> None:
             within(str(step.id), None)
 
         built = execute(replace(calibration, steps=tuple(before)), begin, lambda step, *told: within(*told))
-        last.run(built, folder, within)
+        draw(built, folder, within)
 
     return replace(last, recipe=recipe, run=run, needs=())
 
@@ -182,6 +200,17 @@ def _device(backend: Builder[Any]) -> tuple[dict[str, Any] | None, EngineError |
         return backend.device(), None
     except EngineError as error:
         return None, error
+
+
+def _cannot_run(
+    backend: Builder[Any], device: dict[str, Any] | None, refused: EngineError | None, recipe: Recipe
+) -> str | None:
+    """Why engines that are built here cannot run here, or None."""
+    if refused is not None or device is None:
+        return f"no engines can be built on this machine: {refused}"
+    runner = runner_of(backend.name)
+    reason = runner.available() or runner.refuse(device, recipe.options(backend.name))
+    return reason and f"its engines cannot run on this machine: {reason}"
 
 
 def _exported(steps: Iterable[Step]) -> set[str]:
@@ -269,7 +298,7 @@ def execute(
     progress: Callable[[Step, str], None],
     within: Callable[[Step, str, float | None], None] = lambda step, phase, share: None,
 ) -> dict[StepId, Artifact]:
-    """Builds what is missing and returns every artifact by its step.
+    """Builds what is missing and returns every artifact by its step, but for the gate's, which needs the bundle.
 
     `progress` is called with (step, "start" | "built" | "hit"), `within` with how far a long step is. What was built
     before an error or an interruption stays in the store, and the next build goes on from there. What a step reads is
@@ -281,14 +310,16 @@ def execute(
     built: dict[StepId, Artifact] = {}
     sound: set[StepId] = set()
     for step in plan.steps:
+        if step.run is None:
+            continue
         progress(step, "start")
 
-        def fill(folder: Path, step: Step = step) -> None:
+        def fill(folder: Path, step: Step = step, run: Run = step.run) -> None:
             for needed in step.needs:
                 if needed not in sound:
                     built[needed].verify()
                     sound.add(needed)
-            step.run(built, folder, partial(within, step))
+            run(built, folder, partial(within, step))
 
         artifact, was_built = plan.store.get_or_build(step.stage, step.subject, step.inputs, fill)
         built[step.id] = artifact

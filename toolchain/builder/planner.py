@@ -14,9 +14,11 @@ from toolchain.builder import stages
 from toolchain.builder.stages.calibration import RANGES
 from toolchain.builder.stages.graph import GRAPH
 from toolchain.builder.steps import (
+    CHECK_TOOLS,
     EXPORT_TOOLS,
     RENAMED,
     Built,
+    Run,
     Step,
     StepId,
     Within,
@@ -68,7 +70,7 @@ class Planner:
         step: StepId,
         code: Sequence[str],
         inputs: dict[str, Json],
-        run: Callable[[Built, Path, Within], None],
+        run: Run | None,
         needs: Sequence[StepId] = (),
     ) -> str:
         """Adds a step and returns its key. `code`: the modules that decide what it writes, as in `code_digest`."""
@@ -316,6 +318,24 @@ class Planner:
             stages.sampler.write(spec, settings.scheduler, schedules, out, linear_sigmas=linear, progress=within)
 
         self.add(StepId("sampler", spec), ("builder.stages.sampler",), inputs, run)
+
+    def gate(self) -> None:
+        """The step that checks the bundle: the last, as everything that the bundle holds decides what it says."""
+        recipe = self.recipe.to_json()
+        sampling = ("scheduler", "steps", "guidance")
+        held = {step.name: step.key for step in self.steps if step.stage in ("tokenizer", "sampler", "engine")}
+        inputs: dict[str, Json] = {
+            "engines": content_key("bundle", {**held}),
+            "device": self.device,
+            "options": recipe[self.backend.name],  # also those that change how engines run
+            "check": recipe["check"],
+            "limits": {c.name: asdict(self.recipe.tolerance(c.name)) for c in self.family.parts(self.recipe)},
+            "pictures": {**self.recipe.picture_limits},
+            "sampling": {key: recipe["sampling"][key] for key in sampling},
+            "guided": self.guided,
+            "tools": tool_versions(CHECK_TOOLS),
+        }
+        self.add(StepId("gate", "bundle"), ("check.gate", self._components), inputs, None)
 
 
 def _module(code: Any) -> str:

@@ -18,10 +18,13 @@ from toolchain.builder.closures import CLOSURES
 from toolchain.store.artifacts import Artifact, Json
 from toolchain.store.manifest import Change
 
-Stage = Literal["tokenizer", "sampler", "graph", "weights", "packed", "merged", "engine", "watched", "calibration"]
+Stage = Literal[
+    "tokenizer", "sampler", "graph", "weights", "packed", "merged", "engine", "watched", "calibration", "gate"
+]
 RENAMED = "recipe.name"
 """The changed field of a step that was compared with a recipe of another name."""
 EXPORT_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
+CHECK_TOOLS = ("torch", "diffusers", "transformers", "numpy", "polygraphy", "scikit-image")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class StepId:
 Built = Mapping[StepId, Artifact]
 Within = Callable[[str, float | None], None]
 """How far one step is: the name of its phase and how much of that is done, 0 to 1."""
+Run = Callable[[Built, Path, Within], None]
+"""Writes an artifact: called with the artifacts built before, the folder to fill, and a callback for progress."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Step:
 
     recipe   its name, which the store's subject begins with
     changed  for a miss, the fields that differ from the last artifact of the same subject; empty when there was none
-    run      called with the artifacts built before, the folder to fill, and a callback for progress
+    run      None for the gate, which runs on the whole bundle: see `builder.gate`
     needs    the steps whose artifacts `run` reads
     """
 
@@ -66,7 +71,7 @@ class Step:
     inputs: Mapping[str, Json]
     hit: bool
     changed: tuple[Change, ...]
-    run: Callable[[Built, Path, Within], None] = field(repr=False)
+    run: Run | None = field(repr=False)
     needs: tuple[StepId, ...] = ()
 
     @property

@@ -60,6 +60,7 @@ class Bundle:
     tokenizers text encoder -> folder
     artifacts  "stage subject" -> key of every artifact that it consists of
     tools      versions of the packages that built it
+    gate       of a quantised recipe, what the check of the build said, or why there was none; else None
     digest     sha256 of the manifest that was read
     vouched    whether its signature or origin was checked, as engines of machine code require: see `bundle.signing`
     """
@@ -77,6 +78,7 @@ class Bundle:
     files: Mapping[str, FileEntry]
     artifacts: Mapping[str, str]
     tools: Mapping[str, str]
+    gate: Mapping[str, Any] | None = None
     digest: str = ""
     vouched: bool = False
 
@@ -125,6 +127,7 @@ class Bundle:
             "files": {name: asdict(entry) for name, entry in self.files.items()},
             "artifacts": dict(self.artifacts),
             "tools": dict(self.tools),
+            "gate": None if self.gate is None else dict(self.gate),
         }
 
     def verify(self) -> None:
@@ -254,6 +257,7 @@ def _structure(path: Path, data: dict[str, Any]) -> Bundle:
         files=files,
         artifacts=data["artifacts"],
         tools=data["tools"],
+        gate=data.get("gate"),
     )
 
 

@@ -23,7 +23,7 @@ from toolchain.cli.console import (
     verbosity,
 )
 from toolchain.cli.document import error_json
-from toolchain.cli.text import checker_lines, device_line, megabytes, memory_lines, quantized_lines
+from toolchain.cli.text import checker_lines, device_line, gate_lines, megabytes, memory_lines, quantized_lines
 from toolchain.terminal import table
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from toolchain.builder.steps import Step
     from toolchain.bundle.bundle import Bundle
 
-KEYS = ("graph", "weights", "packed")
+KEYS = ("graph", "weights", "packed", "engines")
 """Inputs of a step that are keys of other steps, which tell by themselves what changed in them."""
 
 
@@ -74,6 +74,7 @@ def plan(recipe: Path, model: str, as_json: bool, **options: Any) -> None:
 @origin_options
 @calibration_option
 @store_option
+@click.option("--no-gate", "gate", flag_value=False, default=True, help="Do not check what a quantised recipe makes.")
 @json_option
 @verbosity
 def build(recipe: Path, model: str, output: Path, as_json: bool, **options: Any) -> None:
@@ -81,6 +82,9 @@ def build(recipe: Path, model: str, output: Path, as_json: bool, **options: Any)
 
     Builds what the store does not hold yet. After an error or an interruption the same command goes on where it
     stopped; a second run is all hits. An older bundle at --output is replaced only when all went well.
+
+    The bundle of a quantised recipe is checked first, by the recipe's own limits. One that misses a limit is left at
+    OUTPUT.rejected, and the exit code is 3.
     """
     with progress.steps() as shown:
         bundle = api.build(recipe, model, output, **options, on_plan=shown.begin, progress=shown, within=shown.within)
@@ -121,6 +125,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "refused": plan.refused and error_json(plan.refused),
         "steps": steps,
         "quantized": plan.quantized,
+        "ungated": plan.ungated,
         "memory": [engine.to_json() for engine in api.plan_memory(plan)],
         "hits": len(plan.steps) - plan.misses,
         "misses": plan.misses,
@@ -144,6 +149,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield from table(rows)
     yield f"{len(plan.steps)} steps: {len(plan.steps) - plan.misses} hits, {plan.misses} misses"
     yield from quantized_lines(plan.quantized)
+    if plan.ungated is not None:
+        yield f"gate: not run, because {plan.ungated}"
     engines = api.plan_memory(plan)
     if engines:
         yield "memory, of what is built or at least exported:"
@@ -188,6 +195,7 @@ def build_json(bundle: Bundle, shown: progress.Steps) -> dict[str, Any]:
         "bytes": sum(entry.size for entry in bundle.files.values()),
         "buckets": [str(bucket) for bucket in bundle.buckets],
         "safety_checker": bundle.model.get("safety_checker"),
+        "gate": bundle.gate,
         "steps": steps,
         "hits": len(steps) - shown.built,
         "built": shown.built,
@@ -201,6 +209,7 @@ def build_lines(bundle: Bundle, shown: progress.Steps) -> Iterator[str]:
     size = megabytes(sum(entry.size for entry in bundle.files.values()))
     yield f"{bundle.path}: {size}, {count} steps: {built} built, {count - built} hits, {shown.seconds:.1f} s"
     yield from checker_lines(bundle.model.get("safety_checker"))
+    yield from gate_lines(bundle.gate)
     refusal = api.backend_refusal(bundle)
     if refusal is None:
         yield f'next: diffbuild generate {bundle.path} "a prompt" --seed 0'

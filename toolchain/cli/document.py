@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from toolchain.errors import DiffbuildError
+from toolchain.errors import DiffbuildError, GateError
 from toolchain.store.plain_json import encode
 from toolchain.terminal import lines
 
@@ -25,7 +25,8 @@ def print_error(error: DiffbuildError, as_json: bool) -> None:
     """Prints an error on stderr and, with `as_json`, as a document on stdout."""
     lines(f"error: {error}".splitlines(), err=True)
     if as_json:
-        print_document({"error": error_json(error)})
+        gate = {"gate": error.gate} if isinstance(error, GateError) else {}
+        print_document({"error": error_json(error), **gate})
 
 
 def error_json(error: DiffbuildError) -> dict[str, str | None]:

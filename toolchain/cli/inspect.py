@@ -12,7 +12,7 @@ import click
 from toolchain import api
 from toolchain.cli import progress
 from toolchain.cli.console import answer, bundle_argument, examples, json_option, verbosity
-from toolchain.cli.text import checker_lines, megabytes, memory_lines, quantized_lines
+from toolchain.cli.text import checker_lines, gate_lines, megabytes, memory_lines, quantized_lines
 from toolchain.terminal import table
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def bundle_json(inspection: Inspection) -> dict[str, Any]:
         "prompts": _prompts(bundle),
         "engines": inspection.engines,
         "quantized": inspection.quantized,
+        "gate": bundle.gate,
         "memory": inspection.memory.to_json(),
         "samplers": list(bundle.samplers),
         "tools": bundle.tools,
@@ -85,6 +86,7 @@ def bundle_lines(inspection: Inspection) -> Iterator[str]:
     checked = "every sha256 matches" if inspection.verified else "sha256 not compared (--verify does)"
     yield from table([*rows, ["files", f"{len(bundle.files)}, {total}; {checked}"]], indent="")
     yield from quantized_lines(inspection.quantized)
+    yield from gate_lines(bundle.gate)
     yield from forecast_lines(inspection.memory)
     yield from engine_lines(inspection)
 

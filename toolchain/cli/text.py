@@ -44,6 +44,18 @@ def checker_lines(state: str | None) -> list[str]:
     return [CHECKER_STATES[state]] if state in CHECKER_STATES else []
 
 
+def gate_lines(gate: Mapping[str, Any] | None) -> Iterator[str]:
+    """What the check of a build said of a quantised bundle; nothing of bundles that have nothing to check."""
+    if gate is None:
+        return
+    if "reason" in gate:
+        yield f"gate: not run, because {gate['reason']}"
+        return
+    yield f"gate: {gate['verdict']}, {gate['seconds']:.0f} s; the nearest to their limits, or beyond:"
+    yield from (f"  {text}" for text in gate["worst"])
+    yield f"time: {gate['step_time']['text']}"
+
+
 def quantized_lines(quantized: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """How many weights of each component are in fewer bits, and why others are not."""
     for component, facts in quantized.items():

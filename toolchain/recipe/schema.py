@@ -203,12 +203,16 @@ class Recipe:
         return self.check.components.get(name) or TOLERANCES[least]
 
     @property
+    def quantizes(self) -> bool:
+        """Whether the weights of any component are stored in fewer bits."""
+        return any(c.quantize is not None for c in self.components.values())
+
+    @property
     def rounds(self) -> bool:
         """Whether anything is less than float32: a component's type, its weights, or products in TF32."""
         options = getattr(self, self.backend, None)  # whether the name is a backend's is checked elsewhere
         tf32: bool = getattr(options, "tf32", False)
-        components = self.components.values()
-        return tf32 or any(c.dtype != "float32" or c.quantize is not None for c in components)
+        return tf32 or self.quantizes or any(c.dtype != "float32" for c in self.components.values())
 
     @property
     def picture_limits(self) -> dict[str, float]:

@@ -77,7 +77,7 @@ class BoundEngine:
     """An engine with a buffer for every input and output. It owns the engine: `close` closes both."""
 
     def __init__(self, engine: Engine, memory: Memory) -> None:
-        self._engine, self._memory = engine, memory
+        self._engine, self._memory, self.spec = engine, memory, engine.spec
         self.inputs: dict[str, Any] = {}
         self.outputs: dict[str, Any] = {}
         with closed_on_error(self.close):

@@ -1,0 +1,70 @@
+"""The gate of a build: what a check of the new bundle says, and whether fewer bits made its steps faster, as JSON."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from toolchain.bundle.bundle import Bundle
+from toolchain.check.compare import PACKAGES, compare
+from toolchain.check.report import CheckReport, Entry
+from toolchain.check.step_time import compare_step_times
+from toolchain.errors import DiffbuildError
+from toolchain.models.source import ModelSource
+from toolchain.store.plain_json import plain
+
+
+def require_installed() -> None:
+    """DiffbuildError where a gate would find something not installed; imports none of it, so that a build can ask
+    before it begins."""
+    missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
+    if missing:
+        raise DiffbuildError(
+            "a quantised recipe is checked when it is built, and that needs more packages",
+            got=f"{', '.join(missing)} not installed",
+            hint="pip install 'diffbuild[build]', or build with --no-gate",
+        )
+
+
+def check_gate(
+    bundle: Bundle, source: ModelSource, unquantized: Bundle | None, within: Callable[[str, float | None], None]
+) -> Mapping[str, Any]:
+    """Compares a bundle with its model, by the recipe's limits, and its steps with those of `unquantized`.
+
+    `state` is "passed" or "failed", `verdict` and `worst` are for people: the worst component and the worst picture.
+    Raises what `compare` raises.
+    """
+    began = time.perf_counter()
+    report = compare(bundle, source, progress=lambda text: within(text, None))
+    within("times of a step", None)
+    times = compare_step_times(bundle, unquantized)
+    return summary(report, bundle) | {"step_time": times, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def summary(report: CheckReport, bundle: Bundle) -> dict[str, Any]:
+    """What of a report goes into the bundle."""
+    prompts = bundle.recipe.check.prompts
+    components, pictures = report.worst_first()[:1], report.worst_pictures_first()[:1]
+    worst = [_line(entry, prompts) for entry in components if report.passed or not entry.passed]
+    worst += [p.describe(report.limits) for p in pictures if report.passed or not p.passed]
+    data = report.to_json()
+    return {
+        "state": "passed" if report.passed else "failed",
+        "verdict": report.verdict(),
+        "worst": worst,
+        "worst_component": data["worst"],
+        "worst_picture": pictures[0].to_json() if pictures else None,
+        "pictures": data["summary"],
+        "limits": plain(report.limits),
+        "versions": data["versions"],
+    }
+
+
+def _line(entry: Entry, prompts: tuple[str, ...]) -> str:
+    """An entry, and the text of the prompt that its input is named after."""
+    words = entry.input.replace(",", " ").split()
+    number = words[1] if words[:1] == ["prompt"] else ""
+    prompt = f" ({prompts[int(number) - 1]!r})" if number.isdigit() else ""
+    return f"{entry.component} {entry.bucket}, {entry.input}{prompt}, {entry.output}: {entry.numbers()}"
