@@ -44,6 +44,15 @@ def test_the_gate_passes_with_weights_in_int8(bundle: Path, store: Path, tmp_pat
     assert sum(file.size for file in small.files.values()) < 12e6
 
 
+def test_the_check_passes_in_float16(store: Path, tmp_path: Path) -> None:
+    recipe = ROOT / "recipes" / "shapes-fp16.toml"
+    small = toolchain.build(recipe, str(MODEL), tmp_path / "bundle", store=store)
+    report = toolchain.check_bundle(small.path, str(MODEL))
+    assert report.passed, "\n".join(report.lines())
+    assert min(p.psnr_db for p in report.pictures) >= 60
+    assert sum(file.size for file in small.files.values()) < 18e6
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells resident memory")
 @pytest.mark.parametrize("batch", [1, 4])
 def test_memory_is_what_was_forecast(bundle: Path, batch: int) -> None:
