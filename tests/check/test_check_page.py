@@ -205,6 +205,7 @@ def test_the_recipe_is_toml_that_reads_back() -> None:
     text = toml(RECIPE.to_json())
     assert Recipe.from_json(tomllib.loads(text)) == RECIPE
     assert "[check.components.denoiser]" in text
+    assert toml({"a": None, "b": 1}) == "b = 1", "TOML has no null"
     assert toml({"a b": {"c": True, "d": {"é": 1.5}}}) == '["a b"]\nc = true\n\n["a b".d]\n"é" = 1.5'
 
 

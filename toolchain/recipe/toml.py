@@ -11,8 +11,8 @@ LINE = 100
 
 
 def toml(data: Mapping[str, Any], path: str = "") -> str:
-    """Plain data as TOML: a table's own keys first, then the tables in it."""
-    lines = [f"{_key(k)} = {_value(v)}" for k, v in data.items() if not isinstance(v, Mapping)]
+    """Plain data as TOML: a table's own keys first, then the tables in it. TOML has no null: such keys are left out."""
+    lines = [f"{_key(k)} = {_value(v)}" for k, v in data.items() if v is not None and not isinstance(v, Mapping)]
     parts = ["\n".join([*([f"[{path}]"] if path and lines else []), *lines])]
     parts += [toml(v, f"{path}.{_key(k)}" if path else _key(k)) for k, v in data.items() if isinstance(v, Mapping)]
     return "\n\n".join(part for part in parts if part)
