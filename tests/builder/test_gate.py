@@ -90,6 +90,8 @@ def test_a_bundle_within_its_limits_is_checked_once(case: Case) -> None:
     assert gate["worst_component"]["passed"]
     assert gate["worst_picture"]["psnr_db"] == gate["pictures"]["psnr_db"]["min"]
     assert gate["seconds"] > 0
+    assert [step["evaluation"] for step in gate["steps"]["denoiser 1x64x64"]] == [1, 2]
+    assert all(0.99 < step["cosine"] < 1 for step in gate["steps"]["denoiser 1x64x64"])
     assert "gate small bundle" in bundle.artifacts
     before = (case.output / MANIFEST).read_bytes()
     assert case.build().gate == gate

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.check.page_samples import bundle
+from toolchain.check.page import render
 from toolchain.check.report import CheckReport, Entry, Metrics, Picture
 
 LIMITS = Metrics(cosine=0.999, snr_db=40.0, max_error=0.01)
@@ -113,3 +115,25 @@ def test_lines_count_the_failures_that_they_leave_out() -> None:
     lines = report([entry(str(i), ("snr_db",), snr_db=1.0) for i in range(20)], []).lines()
     assert sum(line.startswith("failed: vae") for line in lines) == 12
     assert "failed: 8 more, all in the JSON report" in lines
+
+
+def test_latents_are_listed_by_evaluation_with_the_worst_of_all_trajectories() -> None:
+    def at(evaluation: int, prompt: int, cosine: float, output: str = "next_state") -> Entry:
+        label, metrics = f"prompt {prompt}, evaluation {evaluation} of 2", Metrics(cosine, 50.0, 1e-4)
+        return Entry("denoiser", "1x64x64", label, output, metrics, LIMITS, (), evaluation)
+
+    rounded = at(1, 1, 0.5, "next_state, every value in float16")
+    compared = report([at(2, 1, 0.98), at(1, 1, 0.999), at(1, 2, 0.97), at(2, 2, math.nan), rounded, entry()], [])
+    steps = compared.by_evaluation()["denoiser 1x64x64"]
+    assert list(steps) == [1, 2]
+    assert steps[1] == {"cosine": 0.97, "snr_db": 50.0, "max_error": 1e-4}
+    assert compared.to_json()["steps"] == {
+        "denoiser 1x64x64": [
+            {"evaluation": 1, "cosine": 0.97, "snr_db": 50.0, "max_error": 1e-4},
+            {"evaluation": 2, "cosine": "nan", "snr_db": 50.0, "max_error": 1e-4},
+        ]
+    }
+    read = render(compared, bundle())
+    assert "Latents by evaluation, the worst of all trajectories" in read
+    assert "0.97" in read.partition("Latents by evaluation")[2].partition("</table>")[0]
+    assert "Latents by evaluation" not in render(report([entry()], []), bundle())

@@ -58,6 +58,7 @@ def summary(report: CheckReport, bundle: Bundle) -> dict[str, Any]:
         "worst_picture": pictures[0].to_json() if pictures else None,
         "pictures": data["summary"],
         "limits": plain(report.limits),
+        "steps": report.steps_json(),
         "versions": data["versions"],
     }
 

@@ -236,13 +236,29 @@ def _curves(report: CheckReport) -> Html:
             buckets.setdefault(f"{entry.component} {entry.bucket}", {}).setdefault(trajectory, []).append(entry)
     if not buckets:
         return Html()
-    charts = [element("section", element("h3", name), curve_chart(lines)) for name, lines in buckets.items()]
+    steps = report.by_evaluation()
+    charts = [
+        element("section", element("h3", name), curve_chart(lines), _steps(steps.get(name, {})))
+        for name, lines in buckets.items()
+    ]
     note = (
         "Signal-to-noise ratio of the denoiser's step along the reference's trajectories, a curve for each. Every "
         "evaluation gets the reference's inputs: errors do not add up here, but they do in the pictures."
     )
     intro = [element("h2", "Error by step"), element("p", note, class_="note")]
     return join(*intro, element("div", *charts, class_="charts"))
+
+
+def _steps(by_evaluation: Mapping[int, Mapping[str, float]]) -> Html:
+    """A row for each evaluation: the worst of all trajectories."""
+    rows = [
+        [str(number), _number(metrics["cosine"]), decibels(metrics["snr_db"])]
+        for number, metrics in by_evaluation.items()
+    ]
+    title = element("summary", "Latents by evaluation, the worst of all trajectories")
+    return (
+        element("details", title, table(["evaluation", "cosine", "SNR"], rows, numbers=(0, 1, 2))) if rows else Html()
+    )
 
 
 def _comparisons(report: CheckReport) -> Html:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 LISTED_FAILURES = 12
+LATENTS = "next_state"
+"""The denoiser's output that becomes the picture."""
 AT_MOST = ("max_error", "difference")
 """The metrics that count errors; the others count likeness, and their limits are the least that will do."""
 
@@ -203,6 +205,15 @@ class CheckReport:
             groups[entry.component, entry.bucket, entry.output].append(entry)
         return groups
 
+    def by_evaluation(self) -> dict[str, dict[int, dict[str, float]]]:
+        """ "denoiser BUCKET" -> evaluation -> the worst cosine and SNR of the latents over all trajectories."""
+        groups: dict[str, dict[int, list[Entry]]] = {}
+        for entry in self.entries:
+            if entry.evaluation is not None and entry.output == LATENTS:
+                group = groups.setdefault(f"{entry.component} {entry.bucket}", {})
+                group.setdefault(entry.evaluation, []).append(entry)
+        return {name: {number: worst(by[number]) for number in sorted(by)} for name, by in groups.items()}
+
     def verdict(self) -> str:
         """One line: passed or FAILED, and how many comparisons."""
         results = [*(e.passed for e in self.entries), *(p.passed for p in self.pictures)]
@@ -225,7 +236,15 @@ class CheckReport:
             "entries": [e.to_json() for e in self.entries],
             "pictures": [p.to_json() for p in self.pictures],
             "limits": plain(self.limits),
+            "steps": self.steps_json(),
             "summary": {name: self._summary(name) for name in ("psnr_db", "ssim")} | {"flip": self._flip() or None},
+        }
+
+    def steps_json(self) -> dict[str, list[dict[str, Any]]]:
+        """`by_evaluation` as JSON."""
+        return {
+            name: [{"evaluation": number, **plain(metrics)} for number, metrics in by.items()]
+            for name, by in self.by_evaluation().items()
         }
 
     def save(self, path: Path) -> None:
