@@ -5,6 +5,8 @@ python -m tests.builder.test_closures > closures.py && mv closures.py toolchain/
 
 from __future__ import annotations
 
+import textwrap
+
 import pytest
 
 from tests.imports import modules, neighbours, room
@@ -114,10 +116,12 @@ def test_the_digest_is_of_all_entries() -> None:
 def text() -> str:
     lines = ['"""Which modules decide what a stage writes: all that its entry modules import.', ""]
     lines += ["Held by tests/builder/test_closures.py, which also writes this file.", '"""', ""]
-    lines += ["CLOSURES: dict[str, tuple[str, ...]] = {"]
+    lines += ["_NAMES = {"]
     for entry in entries():
-        lines += [f'    "{entry}": (', *(f'        "{module}",' for module in closure(entry)), "    ),"]
-    return "\n".join([*lines, "}"])
+        names = textwrap.wrap(" ".join(closure(entry)), 112, break_on_hyphens=False)
+        lines += [f'    "{entry}": """', *(f"        {line}" for line in names), '    """,']
+    lines += ["}", "CLOSURES = {entry: tuple(names.split()) for entry, names in _NAMES.items()}"]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
