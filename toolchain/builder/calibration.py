@@ -26,7 +26,7 @@ from toolchain.engines.runners import runner_of
 from toolchain.errors import EngineError
 from toolchain.models.component import Component, Family
 from toolchain.models.source import ModelSource
-from toolchain.precision.collect import PEAKS, SAMPLES, Collector
+from toolchain.precision.collect import WATCHED, Collector
 from toolchain.recipe import Calibration, Recipe, Safety
 from toolchain.recipe.options import BackendOptions
 from toolchain.runtime.observer import Observer
@@ -288,33 +288,31 @@ class WatchingRunner:
         collector = self._collectors.get(folder)
         if collector is None:
             return self._runner.open(folder, weights, spec, options, memory)
-        peaks = TensorSpec(PEAKS, "float32", (sum(w.channels for w in collector.watched),))
-        samples = TensorSpec(SAMPLES, "float32", (sum(w.samples for w in collector.watched),))
-        watched = GraphSpec(spec.inputs, (*spec.outputs, peaks, samples))
+        output = TensorSpec(WATCHED, "float32", (collector.size,))
+        watched = GraphSpec(spec.inputs, (*spec.outputs, output))
         engine = self._runner.open(folder, weights, watched, options, memory)
-        return WatchedEngine(engine, spec, memory, lambda *told: collector.add(self._position.step, *told))
+        return WatchedEngine(engine, spec, memory, lambda values: collector.add(self._position.step, values))
 
 
 class WatchedEngine:
-    """An engine with two outputs more than its `spec` has, which a function is called with after each launch."""
+    """An engine with one output more than its `spec` has, which a function is called with after each launch."""
 
-    def __init__(self, engine: Engine, spec: GraphSpec, memory: Memory, tell: Callable[..., None]) -> None:
-        """`tell` is called with the peaks and the samples of a launch."""
+    def __init__(self, engine: Engine, spec: GraphSpec, memory: Memory, tell: Callable[[Any], None]) -> None:
         self.spec = spec
         self._engine, self._memory, self._tell = engine, memory, tell
-        self._buffers = {t.name: memory.zeros(t.shape, t.dtype) for t in engine.spec.outputs[len(spec.outputs) :]}
+        self._buffer = memory.zeros(engine.spec.outputs[-1].shape, engine.spec.outputs[-1].dtype)
 
     def bind(self, buffers: Buffers) -> Callable[[], None]:
         """As `Engine.bind`. Each launch waits for the device."""
-        launch = self._engine.bind({**buffers, **self._buffers})
+        launch = self._engine.bind({**buffers, WATCHED: self._buffer})
 
         def watched() -> None:
             launch()
-            self._tell(*self._memory.read(*self._buffers.values()))
+            self._tell(self._memory.read(self._buffer)[0])
 
         return watched
 
     def close(self) -> None:
-        """Closes the engine and frees its buffers."""
+        """Closes the engine and frees its buffer."""
         self._engine.close()
-        self._memory.free(*self._buffers.values())
+        self._memory.free(self._buffer)

@@ -1,4 +1,4 @@
-"""What the outputs of a watched graph say, launch after launch, added up to ranges."""
+"""What the output of a watched graph says, launch after launch, added up to ranges."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from toolchain.precision.ranges import BINS, Range, Ranges, histogram
 
-PEAKS, SAMPLES = "watched_peaks", "watched_samples"
-"""Names of the two outputs that `watch` adds to a graph."""
+WATCHED = "watched"
+"""The output that `watch` adds to a graph."""
 
 
 @dataclass(frozen=True)
 class Watched:
-    """An activation and its part of the two outputs.
+    """An activation and its part of the output: peaks, then samples.
 
     weights   the weights that it is multiplied with, by their names in the checkpoint
     channels  how many peaks are its
@@ -34,24 +34,30 @@ class Collector:
 
     def __init__(self, watched: Sequence[Watched]) -> None:
         self.watched = tuple(watched)
-        self._channels = _starts([w.channels for w in watched])
-        self._samples = _starts([w.samples for w in watched])
+        self.size = sum(w.channels + w.samples for w in watched)
+        self._channels = np.concatenate([[0], np.cumsum([w.channels for w in watched])]).astype(np.int64)
         self._peaks = np.zeros((0, self._channels[-1]), np.float32)
         self._sums = np.zeros((0, len(watched)))
         self._calls = np.zeros(0, np.int64)
         self._counts = np.zeros((len(watched), BINS), np.int64)
 
-    def add(self, step: int, peaks: NDArray[np.float32], samples: NDArray[np.float32]) -> None:
-        """One launch in step `step`: the two outputs of a graph that `watch` made."""
+    def add(self, step: int, values: NDArray[np.float32]) -> None:
+        """One launch in step `step`: float32 [size], the output that `watch` added."""
         if (missing := step + 1 - len(self._calls)) > 0:
             grown = [np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in (self._peaks, self._sums)]
             self._peaks, self._sums = grown
             self._calls = np.pad(self._calls, (0, missing))
-        np.maximum(self._peaks[step], peaks, out=self._peaks[step])
-        self._sums[step] += np.maximum.reduceat(peaks, self._channels[:-1])
         self._calls[step] += 1
-        for number, (first, end) in enumerate(zip(self._samples, self._samples[1:], strict=False)):
-            self._counts[number] += histogram(samples[first:end])
+        at = 0
+        for number, w in enumerate(self.watched):
+            peaks, samples = values[at : at + w.channels], values[at + w.channels : at + w.channels + w.samples]
+            at += w.channels + w.samples
+            if not np.isfinite(samples).all():  # a maximum leaves NaN out
+                peaks = np.full_like(peaks, np.inf)
+            seen = self._peaks[step, self._channels[number] : self._channels[number + 1]]
+            np.maximum(seen, peaks, out=seen)
+            self._sums[step, number] += peaks.max()
+            self._counts[number] += histogram(samples)
 
     def overflowing(self) -> list[str]:
         """The weights whose activations were not finite."""
@@ -93,8 +99,3 @@ def joined(first: Range, second: Range) -> Range:
         np.maximum(first.means, second.means),
         first.counts + second.counts,
     )
-
-
-def _starts(sizes: Sequence[int]) -> NDArray[np.int64]:
-    """Where each of the parts begins, and where the last one ends."""
-    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)

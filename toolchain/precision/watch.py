@@ -1,9 +1,9 @@
-"""Outputs beside a graph's own that tell how large the activations are that weights are multiplied with.
+"""An output beside a graph's own that tells how large the activations are that weights are multiplied with.
 
 1. The input of a Conv, ConvTranspose, Gemm or MatMul with a constant weight is watched: its largest magnitude in every
    channel, and a sample of its values. Channels are axis 1 for convolutions, and the rows of the weight for products.
 2. An activation that several weights are multiplied with is watched once.
-3. All peaks lie in one output, all samples in another, in float32, in the order of `watched`.
+3. All of it lies in one output, in float32: peaks, then samples of each activation, in the order of `watched`.
 4. Samples are strided, at most `SAMPLED` values, with a stride that has no divisor in common with the number of values:
    no channel, row or column is left out.
 5. A graph without such weights stays as it is. The given graph is never changed.
@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from toolchain.errors import ExportError
 from toolchain.graph.insert import Inserter, shape_of
-from toolchain.precision.collect import PEAKS, SAMPLES, Watched
+from toolchain.precision.collect import WATCHED, Watched
 from toolchain.precision.weight_only import CONVOLUTIONS, weighted
 
 SAMPLED = 8192
@@ -53,7 +53,7 @@ class _Activation:
 
 
 def watched(model: ir.Model) -> tuple[Watched, ...]:
-    """What `watch` adds outputs for. Raises ExportError for an activation without a static shape."""
+    """What the output that `watch` adds is of. Raises ExportError for an activation without a static shape."""
     return tuple(
         Watched(tuple(names), a.shape[a.axis], math.ceil(math.prod(a.shape) / a.stride))
         for a, names in _activations(model)
@@ -61,18 +61,17 @@ def watched(model: ir.Model) -> tuple[Watched, ...]:
 
 
 def watch(model: ir.Model) -> ir.Model:
-    """A copy with the two outputs. Raises ExportError for an activation without a static shape."""
+    """A copy with the output. Raises ExportError for an activation without a static shape."""
     model = model.clone()
     graph = model.graph
-    peaks, samples = [], []
+    parts: list[ir.Value] = []
     for activation, _ in _activations(model):
         before = Inserter(activation.reader)  # there, so that the activation need not be kept until the end
-        peaks.append(_peaks(activation, before))
-        samples.append(_sample(activation, before))
-    for name, parts in ((PEAKS, peaks), (SAMPLES, samples)) if peaks else ():
-        node = ir.node("Concat", parts, {"axis": 0}, name=name)
+        parts += [_peaks(activation, before), _sample(activation, before)]
+    if parts:
+        node = ir.node("Concat", parts, {"axis": 0}, name=WATCHED)
         output, total = node.outputs[0], sum(shape_of(part)[0] for part in parts)
-        output.name, output.shape, output.type = name, ir.Shape([total]), FLOAT32
+        output.name, output.shape, output.type = WATCHED, ir.Shape([total]), FLOAT32
         graph.append(node)
         graph.outputs.append(output)
     return model
@@ -102,11 +101,15 @@ def _channels(node: ir.Node, value: ir.Value) -> int:
 
 def _peaks(activation: _Activation, before: Inserter) -> ir.Value:
     value, shape = activation.value, activation.shape
-    others = [axis for axis in range(len(shape)) if axis != activation.axis]
-    sizes = before.add("Abs", [value], shape, {}, dtype=value.dtype)
-    axes = before.constant(np.array(others, np.int64))
+    others = before.constant(np.array([a for a in range(len(shape)) if a != activation.axis], np.int64))
     channels = (shape[activation.axis],)
-    return _float32(before.add("ReduceMax", [sizes, axes], channels, {"keepdims": 0}, dtype=value.dtype), before)
+
+    def add(op: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        return before.add(op, inputs, channels, attributes, dtype=value.dtype)
+
+    # Of both ends, as the magnitudes would be a second activation in memory.
+    highest, lowest = (add(op, value, others, keepdims=0) for op in ("ReduceMax", "ReduceMin"))
+    return _float32(add("Max", highest, add("Neg", lowest)), before)
 
 
 def _sample(activation: _Activation, before: Inserter) -> ir.Value:

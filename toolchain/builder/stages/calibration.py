@@ -34,7 +34,7 @@ def write_watched(
     options: BackendOptions,
     progress: Callable[[str, float | None], None],
 ) -> None:
-    """An engine of an exported graph, with outputs that tell how large its activations are. Raises EngineError."""
+    """An engine of an exported graph, with an output that tells how large its activations are. Raises EngineError."""
     import onnx_ir as ir
 
     from toolchain.precision.watch import watch
@@ -46,7 +46,7 @@ def write_watched(
 
 
 def collector_of(backend: Builder[Any], graph: Path) -> Collector:
-    """Of what the outputs of `write_watched`'s engine tell."""
+    """Of what the added output of `write_watched`'s engine tells."""
     from toolchain.precision.watch import watched
 
     return Collector(watched(prepared(backend, graph, None)))

@@ -79,6 +79,7 @@ def save_engine(model: ir.Model, weights: Mapping[str, Path], path: Path) -> Non
     """
     import onnx_ir as ir
 
+    from toolchain.engines.onnxruntime.order import gather_early
     from toolchain.weights.external import point_into
 
     with ExitStack() as stack:
@@ -92,6 +93,7 @@ def save_engine(model: ir.Model, weights: Mapping[str, Path], path: Path) -> Non
                 role, ref = match
                 point_into(value, ref, FILES[role])
         widen_late(model.graph)
+        gather_early(model)
         ir.save(model, path)
 
 
