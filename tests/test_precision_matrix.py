@@ -30,6 +30,7 @@ from toolchain.graph.typed import check_types
 from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS
 from toolchain.precision.activations import quantize_activations
+from toolchain.precision.watch import watch
 from toolchain.precision.weight_only import quantize_weights, quantized_axes
 from toolchain.recipe import Bucket, Check, ComponentRecipe, Recipe
 from toolchain.store.artifacts import Store
@@ -193,3 +194,21 @@ def test_two_buckets_in_int8_as_one_graph(graph: Graph, activations: bool) -> No
     parsed = Parsed(quantized)
     assert parsed.refused == []
     assert parsed.build(profiles=add_profiles) is not None, parsed.errors()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["denoiser", "vae_decoder"])
+@pytest.mark.parametrize("family", MAKERS)
+def test_a_graph_that_is_watched(graph: Graph, family: str, name: str, dtype: str) -> None:
+    """As a calibration has it built."""
+    exported = graph(family, name, dtype, True, 0)
+    prepared = watch(BUILDERS["tensorrt_rtx"].prepare(exported))
+    check_types(prepared)
+    assert refusals(prepared) == []
+    if dtype != "bfloat16":
+        require_session(watch(BUILDERS["onnxruntime"].prepare(exported)))
+    real_trt()
+    parsed = Parsed(prepared)
+    assert parsed.refused == []
+    if dtype == "float16":
+        assert parsed.build("SM89") is not None, parsed.errors()
