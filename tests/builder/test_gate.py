@@ -16,6 +16,8 @@ from tests.pretend import pretended
 from tests.rtx import real_trt
 from toolchain import api
 from toolchain.bundle.bundle import MANIFEST, read_bundle
+from toolchain.check.gate import _line
+from toolchain.check.report import Entry, Metrics
 from toolchain.cli.main import cli
 from toolchain.errors import BundleError, DiffbuildError, EngineError, GateError, UsageError
 
@@ -261,6 +263,27 @@ def test_missing_packages_are_found_before_any_work(case: Case, monkeypatch: pyt
         case.build()
     assert case.events == []
     case.build(gate=False)
+
+
+def test_a_machine_too_small_for_the_reference_is_refused_before_any_work(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("toolchain.check.gate.physical_memory", lambda: 10**5)
+    case.write(RECIPE.replace("psnr_db = 30.0", "psnr_db = 25.0"))
+    with pytest.raises(DiffbuildError, match=r"does not fit into this machine\n(.|\n)*--no-gate"):
+        case.build()
+    assert case.events == []
+    monkeypatch.setattr("toolchain.check.gate.physical_memory", lambda: None)
+    assert case.build().gate is not None
+
+
+def test_the_prompts_of_a_batch_are_named() -> None:
+    metrics = Metrics(0.9, 10.0, 0.5)
+    entry = Entry("denoiser", "2x64x64", "prompts 2-3, evaluation 1 of 2", "next_state", metrics, metrics, ())
+    said = _line(entry, ("a", "b", "c", "d"))
+    assert said.startswith("denoiser 2x64x64, prompts 2-3, evaluation 1 of 2 ('b', 'c'), next_state: cosine 0.9")
+    table = Entry("sampler", "any", "model/20", "trajectory", metrics, metrics, ())
+    assert _line(table, ("a",)).startswith("sampler any, model/20, trajectory: ")
 
 
 def test_the_result_is_covered_by_the_manifests_digest(case: Case) -> None:

@@ -83,9 +83,9 @@ def build(
     plan = plan_build(recipe, model, **options)
     on_plan(plan)
     if plan.gate is not None and not plan.gate.hit:
-        from toolchain.check.gate import require_installed
+        from toolchain.check.gate import require_possible
 
-        require_installed()
+        require_possible(plan.source, plan.recipe)
 
     def gate_check(*arguments: Any) -> Mapping[str, Any]:
         from toolchain.check.gate import check_gate

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -12,13 +15,42 @@ from toolchain.check.compare import PACKAGES, compare
 from toolchain.check.report import CheckReport, Entry
 from toolchain.check.step_time import compare_step_times
 from toolchain.errors import DiffbuildError
+from toolchain.models.registry import family_of
 from toolchain.models.source import ModelSource
+from toolchain.recipe import Recipe
 from toolchain.store.plain_json import plain
+from toolchain.weights.safetensors import read_folder
+
+FLOAT32_BYTES = 4
 
 
-def require_installed() -> None:
-    """DiffbuildError where a gate would find something not installed; imports none of it, so that a build can ask
-    before it begins."""
+def require_possible(source: ModelSource, recipe: Recipe) -> None:
+    """DiffbuildError where a gate would find a package missing, or the machine too small for the reference.
+
+    Imports none of the packages and reads no weights, so that a build can ask before it begins.
+    """
+    _require_installed()
+    folders = {component.folder for component in family_of(source, recipe).parts(recipe)}
+    numbers = sum(math.prod(ref.shape) for folder in folders for ref in read_folder(source.path / folder).values())
+    has = physical_memory()
+    if has is not None and has < FLOAT32_BYTES * numbers:
+        raise DiffbuildError(
+            "a quantised recipe is checked when it is built, and the reference does not fit into this machine",
+            expected=f"{FLOAT32_BYTES * numbers / 1e9:.0f} GB of memory for {source.name} in float32",
+            got=f"{has / 1e9:.0f} GB",
+            hint="build with --no-gate, and run diffbuild check on a larger machine",
+        )
+
+
+def physical_memory() -> int | None:
+    """Bytes of this machine's memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None  # Windows has no sysconf
+
+
+def _require_installed() -> None:
     missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
     if missing:
         raise DiffbuildError(
@@ -64,8 +96,8 @@ def summary(report: CheckReport, bundle: Bundle) -> dict[str, Any]:
 
 
 def _line(entry: Entry, prompts: tuple[str, ...]) -> str:
-    """An entry, and the text of the prompt that its input is named after."""
-    words = entry.input.replace(",", " ").split()
-    number = words[1] if words[:1] == ["prompt"] else ""
-    prompt = f" ({prompts[int(number) - 1]!r})" if number.isdigit() else ""
-    return f"{entry.component} {entry.bucket}, {entry.input}{prompt}, {entry.output}: {entry.numbers()}"
+    """An entry, with the texts of the prompts that its input is named after."""
+    named = re.match(r"prompts? (\d+)(?:-(\d+))?", entry.input)
+    texts = prompts[int(named[1]) - 1 : int(named[2] or named[1])] if named else ()
+    quoted = f" ({', '.join(map(repr, texts))})" if texts else ""
+    return f"{entry.component} {entry.bucket}, {entry.input}{quoted}, {entry.output}: {entry.numbers()}"
