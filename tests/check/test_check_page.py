@@ -228,7 +228,7 @@ def without_pixels(shown: page.Picture) -> page.Picture:
 
 def test_pixels_are_neither_in_the_json_nor_in_equality() -> None:
     shown = picture("p", 3)
-    assert set(shown.to_json()) == {"prompt", "seed", "size", "psnr_db", "ssim", "flip", "failed", "passed"}
+    assert set(shown.to_json()) == {"prompt", "seed", "size", "psnr_db", "ssim", "flip", "clip", "failed", "passed"}
     assert shown == without_pixels(shown)
     assert "array" not in repr(shown)
 

@@ -58,6 +58,7 @@ def test_json_has_no_nan_or_infinity(tmp_path: Path) -> None:
         "psnr_db": {"min": "inf", "median": "inf"},
         "ssim": {"min": 1.0, "median": 1.0},
         "flip": None,
+        "clip": None,
     }
 
 

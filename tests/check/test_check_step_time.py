@@ -35,3 +35,9 @@ INT8 = Quantize("int8")
 )
 def test_it_is_said_in_words(ours_ms: float, saved: float, expected: str) -> None:
     assert describe(INT8, "float32", ours_ms, 100.0, int(saved)) == expected
+
+
+def test_products_in_int8_widen_nothing() -> None:
+    said = describe(Quantize("int8", activations="int8"), "float16", 100.0, 100.0, 0)
+    assert said.startswith("int8 is not faster here: a step takes 1.00 times as long as in float16 ")
+    assert "widened" not in said

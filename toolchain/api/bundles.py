@@ -60,11 +60,13 @@ def check_bundle(
     store: str | Path | None = None,
     report: str | Path | None = None,
     html: str | Path | None = None,
+    clip: str | Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> CheckReport:
     """Compares a bundle with the model that it was built from: see `toolchain.check`. A failed gate is a result.
 
     report, html  files to write the report to as well, as JSON and as a page
+    clip          a folder with a CLIP model of transformers, to score the pictures with
 
     Raises UsageError for outputs that cannot be written, BundleError, ModelError and EngineError.
     """
@@ -79,7 +81,7 @@ def check_bundle(
     opened = read_bundle(bundle)
     require_trusted(opened)
     source = open_model(model, revision, config=config, store=store, safety=opened.recipe.safety.checker)
-    compared = compare(opened, source, progress=progress)
+    compared = compare(opened, source, clip=None if clip is None else Path(clip), progress=progress)
     if report is not None:
         compared.save(Path(report))
     if html is not None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 
 from toolchain.bundle.bundle import Bundle
 from toolchain.bundle.signing import admit
+from toolchain.check.clip import require_clip, score_pictures
 from toolchain.check.report import CheckReport, Entry, Metrics, Picture
 from toolchain.engines.builders import builder_of
 from toolchain.errors import DiffbuildError, ModelError
@@ -32,14 +34,24 @@ PACKAGES = {
 """What a comparison imports, and the name under which it is installed."""
 
 
-def compare(bundle: Bundle, source: ModelSource, *, progress: Callable[[str], None] = lambda text: None) -> CheckReport:
+def compare(
+    bundle: Bundle,
+    source: ModelSource,
+    *,
+    clip: Path | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> CheckReport:
     """Compares a bundle with the model that it was built from; `progress` is called with a line for each part.
+
+    clip  a folder with a CLIP model, to score the pictures with
 
     Takes the memory of one component in float32 at a time, then of the whole diffusers pipeline. Raises DiffbuildError
     where something is not installed, BundleError for a bundle that is damaged or made for another device, ModelError
     and WeightsError for a model that cannot be the bundle's or cannot be loaded, EngineError for an engine that fails.
     """
     require_packages()
+    if clip is not None:
+        require_clip(clip)
     from toolchain.check.components import compare_components
     from toolchain.check.pictures import compare_pictures, draw
     from toolchain.check.tables import compare_tables
@@ -61,6 +73,8 @@ def compare(bundle: Bundle, source: ModelSource, *, progress: Callable[[str], No
     finally:
         pipeline.close()
     pictures, changes = compare_pictures(bundle, source, family, drawn, progress)
+    if clip is not None:
+        pictures = score_pictures(clip, pictures, progress)
     return CheckReport(
         bundle=str(bundle.path),
         recipe=bundle.recipe.name,

@@ -162,12 +162,12 @@ def _picture(picture: Picture, limits: Mapping[str, float]) -> Html:
         "article",
         element("h3", picture.prompt),
         element("p", f"{picture.size}, seed {picture.seed}: ", *spaced, _badge(picture.passed)),
-        *([] if pair is None else _figures(pair, picture.flip)),
+        *([] if pair is None else _figures(pair, picture)),
         class_=" ".join(name for name, holds in kinds.items() if holds),
     )
 
 
-def _figures(pair: Pair, flip: float | None) -> list[Html]:
+def _figures(pair: Pair, picture: Picture) -> list[Html]:
     import numpy as np
 
     levels = np.abs(pair.reference.astype(np.int16) - pair.compiled).max(axis=-1)
@@ -179,7 +179,9 @@ def _figures(pair: Pair, flip: float | None) -> list[Html]:
         figure(amplified, f"difference x{AMPLIFIED}"),
     ]
     summary = differ if levels.any() else "Every pixel is the same."
-    summary += "" if flip is None else f" FLIP {show(flip)}."
+    summary += "" if picture.flip is None else f" FLIP {show(picture.flip)}."
+    if picture.clip is not None:
+        summary += f" CLIP score {show(picture.clip[1])}, the reference's {show(picture.clip[0])}."
     return [element("p", summary, class_="note"), element("div", *figures, class_="three")]
 
 

@@ -121,6 +121,7 @@ class Picture:
              where the reference is not)
     pixels   of both, for the HTML report; not in the JSON
     flip     mean FLIP error, 0 to 1, which has no limit; None where it was not measured
+    clip     CLIP scores, 100 at most, of the reference and of the compiled one; None where no model for them was given
     """
 
     prompt: str
@@ -131,6 +132,7 @@ class Picture:
     failed: tuple[str, ...]
     pixels: Pair | None = field(default=None, repr=False, compare=False)
     flip: float | None = None
+    clip: tuple[float, float] | None = None
 
     @property
     def passed(self) -> bool:
@@ -151,6 +153,7 @@ class Picture:
             "psnr_db": plain(self.psnr_db),
             "ssim": plain(self.ssim),
             "flip": self.flip,
+            "clip": None if self.clip is None else {"reference": self.clip[0], "compiled": self.clip[1]},
             "failed": [*self.failed],
             "passed": self.passed,
         }
@@ -237,7 +240,7 @@ class CheckReport:
             "pictures": [p.to_json() for p in self.pictures],
             "limits": plain(self.limits),
             "steps": self.steps_json(),
-            "summary": {name: self._summary(name) for name in ("psnr_db", "ssim")} | {"flip": self._flip() or None},
+            "summary": self._summaries(),
         }
 
     def steps_json(self) -> dict[str, list[dict[str, Any]]]:
@@ -275,10 +278,17 @@ class CheckReport:
             lines.append(f"{len(self.pictures)} pictures, FLIP: max {show(flip['max'])}, median {show(flip['median'])}")
         elif self.pictures:
             lines.append(f"FLIP was not measured ({INSTALL})")
+        if clip := self._clip():
+            scores = f"median {show(clip['compiled'])}, the reference's {show(clip['reference'])}"
+            lines.append(f"{len(self.pictures)} pictures, CLIP score: {scores}")
         failed = self.failures()
         more = len(failed) - LISTED_FAILURES
         lines += [f"failed: {text}" for text in failed[:LISTED_FAILURES]]
         return [*lines, *([f"failed: {more} more, all in the JSON report"] if more > 0 else []), self.verdict()]
+
+    def _summaries(self) -> dict[str, Any]:
+        spread = {name: self._summary(name) for name in ("psnr_db", "ssim")}
+        return {**spread, "flip": self._flip() or None, "clip": self._clip() or None}
 
     def _summary(self, name: str) -> dict[str, Any]:
         values = [getattr(p, name) for p in self.pictures]
@@ -290,6 +300,12 @@ class CheckReport:
         """The largest and the median; empty where it was not measured."""
         values = [p.flip for p in self.pictures if p.flip is not None]
         return {"max": max(values), "median": statistics.median(values)} if values else {}
+
+    def _clip(self) -> dict[str, float]:
+        """The medians of both sides; empty where they were not measured."""
+        scores = [p.clip for p in self.pictures if p.clip is not None]
+        sides = ("reference", "compiled")
+        return {side: statistics.median(values) for side, values in zip(sides, zip(*scores, strict=True), strict=False)}
 
 
 def worst(entries: Iterable[Entry]) -> dict[str, float]:

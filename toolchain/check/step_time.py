@@ -58,8 +58,7 @@ def describe(quantize: Quantize, plain_type: str, ours_ms: float, theirs_ms: flo
     saves = f"it saves {saved_bytes / 1e6:.0f} MB of the denoiser's files" if saved_bytes > 0 else "it saves no space"
     if ratio < FASTER:
         return f"{quantize.weights} is faster here: a step takes {times}; {saves}"
-    widened = getattr(quantize, "activations", "none") == "none"
-    why = ", as weights are widened in every step" if widened else ""
+    why = ", as weights are widened in every step" if quantize.activations == "none" else ""
     return f"{quantize.weights} is not faster here: a step takes {times}{why}; {saves}"
 
 

@@ -37,6 +37,7 @@ new_file = click.Path(dir_okay=False, path_type=Path)
 @store_option
 @click.option("--report", type=new_file, metavar="FILE.json", help="Also write the report.")
 @click.option("--html", type=new_file, metavar="FILE.html", help="Also write a page with pictures and charts.")
+@click.option("--clip", type=click.Path(path_type=Path), metavar="DIR", help="Score pictures with this CLIP model.")
 @json_option
 @verbosity
 def check(bundle: Path, model: str, as_json: bool, **options: Any) -> None:
