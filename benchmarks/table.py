@@ -152,6 +152,20 @@ def score(found: dict[str, Any]) -> Iterator[Row]:
     yield f"`shapes` on {found['captions']} held-out captions", f"{facts} right"
 
 
+def quality(found: dict[str, Any]) -> Iterator[Row]:
+    against = found["against"]
+    for name, measured in found["bundles"].items():
+        psnr, score = measured["psnr_db"], measured["score"]["everything"]
+        flip = "" if measured["flip"] is None else f", FLIP {measured['flip']['median']:.4f} in the median"
+        parts = (
+            f"PSNR {psnr['median']:.1f} dB in the median, {psnr['min']:.1f} dB at least{flip}",
+            f"captions {score:.1%} right, {against['score']['everything']:.1%} before",
+            f"denoiser {measured['share_of_bytes']['denoiser']:.2f} times as large",
+            f"a step {measured['times_as_long']:.2f} times as long, on a shared machine",
+        )
+        yield f"`{name}` against `{against['recipe']}`, {found['captions']} held-out captions", "; ".join(parts)
+
+
 SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
     "speed": ("benchmarks/speed.py", speed),
     "options": ("benchmarks/options.py", options),
@@ -161,6 +175,7 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
     "merge_scale": ("benchmarks/merge_scale.py", merges),
     "rtx_build": ("benchmarks/rtx_build.py", rtx_builds),
     "host_work": ("benchmarks/host_work.py", host_work),
+    "quality": ("benchmarks/quality.py", quality),
     "shapes-score": ("examples/shapes/evaluate.py", score),
 }
 """Result -> the script that wrote it, and its rows."""
