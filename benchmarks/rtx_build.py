@@ -2,12 +2,17 @@
 
     python benchmarks/rtx_build.py --output benchmarks/results/rtx_build.json
     python benchmarks/rtx_build.py --part sdxl --output rtx.json
+    python benchmarks/rtx_build.py --part flux-dev-int4 --without-engine --output rtx.json
 
 Each part exports a denoiser from its published config in the precision of its recipe, writes weights of seeded random
 numbers beside it, and has the backend build one engine: for the first bucket of the recipe or, in the parts that end in
 "-buckets", for all of them. `flux-dev` is parsed alone, over weights of zeros that take no disk: to build it takes more
 memory than this was made for. `cpu_seconds` and `peak_gb` are those of the builder's process; the weights that it was
 given are mapped and count in its memory as far as it has read them. Results of other parts in the output are kept.
+
+The parts that end in "-int8" and "-int4" are quantised as their recipe says, or weight by weight where there is none;
+`quantizing` has what that took, without the making of the random numbers, and how large the file is against one in the
+component's own type. `--without-engine` stops there.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,12 +36,14 @@ from export_scale import PUBLISHED, ROOT, measured_on
 from numpy.typing import NDArray
 
 RECIPES = {
+    "sdxl-int8": "sdxl-fp16-rtx",
+    "flux-dev-int4": "flux1-dev-int4-rtx",
     "sd15": "sd15-fp16-rtx",
     "sdxl": "sdxl-fp16-rtx",
     "sd35-medium": "sd35-medium-bf16-rtx",
     "flux-dev": "flux1-dev-bf16-rtx",
 }
-PARTS = ("sd15", "sdxl", "sd35-medium", "sdxl-buckets", "flux-dev")
+PARTS = ("sd15", "sdxl", "sd35-medium", "sdxl-buckets", "flux-dev", "sdxl-int8", "flux-dev-int4")
 PARSED = frozenset({"flux-dev"})
 POOL = 1 << 24
 
@@ -49,56 +57,66 @@ def export(model: str, folder: Path, all_buckets: bool) -> int:
     from toolchain.graph.profiles import merge_buckets
     from toolchain.models.hub import resolve_model
     from toolchain.models.registry import family_of
-    from toolchain.recipe import load_recipe
+    from toolchain.precision.stored import Form
+    from toolchain.precision.weight_only import quantize_weights
+    from toolchain.recipe import Quantize, load_recipe
 
-    PUBLISHED[model].write(folder / "model")
+    PUBLISHED[model.removesuffix("-int8").removesuffix("-int4")].write(folder / "model")
     recipe = load_recipe(ROOT / "recipes" / f"{RECIPES[model]}.toml")
     source = resolve_model(str(folder / "model"))
     denoiser = family_of(source, recipe).component("denoiser")
     buckets = recipe.buckets if all_buckets else recipe.buckets[:1]
     graphs = [capture(denoiser, source, recipe, bucket) for bucket in buckets]
     graph = graphs[0] if len(graphs) == 1 else merge_buckets(graphs)
-    ir.save(builder_of("tensorrt_rtx").prepare(graph), folder / "graph.onnx")
+    prepared = builder_of("tensorrt_rtx").prepare(graph)
+    if model.endswith(("-int8", "-int4")):
+        table = recipe.component("denoiser").quantize or Quantize("int8")
+        prepared = quantize_weights(prepared, table.exclude, Form(table.weights, table.block))
+    ir.save(prepared, folder / "graph.onnx")
     return len(graphs)
 
 
-def write_weights(folder: Path, zeros: bool) -> float:
-    """Writes weights.safetensors for the graph, one tensor in memory at a time; its size in GB.
+def write_weights(folder: Path, zeros: bool) -> dict[str, Any]:
+    """Writes weights.safetensors for the graph, one tensor in memory at a time.
 
     Random: cut from a pool of numbers at random places, and scaled by the fan-in. Zeros: a hole in the file.
     """
     import onnx_ir as ir
 
-    from toolchain.weights.derived import weight_uses
-    from toolchain.weights.safetensors import write_safetensors
+    from toolchain.weights.derived import FLOAT_DTYPES, WeightUse, weight_uses, write_loaded
 
-    uses = {use.name: use for use in weight_uses(ir.load(folder / "graph.onnx"))}
-    tensors = [(name, use.dtype, use.shape) for name, use in sorted(uses.items())]
-    rng = np.random.default_rng(0)
-    pool = rng.standard_normal(2 * POOL, np.float32)
+    uses = weight_uses(ir.load(folder / "graph.onnx"))
+    pool = np.random.default_rng(0).standard_normal(2 * POOL, np.float32)
+    made = 0.0
 
-    def read(name: str) -> Any:
-        use = uses[name]
+    def load(use: WeightUse) -> NDArray[Any]:
+        nonlocal made
+        started = time.perf_counter()
+        rng = np.random.default_rng(zlib.crc32(use.name.encode()))  # the same where it is read again
         count = math.prod(use.shape)
-        repeats = -(-count // POOL)
-        pieces = [pool[start : start + POOL] for start in rng.integers(0, POOL, repeats)]
+        pieces = [pool[start : start + POOL] for start in rng.integers(0, POOL, -(-count // POOL))]
         scale = np.float32(math.prod(use.shape[1:]) ** -0.5) if len(use.shape) > 1 else np.float32(0.1)
-        return _as_dtype((np.concatenate(pieces)[:count] * scale).reshape(use.shape), use.dtype)
+        values = (np.concatenate(pieces)[:count] * scale).reshape(use.shape).astype(FLOAT_DTYPES[use.dtype])
+        made += time.perf_counter() - started
+        return values
 
     path = folder / "weights.safetensors"
+    started = time.perf_counter()
     if zeros:
-        _write_hole(path, tensors)
+        _write_hole(path, [(use.name, use.dtype, use.shape) for use in uses])
     else:
-        write_safetensors(path, tensors, read)
-    return path.stat().st_size / 1e9
-
-
-def _as_dtype(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    import ml_dtypes
-
-    if dtype == "BF16":
-        return values.astype(ml_dtypes.bfloat16).view(np.uint16)  # as files of weights hold them
-    return values.astype({"F32": np.float32, "F16": np.float16}[dtype])
+        write_loaded(uses, load, path, "max")
+    size = path.stat().st_size
+    result: dict[str, Any] = {"weights_gb": round(size / 1e9, 3)}
+    if any(use.stored for use in uses):
+        plain = sum(math.prod(use.shape) * FLOAT_DTYPES[use.dtype].itemsize for use in uses)
+        result["quantizing"] = {
+            "share": round(size / plain, 4),
+            "weights": sum(use.stored is not None for use in uses),
+            "seconds": round(time.perf_counter() - started - made, 1),
+            "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+        }
+    return result
 
 
 def _write_hole(path: Path, tensors: Sequence[tuple[str, str, Sequence[int]]]) -> None:
@@ -184,7 +202,7 @@ def run_stage(name: str, part: str, folder: Path) -> dict[str, Any]:
     if name == "export":
         return {"buckets": export(model, folder, part != model)}
     if name == "weights":
-        return {"weights_gb": round(write_weights(folder, part in PARSED), 3)}
+        return write_weights(folder, part in PARSED)
     return parse_alone(folder) if part in PARSED else build(folder)
 
 
@@ -192,6 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--part", choices=PARTS, action="append", help="one or more; all where none is given")
+    parser.add_argument("--without-engine", action="store_true", help="graph and weights alone")
     parser.add_argument("--stage", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage:
@@ -204,12 +223,12 @@ def main() -> None:
     for part in arguments.part or PARTS:
         with tempfile.TemporaryDirectory() as folder:
             result: dict[str, Any] = {"recipe": RECIPES[part.removesuffix("-buckets")], "load": os.getloadavg()[0]}
-            for name in ("export", "weights", "engine"):
+            for name in ("export", "weights") if arguments.without_engine else ("export", "weights", "engine"):
                 print(f"{part} {name} ...", file=sys.stderr, flush=True)
                 result |= stage(name, part, Path(folder))
+                print(json.dumps(result), file=sys.stderr, flush=True)
         known[part] = result
         arguments.output.write_text(json.dumps({"machine": measured_on(), "parts": known}, indent=1) + "\n")
-        print(json.dumps(result), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pytest
 
 from toolchain.engines.tensorrt.library import TENSORRT_RTX
 from toolchain.errors import EngineError
-from toolchain.precision.weight_only import SCALES
+from toolchain.precision.stored import SCALES
 
 
 def real_trt() -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import toolchain
+from tests.pretend import pretended
 from tests.sampler.scheduler_configs import FLOW
 from tests.test_plan import built, own_store, write
 from tests.tiny import RECIPE
@@ -69,9 +70,9 @@ def test_what_is_kept_in_float16_changes_graph_weights_and_engines(tiny_model: P
     assert all(" denoiser" in name for name in changed)
 
 
-def quantized(component: str, backend: str = "onnxruntime", **values: Any) -> str:
-    """The tiny recipe with weights in int8."""
-    text = own(f"{component}.quantize", weights="int8", **values)
+def quantized(component: str, backend: str = "onnxruntime", *, weights: str = "int8", **values: Any) -> str:
+    """The tiny recipe with weights in few bits."""
+    text = own(f"{component}.quantize", weights=weights, **values)
     return text.replace('family = "sd"', f'family = "sd"\nbackend = "{backend}"')
 
 
@@ -208,6 +209,86 @@ def test_what_cannot_have_quantised_weights(
     with pytest.raises(RecipeError) as error:
         plan(tiny_model, tmp_path / "none", tmp_path, f"{quantized('denoiser', backend)}{more}")
     assert f"components.denoiser.quantize: {said}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("targets", "got"),
+    [
+        ("", "none named, which stands for all from 8.0 on"),
+        ('targets = ["8.6", "8.9"]', "8.6, 8.9"),
+        ('targets = ["8.9", "12.0"]', None),
+    ],
+)
+def test_float8_for_targets_that_have_none(targets: str, got: str | None, tiny_model: Path, tmp_path: Path) -> None:
+    """Told while planning, on any machine: the builder would say it after an hour, and not say what can."""
+    text = f"{quantized('denoiser', 'tensorrt_rtx', weights='float8')}\n[tensorrt_rtx]\n{targets}\n"
+    if got is None:
+        assert plan(tiny_model, tmp_path / "none", tmp_path, text).steps
+        return
+    with pytest.raises(RecipeError) as error:
+        plan(tiny_model, tmp_path / "none", tmp_path, text)
+    assert (
+        "components.denoiser.quantize: float8 came with 8.9 (expected tensorrt_rtx.targets of 8.9, 12.0, 12.1; "
+        f"got {got})" in str(error.value)
+    )
+
+
+@pytest.mark.parametrize("capability", ["8.6", "8.9"])
+def test_float8_on_a_gpu(capability: str, tiny_model: Path, tmp_path: Path) -> None:
+    with pretended(FAKE_CUDA_CC=capability, FAKE_CUDA_GPU="NVIDIA RTX A5000", DIFFBUILD_CACHE=str(tmp_path)):
+        text = quantized("denoiser", "tensorrt", weights="float8")
+        if capability == "8.9":
+            assert plan(tiny_model, tmp_path / "none", tmp_path, text).refused is None
+            return
+        with pytest.raises(RecipeError) as error:
+            plan(tiny_model, tmp_path / "none", tmp_path, text)
+    assert (
+        "components.denoiser.quantize: NVIDIA RTX A5000 (compute capability 8.6) has no float8, which came with 8.9 "
+        "(expected int8 or int4)" in str(error.value)
+    )
+
+
+@pytest.mark.parametrize(
+    ("component", "table", "said"),
+    [
+        (
+            "denoiser",
+            {"weights": "int8", "block_size": 32},
+            ".block_size: only int4 has blocks (expected no such key, weights are int8)",
+        ),
+        (
+            "vae_decoder",
+            {"weights": "float8"},
+            ".weights: float8 has three bits of mantissa, too few for what a VAE draws "
+            "(expected int8, or insist = true beside it)",
+        ),
+        (
+            "denoiser",
+            {"weights": "float8", "insist": True},
+            ".insist: nothing of this table has to be insisted on (expected no such key)",
+        ),
+        ("vae_decoder", {"weights": "float8", "insist": True}, None),
+        ("denoiser", {"weights": "int4", "block_size": 128}, None),
+    ],
+)
+def test_keys_that_do_not_fit_together(
+    component: str, table: dict[str, Any], said: str | None, tiny_model: Path, tmp_path: Path
+) -> None:
+    text = quantized(component, **table)
+    if said is None:
+        assert plan(tiny_model, tmp_path / "none", tmp_path, text).steps
+        return
+    with pytest.raises(RecipeError) as error:
+        plan(tiny_model, tmp_path / "none", tmp_path, text)
+    assert f"components.{component}.quantize{said}" in str(error.value)
+
+
+def test_a_block_of_64_is_the_default(tiny_model: Path, tmp_path: Path) -> None:
+    """Named or not, and insisted on or not, it is the same artifact."""
+    texts = [quantized("denoiser", weights="int4", block_size=size) for size in (0, 64, 32)]
+    plans = [plan(tiny_model, tmp_path / "none", tmp_path, text) for text in texts]
+    unnamed, named, other = ([step.key for step in made.steps] for made in plans)
+    assert unnamed == named != other
 
 
 def test_patterns_of_all_components_are_told_at_once(tiny_model: Path, tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ from toolchain.graph.typed import check_types
 from toolchain.models.hub import resolve_model
 from toolchain.models.registry import MODELS
 from toolchain.precision.activations import quantize_activations
+from toolchain.precision.stored import Form
 from toolchain.precision.watch import watch
-from toolchain.precision.weight_only import quantize_weights, quantized_axes
+from toolchain.precision.weight_only import dequantized_weights, quantize_weights
 from toolchain.recipe import Bucket, Check, ComponentRecipe, Recipe
 from toolchain.store.artifacts import Store
 
@@ -138,20 +139,29 @@ def test_the_denoisers_of_two_buckets_as_one_graph(graph: Graph, family: str, dt
     assert parsed.build(profiles=add_profiles) is not None, parsed.errors()
 
 
+FORMS = [Form("int8"), Form("int4", 32), Form("float8")]
+TARGETS = {"int8": (), "int4": (), "float8": ("SM89", "SM120")}
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.bits)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", MAKERS)
-def test_a_denoiser_with_weights_in_int8(graph: Graph, family: str, dtype: str) -> None:
+def test_a_denoiser_with_weights_in_few_bits(graph: Graph, family: str, dtype: str, form: Form) -> None:
     exported = graph(family, "denoiser", dtype, True, 0)
-    quantized = quantize_weights(BUILDERS["tensorrt_rtx"].prepare(exported), ())
-    assert quantized_axes(quantized)
+    rtx, cpu = (BUILDERS[name] for name in ("tensorrt_rtx", "onnxruntime"))
+    quantized = rtx.prepare_quantized(quantize_weights(rtx.prepare(exported), (), form))
+    assert dequantized_weights(quantized)
     check_types(quantized)
     assert refusals(quantized) == []
     if dtype != "bfloat16":
-        require_session(quantize_weights(BUILDERS["onnxruntime"].prepare(exported), ()))
+        on_cpu = cpu.prepare_quantized(quantize_weights(cpu.prepare(exported), (), form))
+        check_types(on_cpu)
+        assert not (form.block and dequantized_weights(on_cpu))
+        require_session(on_cpu)
     real_trt()
     parsed = Parsed(quantized)
     assert parsed.refused == []
-    assert parsed.build() is not None, parsed.errors()
+    assert parsed.build(*TARGETS[form.bits]) is not None, parsed.errors()
 
 
 def in_int8(backend: str, exported: ir.Model) -> ir.Model:
@@ -174,7 +184,7 @@ def test_a_denoiser_in_int8(graph: Graph, family: str, dtype: str) -> None:
         check_types(prepared)
         require_session(prepared)
         kernels = [node.op_type for node in fuse_integer_products(prepared).graph if node.domain]
-        expected = len(quantized_axes(prepared)) if dtype == "float32" else 0
+        expected = len(dequantized_weights(prepared)) if dtype == "float32" else 0
         assert kernels == ["MatMulIntegerToFloat"] * expected
     real_trt()
     parsed = Parsed(quantized)
@@ -182,16 +192,24 @@ def test_a_denoiser_in_int8(graph: Graph, family: str, dtype: str) -> None:
     assert parsed.build() is not None, parsed.errors()
 
 
-@pytest.mark.parametrize("activations", [False, True], ids=["weights", "products"])
-def test_two_buckets_in_int8_as_one_graph(graph: Graph, activations: bool) -> None:
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.bits)
+def test_two_buckets_with_weights_in_few_bits_as_one_graph(graph: Graph, form: Form) -> None:
     merged = merge_buckets([graph("sd", "denoiser", "float16", True, number) for number in (0, 1)])
-    quantized = quantize_weights(BUILDERS["tensorrt_rtx"].prepare(merged), ())
-    if activations:
-        quantized = in_int8("tensorrt_rtx", merged)
+    quantized = quantize_weights(BUILDERS["tensorrt_rtx"].prepare(merged), (), form)
     check_types(quantized)
     assert refusals(quantized) == []
     real_trt()
     parsed = Parsed(quantized)
+    assert parsed.refused == []
+    assert parsed.build(*TARGETS[form.bits], profiles=add_profiles) is not None, parsed.errors()
+
+
+def test_two_buckets_in_int8_as_one_graph(graph: Graph) -> None:
+    merged = in_int8("tensorrt_rtx", merge_buckets([graph("sd", "denoiser", "float16", True, n) for n in (0, 1)]))
+    check_types(merged)
+    assert refusals(merged) == []
+    real_trt()
+    parsed = Parsed(merged)
     assert parsed.refused == []
     assert parsed.build(profiles=add_profiles) is not None, parsed.errors()
 
@@ -212,3 +230,11 @@ def test_a_graph_that_is_watched(graph: Graph, family: str, name: str, dtype: st
     assert parsed.refused == []
     if dtype == "float16":
         assert parsed.build("SM89") is not None, parsed.errors()
+
+
+def test_float8_is_not_built_for_what_has_none(graph: Graph) -> None:
+    exported = graph("sd", "denoiser", "float16", True, 0)
+    real_trt()
+    parsed = Parsed(quantize_weights(BUILDERS["tensorrt_rtx"].prepare(exported), (), Form("float8")))
+    assert parsed.build("SM86") is None
+    assert any("HW-specific datatypes" in error for error in parsed.errors()), parsed.errors()

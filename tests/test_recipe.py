@@ -89,14 +89,20 @@ def test_a_tolerance_follows_the_type(dtype: str) -> None:
     assert table.tolerance("denoiser") == Tolerance(snr_db=9.0)
 
 
-def test_quantised_weights_have_the_tolerance_of_float16_at_least() -> None:
-    table = '[components.denoiser.quantize]\nweights = "int8"\n'
-    for dtype, same in (("float32", "float16"), ("float16", "float16"), ("bfloat16", "bfloat16")):
-        recipe = parse(f'{SMALLEST}\n[components.denoiser]\ndtype = "{dtype}"\n{table}')
-        plain = parse(f'{SMALLEST}\n[components.denoiser]\ndtype = "{same}"\n')
-        assert recipe.tolerance("denoiser") == plain.tolerance("denoiser")
-        rounded = parse(f'{SMALLEST}\n[components.denoiser]\ndtype = "{dtype}"\n{table}activations = "int8"\n')
-        assert rounded.tolerance("denoiser") == TOLERANCES["bfloat16"]
+@pytest.mark.parametrize(
+    ("weights", "cost"),
+    [
+        ("int8", {"float32": "float16", "float16": "float16", "bfloat16": "bfloat16"}),
+        ("float8", {"float32": "bfloat16", "float16": "bfloat16", "bfloat16": "bfloat16"}),
+        ("int4", {"float32": "int4", "float16": "int4", "bfloat16": "int4"}),
+    ],
+)
+def test_quantised_weights_have_the_tolerance_of_what_they_cost(weights: str, cost: dict[str, str]) -> None:
+    for dtype, same in cost.items():
+        table = f'dtype = "{dtype}"\n[components.denoiser.quantize]\nweights = "{weights}"\n'
+        assert parse(f"{SMALLEST}\n[components.denoiser]\n{table}").tolerance("denoiser") == TOLERANCES[same]
+        rounded = parse(f'{SMALLEST}\n[components.denoiser]\n{table}activations = "int8"\n')
+        assert rounded.tolerance("denoiser") == TOLERANCES["int4" if weights == "int4" else "bfloat16"]
 
 
 FULL = """
@@ -207,6 +213,8 @@ def test_every_key() -> None:
         ('[components.vae_decoder]\ndtype = "float16"', 40.0),
         ('[components.vae_decoder]\nkeep_float32 = ["*"]', 60.0),
         ('[components.vae_decoder.quantize]\nweights = "int8"', 40.0),
+        ('[components.denoiser.quantize]\nweights = "int4"', 28.0),
+        ('[components.denoiser.quantize]\nweights = "float8"', 28.0),
         ('backend = "tensorrt"', 40.0),
         ('backend = "tensorrt"\n[tensorrt]\ntf32 = false', 60.0),
     ],
@@ -426,7 +434,8 @@ def changed(**values: str) -> str:
         (changed(check='["a"]'), ["check: wrong type (expected a table, got ['a'])"]),
         (
             changed(components="{denoiser = {quantize = {}}}"),
-            ["components.denoiser.quantize.weights: missing key (expected one of 'int8', got nothing)"],
+            ["components.denoiser.quantize.weights: missing key (expected one of 'int8', 'int4', "
+                "'float8', got nothing)"],
         ),
         (
             changed(components="{denoiser = {quantize = 'int8'}}"),
@@ -434,14 +443,14 @@ def changed(**values: str) -> str:
         ),
         (
             changed(
-                components="{denoiser = {quantize = {weights = 'int4', scales = 'min', exclude = ['', 'a', 'a'], "
-                "activations = 'int9', smoothing = 2, ranges = '', alpha = 1}}}"
+                components="{denoiser = {quantize = {weights = 'int5', scales = 'min', exclude = ['', 'a', 'a'], "
+                "activations = 'int9', smoothing = 2, ranges = '', alpha = 1, block_size = 16, insist = 1}}}"
             ),
             [
                 "components.denoiser.quantize.alpha: unknown key (expected one of weights, exclude, scales, "
-                "activations, ranges, smoothing, got 'alpha')",
+                "activations, ranges, smoothing, block_size, insist, got 'alpha')",
                 "components.denoiser.quantize.weights: unknown value, did you mean 'int8'? "
-                "(expected one of 'int8', got 'int4')",
+                "(expected one of 'int8', 'int4', 'float8', got 'int5')",
                 f"components.denoiser.quantize.exclude[0]: empty (expected {TEXT}, got '')",
                 "components.denoiser.quantize.exclude[2]: duplicate (expected each entry once, got 'a')",
                 "components.denoiser.quantize.scales: unknown value (expected one of 'max', 'mse', got 'min')",
@@ -449,6 +458,8 @@ def changed(**values: str) -> str:
                 "(expected one of 'none', 'int8', got 'int9')",
                 f"components.denoiser.quantize.ranges: empty (expected {TEXT}, got '')",
                 "components.denoiser.quantize.smoothing: out of range (expected a number from 0 to 1, got 2)",
+                "components.denoiser.quantize.block_size: out of range (expected 32, 64 or 128, or 0 for 64, got 16)",
+                "components.denoiser.quantize.insist: wrong type (expected true or false, got 1)",
             ],
         ),
         (changed(components="{denoiser = 1}"), ["components.denoiser: wrong type (expected a table, got 1)"]),

@@ -42,6 +42,11 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "sd3": lambda folder: make_sd3(folder, version="3.5"),
     "flux": make_flux,
 }
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "schnell": lambda folder: make_flux(folder, guidance_embeds=False),
+    "int4": lambda folder: make_flux(folder, t5_width=128, heads=4),  # else no layer would have whole blocks
+}
+"""Part of a recipe's name -> its model."""
 BUCKETS = {
     "sd": ("1x64x64", "2x64x96"),
     "sdxl": ("1x64x64", "2x64x96"),
@@ -59,11 +64,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]
     def of(recipe: Recipe) -> Path:
         if recipe.name.startswith("shapes"):
             return ROOT / "examples" / "shapes" / "model"
-        schnell = "schnell" in recipe.name
-        key = recipe.family + ("-schnell" if schnell else "")
+        kind = next((kind for kind in KINDS if kind in recipe.name), "")
+        key = recipe.family + kind
         if key not in made:
-            folder = tmp_path_factory.mktemp(key)
-            made[key] = make_flux(folder, guidance_embeds=False) if schnell else MODELS[recipe.family](folder)
+            make = KINDS.get(kind, MODELS[recipe.family])
+            made[key] = make(tmp_path_factory.mktemp(key))
         return made[key]
 
     return of
@@ -106,6 +111,14 @@ def require_precisions(bundle: toolchain.Bundle) -> None:
             assert sum(map(len, precision["wide"].values())) <= sum(asked.values()) // 4
 
 
+def require_few_bits(bundle: toolchain.Bundle) -> None:
+    """Every component that its recipe quantises has such weights, and no other has."""
+    quantized = toolchain.api.inspect_bundle(bundle.path).quantized
+    wanted = {name: c.quantize.weights for name, c in bundle.recipe.components.items() if c.quantize}
+    assert {name: facts["type"] for name, facts in quantized.items()} == wanted
+    assert all(facts["weights"] > 0 for facts in quantized.values())
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DIFFBUILD_CACHE", str(tmp_path / "cache"))
@@ -120,13 +133,18 @@ def test_a_recipe(path: Path, models: Callable[[Recipe], Path], store: Path, tmp
         with pretended(DIFFBUILD_CACHE=str(cache)) as trt:
             bundle = toolchain.build(recipe, model, tmp_path / "bundle", store=store, gate=False)
             require_precisions(bundle)
+            require_few_bits(bundle)
             require_picture(bundle)
             assert trt.violations == []
     elif recipe.backend == "tensorrt_rtx":
         real_trt()
-        require_precisions(toolchain.build(recipe, model, tmp_path / "bundle", store=store, gate=False))
+        bundle = toolchain.build(recipe, model, tmp_path / "bundle", store=store, gate=False)
+        require_precisions(bundle)
+        require_few_bits(bundle)
     else:
-        require_picture(toolchain.build(recipe, model, tmp_path / "bundle", store=store, gate=False))
+        bundle = toolchain.build(recipe, model, tmp_path / "bundle", store=store, gate=False)
+        require_few_bits(bundle)
+        require_picture(bundle)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

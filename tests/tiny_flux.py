@@ -12,8 +12,16 @@ DEV_SHIFT = {"shift": 3.0, "use_dynamic_shifting": True}
 SCHNELL_SHIFT = {"shift": 1.0, "use_dynamic_shifting": False}
 
 
-def make_flux(folder: Path, *, guidance_embeds: bool = True, eos_token_id: int | None = None, seed: int = 0) -> Path:
-    """A FluxPipeline folder: dev with `guidance_embeds`, else schnell.
+def make_flux(
+    folder: Path,
+    *,
+    guidance_embeds: bool = True,
+    eos_token_id: int | None = None,
+    seed: int = 0,
+    t5_width: int = 48,
+    heads: int = 2,
+) -> Path:
+    """A FluxPipeline folder: dev with `guidance_embeds`, else schnell. The denoiser is 16 `heads` wide.
 
     eos_token_id  of the CLIP config, which decides how the pooled output is found: 2 in the published models, whatever
                   the tokenizer's is; None takes the tokenizer's
@@ -24,14 +32,14 @@ def make_flux(folder: Path, *, guidance_embeds: bool = True, eos_token_id: int |
     tokenizer, tokenizer_2 = clip_tokenizer(folder / "tokenizer"), t5_tokenizer(folder / "tokenizer_2", T5_TOKENS)
     torch.manual_seed(seed)
     clip = clip_text(tokenizer, **({} if eos_token_id is None else {"eos_token_id": eos_token_id}))
-    t5 = t5_encoder(tokenizer_2, width=48)
+    t5 = t5_encoder(tokenizer_2, width=t5_width)
     transformer = FluxTransformer2DModel(
         in_channels=64,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=48,
+        num_attention_heads=heads,
+        joint_attention_dim=t5_width,
         pooled_projection_dim=32,
         guidance_embeds=guidance_embeds,
         axes_dims_rope=(4, 6, 6),

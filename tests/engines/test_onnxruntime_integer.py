@@ -20,6 +20,7 @@ from toolchain.graph.typed import check_types
 from toolchain.precision.activations import quantize_activations
 from toolchain.precision.changes import Changes
 from toolchain.precision.rounding import channel_scales, quantize
+from toolchain.precision.stored import Stored
 from toolchain.precision.weight_only import quantize_weights
 from toolchain.recipe import Quantize
 from toolchain.weights.derived import weight_uses
@@ -162,10 +163,9 @@ def test_1_activations_are_shifted_to_uint8() -> None:
 
 def test_2_3_weights_are_stored_the_other_way_round() -> None:
     made = in_int8(convolution((1, 64, 4, 4), (96, 64, 3, 2), (1, 96, 2, 3)))
-    (use,) = (use for use in weight_uses(made) if use.channels is not None)
-    assert (use.name, use.key, use.shape, use.channels, use.transposed) == (
-        "body.weight.transposed", "body.weight", (2, 3, 64, 96), 3, True,
-    )  # fmt: skip
+    (use,) = (use for use in weight_uses(made) if use.stored is not None)
+    stored = Stored("int8", (2, 3, 64, 96), 3)
+    assert (use.name, use.key, use.stored, use.transposed) == ("body.weight.transposed", "body.weight", stored, True)
     assert "body.weight.int8" not in made.graph.initializers
 
 

@@ -14,6 +14,7 @@ import pytest
 
 import toolchain
 from toolchain.bench.run import measure
+from toolchain.weights.mapped import read_header
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "shapes" / "model"
@@ -53,13 +54,37 @@ def test_the_check_passes_in_float16(store: Path, tmp_path: Path) -> None:
     assert sum(file.size for file in small.files.values()) < 18e6
 
 
+@pytest.fixture(scope="module")
+def int4(store: Path, tmp_path_factory: pytest.TempPathFactory) -> toolchain.Bundle:
+    output = tmp_path_factory.mktemp("shapes-int4") / "bundle"
+    return toolchain.build(ROOT / "recipes" / "shapes-int4.toml", str(MODEL), output, store=store)
+
+
+def test_the_gate_passes_with_linear_layers_in_int4(int4: toolchain.Bundle) -> None:
+    assert int4.gate is not None
+    assert int4.gate["state"] == "passed"
+    assert int4.gate["pictures"]["psnr_db"]["median"] >= 36
+
+
+def test_linear_layers_in_int4_are_small(int4: toolchain.Bundle) -> None:
+    """Blocks and their scales, against the float32 that they stand for: at most 0.18."""
+    for component in ("text_encoder", "denoiser"):
+        entry = int4.engine(component, int4.buckets[0])
+        tensors = read_header(int4.path / entry.weights["weights"])
+        blocks = {name.removesuffix(".uint4"): ref.nbytes for name, ref in tensors.items() if name.endswith(".uint4")}
+        assert len(blocks) >= 18
+        nbytes = sum(blocks.values()) + sum(tensors[f"{name}.scales"].nbytes for name in blocks)
+        assert nbytes <= 0.18 * 4 * 2 * sum(blocks.values())
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells resident memory")
 @pytest.mark.parametrize("batch", [1, 4])
-def test_memory_is_what_was_forecast(bundle: Path, batch: int) -> None:
+def test_memory_is_what_was_forecast(bundle: Path, int4: toolchain.Bundle, batch: int) -> None:
     """By how much a process grows that opens the bundle and draws; not all of it are engines."""
-    found = measure(bundle, repeats=1, batch=batch)
-    assert found.contenders["diffbuild"].grown_mb == pytest.approx(found.forecast_mb, rel=0.15)
-    assert found.memory is not None
+    for path in (bundle, int4.path):
+        found = measure(path, repeats=1, batch=batch)
+        assert found.contenders["diffbuild"].grown_mb == pytest.approx(found.forecast_mb, rel=0.15)
+        assert found.memory is not None
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from toolchain.graph.opset import allow_bfloat16
+from toolchain.errors import ExportError
+from toolchain.graph.opset import allow_bfloat16, raise_opset
 
 REST = {"Conv": "w", "ConvTranspose": "w", "InstanceNormalization": "bb", "GroupNormalization": "bb", "Relu": ""}
 
@@ -57,3 +58,18 @@ def test_case_3_other_types(kind: int) -> None:
 def test_a_newer_opset_stays() -> None:
     model = graph(TensorProto.BFLOAT16, "Relu", 23)
     assert allow_bfloat16(model).opset_imports[""] == 23
+
+
+@pytest.mark.parametrize(("before", "after"), [(20, 21), (21, 21), (23, 23)])
+def test_case_4_a_newer_opset_where_it_is_needed(before: int, after: int) -> None:
+    model = graph(TensorProto.FLOAT, "Conv", before)
+    done = raise_opset(model, 21)
+    assert done.opset_imports[""] == after
+    check(done)
+    assert model.opset_imports[""] == before
+
+
+def test_case_4_group_normalization_is_refused() -> None:
+    with pytest.raises(ExportError, match="GroupNormalization means something else from opset 21 on"):
+        raise_opset(graph(TensorProto.FLOAT, "GroupNormalization"), 21)
+    assert raise_opset(graph(TensorProto.FLOAT, "GroupNormalization", 21), 21).opset_imports[""] == 21

@@ -1,4 +1,4 @@
-"""Engines with weights in int8, on ONNX Runtime: their numbers, their size, and the pictures of all four families."""
+"""Engines with weights in few bits: their numbers, their size, and the pictures of all four families."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ from toolchain.engines.onnxruntime.build import OnnxRuntimeBuilder
 from toolchain.engines.onnxruntime.run import OnnxRuntimeRunner
 from toolchain.graph.placeholder import placeholder
 from toolchain.precision.changes import NONE, Changes
-from toolchain.precision.rounding import channel_scales, quantize
+from toolchain.precision.rounding import channel_scales, quantize, stored_scales, stored_values
+from toolchain.precision.rounding import widened as widened_as
+from toolchain.precision.stored import Form, Stored
 from toolchain.precision.weight_only import quantize_weights
 from toolchain.recipe.options import OnnxRuntimeOptions
 from toolchain.signature import GraphSpec, TensorSpec
@@ -104,6 +106,62 @@ def test_a_convolution_equals_the_widened_weight(level: str, tmp_path: Path) -> 
     np.testing.assert_allclose(y, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
+def few_bits(weight: np.ndarray, stored: Stored) -> np.ndarray:
+    """What an engine computes with."""
+    scales = stored_scales(weight, stored, "max", F32)
+    return widened_as(stored_values(weight, scales, stored), scales, stored)
+
+
+@pytest.mark.parametrize("level", ["basic", "extended", "all"])
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_a_product_with_int4_blocks(block: int, level: str, tmp_path: Path) -> None:
+    """In float32 as well: activations are not rounded. The weight lies in the engine's files once."""
+    generator = np.random.default_rng(0)
+    weight = generator.standard_normal((256, 128)).astype(F32)
+    x = generator.standard_normal((4, 64 * 2)).astype(F32)
+    graph = product("MatMul", (256, 128), flipped=True)
+    graph.graph.inputs[0].shape = ir.Shape((4, 128))
+    graph.graph.outputs[0].shape = ir.Shape((4, 256))
+    quantized = quantize_weights(BUILDER.prepare(graph), (), Form("int4", block))
+    y, size = run(tmp_path, BUILDER.prepare_quantized(quantized), {"linear.weight": weight}, x, level)
+    np.testing.assert_allclose(y, x @ few_bits(weight, Stored("int4", (256, 128), 1, block)).T, rtol=1e-4, atol=1e-4)
+    assert np.abs(y - x @ weight.T).max() > 1e-1
+    assert size < (0.5 + 4 / block) * weight.size + 4000
+    facts = read_facts(tmp_path / "engine" / "engine.json")
+    assert facts["packed_bytes"] == weight.size // 2  # which is let go where it is mapped
+    assert facts["mapped_bytes"] == 4 * weight.size // block
+    assert facts["activation_bytes"] is not None
+
+
+@pytest.mark.parametrize("level", ["basic", "extended", "all"])
+def test_a_product_with_float8(level: str, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    weight = generator.standard_normal((128, 64)).astype(F32)
+    x = generator.standard_normal((4, 64)).astype(F32)
+    graph = quantize_weights(BUILDER.prepare(product("MatMul", (128, 64), flipped=True)), (), Form("float8"))
+    y, size = run(tmp_path, BUILDER.prepare_quantized(graph), {"linear.weight": weight}, x, level)
+    np.testing.assert_allclose(y, x @ few_bits(weight, Stored("float8", (128, 64), 0)).T, rtol=1e-5, atol=1e-5)
+    assert np.abs(y - x @ weight.T).max() > 1e-2
+    assert size < 1.6 * weight.size
+
+
+@pytest.mark.parametrize("level", ["basic", "extended", "all"])
+def test_a_convolution_with_float8(level: str, tmp_path: Path) -> None:
+    import torch
+
+    generator = np.random.default_rng(0)
+    names = ("first.weight", "body.middle.weight", "last.weight")
+    weights = {name: generator.standard_normal((32, 32, 3, 3)).astype(F32) / 17 for name in names}
+    x = generator.standard_normal((1, 32, 8, 8)).astype(F32)
+    graph = quantize_weights(BUILDER.prepare(three_convolutions()), (), Form("float8"))
+    y, _ = run(tmp_path, graph, weights, x, level)
+    expected = torch.from_numpy(x)
+    for name, weight in weights.items():
+        wide = few_bits(weight, Stored("float8", weight.shape, 0)) if name == "body.middle.weight" else weight
+        expected = torch.nn.functional.conv2d(expected, torch.from_numpy(wide), padding=1)
+    np.testing.assert_allclose(y, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
 MAKERS: dict[str, Callable[[Path], Path]] = {"sd": make_sd, "sdxl": make_sdxl, "sd3": make_sd3, "flux": make_flux}
 PLAIN = """
 buckets = ["1x64x64"]
@@ -115,26 +173,41 @@ prompts = ["a"]
 """
 
 
+PSNR_DB = {"int8": 45, "int4": 28, "float8": 32}
+SHARES = {"int8": 0.75, "int4": 0.95, "float8": 0.75}
+"""Convolutions, which have no blocks, make up most of a tiny UNet."""
+
+
+@pytest.mark.parametrize("weights", PSNR_DB)
 @pytest.mark.parametrize("family", MAKERS)
-def test_a_family_draws_nearly_the_same_with_less(family: str, build: Build, tmp_path: Path) -> None:
-    """Every component with weights in int8, on a tiny model, whose random weights are harder than trained ones."""
+def test_a_family_draws_nearly_the_same_with_less(weights: str, family: str, build: Build, tmp_path: Path) -> None:
+    """Every component with weights in few bits, on a tiny model, whose random weights are harder than trained ones."""
     folder = MAKERS[family](tmp_path / "model")
     plain = build(f"{family}-plain", folder, f'family = "{family}"\n{PLAIN}')
-    tables = "".join(f'[components.{name}.quantize]\nweights = "int8"\n' for name in plain.bundle.engines)
-    small = build(f"{family}-int8", folder, f'family = "{family}"\n{PLAIN}{tables}')
+    tables = "".join(quantize_table(name, weights) for name in plain.bundle.engines)
+    small = build(f"{family}-{weights}", folder, f'family = "{family}"\n{PLAIN}{tables}')
     pictures = [pipe(["a red circle"] * 2, seed=[0, 1]).images for pipe in (plain, small)]
     psnr = least_psnr_db(*pictures)  # type: ignore[arg-type]
-    assert 45 <= psnr < 90  # 49.8 dB and more; equal would mean that nothing was quantised
+    assert PSNR_DB[weights] <= psnr < 90  # equal would mean that nothing was quantised
     # Of models this small a third of the weights is left alone, as too small or as embeddings.
-    assert size_of(small, "denoiser") < 0.75 * size_of(plain, "denoiser")
+    assert size_of(small, "denoiser") < SHARES[weights] * size_of(plain, "denoiser")
     inspection = api.inspect_bundle(small.bundle.path)
     facts = bundle_json(inspection)["quantized"]
     assert facts.keys() == small.bundle.engines.keys()
     for component, fact in facts.items():
         assert fact["of"] == fact["weights"] + sum(map(len, fact["left"].values()))
-        said = f"{component}: {fact['weights']} of {fact['of']} weights in int8"
+        said = f"{component}: {fact['weights']} of {fact['of']} weights in {weights}"
         assert any(line.startswith(said) for line in bundle_lines(inspection))
     assert bundle_json(api.inspect_bundle(plain.bundle.path))["quantized"] == {}
+
+
+def quantize_table(component: str, weights: str) -> str:
+    lines = [f"[components.{component}.quantize]", f'weights = "{weights}"']
+    if weights == "int4":
+        lines.append("block_size = 32")
+    if weights == "float8" and component.startswith("vae"):
+        lines.append("insist = true")
+    return "\n".join([*lines, ""])
 
 
 def size_of(pipe: Any, component: str) -> int:
@@ -142,9 +215,10 @@ def size_of(pipe: Any, component: str) -> int:
     return sum(pipe.bundle.files[name].size for name in entry.weights.values())
 
 
-def test_tensorrt_draws_the_same_picture(build: Build, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", PSNR_DB)
+def test_tensorrt_draws_the_same_picture(weights: str, build: Build, tiny_model: Path, tmp_path: Path) -> None:
     """On the pretended GPU, whose parser keeps NVIDIA's rules."""
-    text = f'family = "sd"\n{PLAIN}[components.denoiser.quantize]\nweights = "int8"\n'
+    text = f'family = "sd"\n{PLAIN}{quantize_table("denoiser", weights)}'
     expected = build("cpu", tiny_model, text)(["a red circle"], seed=0).images
     with pretended(DIFFBUILD_CACHE=str(tmp_path)) as trt:
         pipe = build("tensorrt", tiny_model, f'backend = "tensorrt"\n{text}')
@@ -158,14 +232,15 @@ def test_tensorrt_for_rtx_builds_a_bundle(tiny_model: Path, store: Path, tmp_pat
     real_trt()
     text = f'family = "sd"\nbackend = "tensorrt_rtx"\n{PLAIN}[tensorrt_rtx]\ntargets = ["8.9"]\n'
     text = text.replace('["1x64x64"]', '["1x64x64", "2x64x64"]')
-    for dtype in ("float16", "bfloat16"):
-        table = f'[components.denoiser]\ndtype = "{dtype}"\n[components.denoiser.quantize]\nweights = "int8"\n'
+    for dtype, weights in (("float16", "int8"), ("bfloat16", "int4"), ("bfloat16", "float8")):
+        table = f'[components.denoiser]\ndtype = "{dtype}"\n{quantize_table("denoiser", weights)}'
         (tmp_path / "rtx.toml").write_text(text + table)
         bundle = toolchain.build(tmp_path / "rtx.toml", str(tiny_model), tmp_path / "bundle", store=store)
         entry = bundle.engine("denoiser", bundle.buckets[0])
         facts = read_facts(bundle.path / entry.folder / "engine.json")
         assert facts["precision"]["asked"].keys() == {dtype}
-        assert facts["quantized"]["weights"] > 30
+        assert facts["quantized"]["type"] == weights
+        assert facts["quantized"]["weights"] > 10
 
 
 def linears(dtype: ir.DataType) -> ir.Model:
@@ -185,10 +260,12 @@ def linears(dtype: ir.DataType) -> ir.Model:
     return model(nodes, [x], [last], weights)
 
 
-@pytest.mark.parametrize(("dtype", "share"), [(F16, 1 / 2), (ir.DataType.FLOAT, 1 / 4)])
-def test_plans_of_tensorrt_for_rtx_hold_the_integers(dtype: ir.DataType, share: float) -> None:
+@pytest.mark.parametrize("form", [Form("int8"), Form("int4", 64), Form("float8")], ids=lambda form: form.bits)
+@pytest.mark.parametrize("dtype", [F16, ir.DataType.FLOAT])
+def test_plans_of_tensorrt_for_rtx_hold_few_bits(dtype: ir.DataType, form: Form) -> None:
     real_trt()
-    plain, small = (Parsed(g).build("SM89") for g in (linears(dtype), quantize_weights(linears(dtype), ())))
+    share = (4 if form.block else 8) / dtype.bitwidth
+    plain, small = (Parsed(g).build("SM89") for g in (linears(dtype), quantize_weights(linears(dtype), (), form)))
     assert plain is not None
     assert small is not None
-    assert len(small) < (share + 0.1) * len(plain)
+    assert len(small) < (share + 0.15) * len(plain)

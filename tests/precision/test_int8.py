@@ -117,6 +117,8 @@ def test_ranges_of_another_model_are_refused(planned: Any, tmp_path: Path) -> No
 BAD = [
     (TEXT.replace(CALIBRATION, ""), RecipeError, "the recipe says nothing of what to calibrate with"),
     (TEXT.replace("denoiser", "text_encoder"), RecipeError, "text_encoder.quantize.activations: no ranges are known"),
+    (TEXT.replace('weights = "int8"', 'weights = "int4"'), RecipeError, "activations: only beside weights in int8"),
+    (TEXT.replace('weights = "int8"', 'weights = "float8"'), RecipeError, "activations: only beside weights in int8"),
     (TEXT.replace("denoiser", "vae_encoder"), RecipeError, "vae_encoder.quantize.activations: no ranges are known"),
     (TEXT.replace(INT8, f'{INT8}ranges = "most"\n'), RecipeError, f"ranges: unknown method (expected {EXPECTED}"),
     (TEXT.replace('activations = "int8"', "smoothing = 0.5"), RecipeError, "quantize.smoothing: needs activations"),

@@ -8,10 +8,12 @@ import onnx_ir as ir
 import pytest
 
 from tests.graph.test_simplify import F32, model, ops, value, weight
+from toolchain.errors import ExportError
 from toolchain.graph.parser_rules import refusals
 from toolchain.graph.transpose import transpose_weights
 from toolchain.graph.typed import check_types
-from toolchain.precision.weight_only import quantize_weights, quantized_axes, survey
+from toolchain.precision.stored import SCALES, Form, Stored
+from toolchain.precision.weight_only import dequantized_weights, quantize_weights, survey
 
 
 def conv(name: str, x: ir.Value, w: ir.Value, op: str = "Conv") -> ir.Node:
@@ -57,7 +59,7 @@ def test_1_a_convolution_reads_its_weight_through_a_dequantize_linear() -> None:
         "body.middle.weight.int8": ("INT8", [32, 32, 3, 3]),
         "body.middle.weight.scales": ("FLOAT", [32]),
     }
-    assert quantized_axes(found) == {"body.middle.weight": 0}
+    assert dequantized_weights(found) == {"body.middle.weight": Stored("int8", (32, 32, 3, 3), 0)}
     check_types(found)
     assert refusals(found) == []
 
@@ -77,7 +79,7 @@ def test_1_a_product(
 ) -> None:
     found = quantize_weights(product(op, shape, dtype=dtype, **attributes), ())
     assert ops(found) == ["DequantizeLinear", *(["Transpose"] if "flipped" in attributes else []), op]
-    assert quantized_axes(found) == {"linear.weight": channels}
+    assert dequantized_weights(found) == {"linear.weight": Stored("int8", shape, channels)}
     assert initializers(found)["linear.weight.scales"] == (dtype.name, [128])
     assert found.graph[0].outputs[0].dtype == dtype
     check_types(found)
@@ -87,14 +89,14 @@ def test_1_a_product(
 def test_1_a_weight_that_a_backend_transposed_keeps_its_name() -> None:
     found = quantize_weights(transpose_weights(product("MatMul", (128, 64), flipped=True)), ())
     assert ops(found) == ["DequantizeLinear", "MatMul"]
-    assert quantized_axes(found) == {"linear.weight.transposed": 1}
+    assert dequantized_weights(found) == {"linear.weight.transposed": Stored("int8", (64, 128), 1)}
 
 
 def test_1_a_transposed_convolution_has_its_channels_second() -> None:
     made = three_convolutions()
     middle = list(made.graph)[1]
     middle.op_type = "ConvTranspose"
-    assert quantized_axes(quantize_weights(made, ())) == {"body.middle.weight": 1}
+    assert dequantized_weights(quantize_weights(made, ())) == {"body.middle.weight": Stored("int8", (32, 32, 3, 3), 1)}
 
 
 def test_1_what_is_no_weight_of_a_product_is_left_alone() -> None:
@@ -171,3 +173,71 @@ def test_4_twice_is_once_and_the_given_graph_stays() -> None:
     once = quantize_weights(made, ())
     assert ir.to_proto(made).SerializeToString() == before
     assert ir.to_proto(quantize_weights(once, ())).SerializeToString() == ir.to_proto(once).SerializeToString()
+
+
+BLOCKS = Form("int4", 32)
+
+
+@pytest.mark.parametrize("dtype", [F32, ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
+@pytest.mark.parametrize(
+    ("op", "shape", "attributes", "inputs"),
+    [
+        ("MatMul", (64, 128), {}, 0),
+        ("MatMul", (128, 64), {"flipped": True}, 1),
+        ("Gemm", (64, 128), {}, 0),
+        ("Gemm", (128, 64), {"transB": 1}, 1),
+    ],
+)
+def test_5_blocks_lie_along_the_inputs(
+    op: str, shape: tuple[int, int], attributes: dict[str, Any], inputs: int, dtype: ir.DataType
+) -> None:
+    made = product(op, shape, dtype=dtype, **attributes)
+    made.opset_imports[""] = 20
+    found = quantize_weights(made, (), BLOCKS)
+    assert ops(found) == ["DequantizeLinear", *(["Transpose"] if "flipped" in attributes else []), op]
+    assert dequantized_weights(found) == {"linear.weight": Stored("int4", shape, inputs, 32)}
+    assert initializers(found) == {
+        "linear.weight.int4": ("INT4", list(shape)),
+        "linear.weight.scales": (dtype.name, [2, 128] if inputs == 0 else [128, 2]),
+    }
+    assert found.opset_imports[""] == 21
+    assert made.opset_imports[""] == 20
+    check_types(found)
+    assert refusals(found) == []
+
+
+def test_5_convolutions_and_what_has_no_whole_blocks_are_left_alone() -> None:
+    assert survey(three_convolutions(), (), BLOCKS).left["body.middle.weight"] == "convolution"
+    assert "DequantizeLinear" not in ops(quantize_weights(three_convolutions(), (), BLOCKS))
+    made = product("MatMul", (64, 128))
+    facts = survey(made, (), Form("int4", 128)).to_json()
+    assert facts == {"type": "int4", "weights": 0, "of": 1, "left": {"no whole blocks of 128": ["linear.weight"]}}
+    assert ops(quantize_weights(made, (), Form("int4", 128))) == ["MatMul"]
+    assert survey(made, (), Form("int4", 64)).quantized == ("linear.weight",)
+
+
+def test_5_an_old_graph_with_a_group_normalization_is_refused() -> None:
+    """Of opset 21, which blocks need, it means something else."""
+    made = product("MatMul", (64, 128))
+    made.opset_imports[""] = 20
+    made.graph.append(ir.node("GroupNormalization", [made.graph.outputs[0]] * 3, {"num_groups": 2}))
+    with pytest.raises(ExportError, match="GroupNormalization"):
+        quantize_weights(made, (), BLOCKS)
+
+
+def test_5_blocks_twice_is_once_and_the_given_graph_stays() -> None:
+    made = product("MatMul", (128, 64), flipped=True)
+    before = ir.to_proto(made).SerializeToString()
+    once = quantize_weights(made, (), BLOCKS)
+    assert ir.to_proto(made).SerializeToString() == before
+    assert ir.to_proto(quantize_weights(once, (), BLOCKS)).SerializeToString() == ir.to_proto(once).SerializeToString()
+
+
+def test_1_float8_has_a_scale_for_each_output_channel() -> None:
+    found = quantize_weights(three_convolutions(), (), Form("float8"))
+    assert dequantized_weights(found) == {"body.middle.weight": Stored("float8", (32, 32, 3, 3), 0)}
+    assert initializers(found)["body.middle.weight.float8"] == ("FLOAT8E4M3FN", [32, 32, 3, 3])
+    assert initializers(found)["body.middle.weight" + SCALES] == ("FLOAT", [32])
+    assert survey(three_convolutions(), (), Form("float8")).to_json()["type"] == "float8"
+    check_types(found)
+    assert refusals(found) == []

@@ -5,14 +5,15 @@ Held by tests/builder/test_closures.py, which also writes this file.
 
 _NAMES = {
     "builder.stages.calibration": """
-        builder.stages.calibration builder.stages.weights graph.insert graph.placeholder graph.transpose graph.typed
-        precision.activations precision.changes precision.collect precision.ranges precision.rounding precision.watch
-        precision.weight_only weights.derived weights.mapped weights.range_file weights.safetensors
+        builder.stages.calibration builder.stages.weights graph.insert graph.opset graph.placeholder graph.transpose
+        graph.typed precision.activations precision.changes precision.collect precision.nbits precision.ranges
+        precision.rounding precision.stored precision.watch precision.weight_only weights.derived weights.mapped
+        weights.range_file weights.safetensors
     """,
     "builder.stages.engine": """
-        builder.stages.engine builder.stages.weights graph.insert graph.placeholder graph.transpose graph.typed
-        precision.activations precision.changes precision.ranges precision.rounding precision.weight_only
-        weights.derived weights.mapped weights.safetensors
+        builder.stages.engine builder.stages.weights graph.insert graph.opset graph.placeholder graph.transpose
+        graph.typed precision.activations precision.changes precision.nbits precision.ranges precision.rounding
+        precision.stored precision.weight_only weights.derived weights.mapped weights.safetensors
     """,
     "builder.stages.graph": """
         builder.stages.graph export.capture graph graph.einsum graph.liveness graph.opset graph.parser_tables
@@ -33,9 +34,9 @@ _NAMES = {
         builder.stages.tokenizer models.tokenizers
     """,
     "builder.stages.weights": """
-        builder.stages.weights graph.insert graph.placeholder graph.transpose graph.typed precision.activations
-        precision.changes precision.ranges precision.rounding precision.weight_only weights.derived weights.mapped
-        weights.safetensors
+        builder.stages.weights graph.insert graph.opset graph.placeholder graph.transpose graph.typed
+        precision.activations precision.changes precision.nbits precision.ranges precision.rounding precision.stored
+        precision.weight_only weights.derived weights.mapped weights.safetensors
     """,
     "check.gate": """
         bundle.bundle bundle.provenance bundle.signing check.clip check.compare check.components check.flip check.gate
@@ -58,30 +59,33 @@ _NAMES = {
         models.networks models.refusals models.registry models.safety models.safety_module models.sd models.sd3
         models.sd3_components models.sd3_step models.sd_components models.sd_step models.sdxl models.sdxl_components
         models.sdxl_step models.single_file models.source models.step models.text_encoders models.text_module
-        models.tokenizers models.vae models.vae_module precision.activations precision.changes precision.ranges
-        precision.rounding precision.weight_only runtime.engines runtime.habits runtime.lock runtime.loop runtime.noise
-        runtime.observer runtime.pipeline runtime.progress runtime.prompt runtime.request runtime.resolve runtime.result
-        runtime.safety runtime.start runtime.tables runtime.text sampler.accepted sampler.compile sampler.layout
-        sampler.refused sampler.schedulers sampler.silence sampler.spec sampler.table sampler.trajectory sampler.verify
-        sampler.webui signature terminal weights.derived weights.external weights.mapped weights.safetensors
+        models.tokenizers models.vae models.vae_module precision.activations precision.changes precision.nbits
+        precision.ranges precision.rounding precision.stored precision.weight_only runtime.engines runtime.habits
+        runtime.lock runtime.loop runtime.noise runtime.observer runtime.pipeline runtime.progress runtime.prompt
+        runtime.request runtime.resolve runtime.result runtime.safety runtime.start runtime.tables runtime.text
+        sampler.accepted sampler.compile sampler.layout sampler.refused sampler.schedulers sampler.silence sampler.spec
+        sampler.table sampler.trajectory sampler.verify sampler.webui signature terminal weights.derived
+        weights.external weights.mapped weights.safetensors
     """,
     "engines.onnxruntime.build": """
         engines.onnxruntime.activations engines.onnxruntime.build engines.onnxruntime.device engines.onnxruntime.integer
         engines.onnxruntime.integer_kernels engines.onnxruntime.optimize engines.onnxruntime.order
         engines.onnxruntime.package engines.onnxruntime.prepare engines.onnxruntime.session graph.attention graph.insert
-        graph.liveness graph.placeholder graph.transpose precision.activations precision.changes precision.ranges
-        precision.rounding precision.weight_only weights.derived weights.external weights.mapped weights.safetensors
+        graph.liveness graph.opset graph.placeholder graph.transpose precision.activations precision.changes
+        precision.nbits precision.ranges precision.rounding precision.stored precision.weight_only weights.derived
+        weights.external weights.mapped weights.safetensors
     """,
     "engines.onnxruntime.prepare": """
         engines.onnxruntime.integer engines.onnxruntime.prepare graph.insert graph.placeholder graph.transpose
-        precision.activations precision.weight_only
+        precision.activations precision.nbits precision.stored
     """,
     "engines.onnxruntime_cuda.build": """
         cuda.driver engines.onnxruntime.integer_kernels engines.onnxruntime.optimize engines.onnxruntime.order
         engines.onnxruntime.package engines.onnxruntime.session engines.onnxruntime_cuda.build
-        engines.onnxruntime_cuda.prepare engines.onnxruntime_cuda.provider graph.attention graph.insert
-        graph.placeholder graph.transpose precision.activations precision.changes precision.ranges precision.rounding
-        precision.weight_only weights.derived weights.external weights.mapped weights.safetensors
+        engines.onnxruntime_cuda.prepare engines.onnxruntime_cuda.provider graph.attention graph.insert graph.opset
+        graph.placeholder graph.transpose precision.activations precision.changes precision.nbits precision.ranges
+        precision.rounding precision.stored precision.weight_only weights.derived weights.external weights.mapped
+        weights.safetensors
     """,
     "engines.onnxruntime_cuda.prepare": """
         engines.onnxruntime_cuda.prepare graph.placeholder graph.transpose

@@ -256,10 +256,9 @@ def check_recipe(
         if component.dtype not in backend.dtypes and not graphs_only:
             can = " or ".join(backend.dtypes)
             problems.append(f"components.{name}.dtype: {backend.name} cannot run {component.dtype} (expected {can})")
-        refusal = None if component.quantize is None or graphs_only else backend.refuses_quantized(options)
-        if refusal:
-            problems.append(f"components.{name}.quantize: {refusal}")
         if component.quantize is not None:
+            refusal = None if graphs_only else backend.refuses_quantized(component.quantize, options)
+            problems += [f"components.{name}.quantize: {refusal}"] if refusal else []
             problems += [f"components.{name}.quantize.{why}" for why in quantize_problems(name, component.quantize)]
     if not graphs_only:
         problems += [f"{backend.name}.{problem}" for problem in backend.problems(options)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from toolchain.builder import stages
+from toolchain.builder.quantization import decisive
 from toolchain.builder.stages.calibration import RANGES
 from toolchain.builder.stages.graph import GRAPH
 from toolchain.builder.steps import (
@@ -31,7 +32,7 @@ from toolchain.engines.backend import Builder
 from toolchain.errors import EngineError, ExportError
 from toolchain.models.component import Component, Family
 from toolchain.models.source import ModelSource
-from toolchain.recipe import Bucket, ComponentRecipe, Quantize, Recipe
+from toolchain.recipe import Bucket, ComponentRecipe, Recipe
 from toolchain.sampler.schedulers import parse, steps_of
 from toolchain.sampler.table import spans
 from toolchain.settings import ModelSettings
@@ -163,7 +164,7 @@ class Planner:
             "checkpoint": {f.name: self.store.digest_of(f) for f in files},
             "config": self.config(component),
             "recipe": _precision(self.recipe.component(component.name)),
-            "quantize": _quantize(quantize),
+            "quantize": decisive(quantize),
             **({"ranges": self._ranges_key()} if rounded else {}),
             "backend": self.backend.name,
             "tools": tool_versions(EXPORT_TOOLS),
@@ -360,11 +361,6 @@ def rounds(component: ComponentRecipe) -> bool:
 def config_digest(planner: Planner, component: Component) -> str:
     """Tells models apart of which no range of the one serves the other."""
     return content_key("config", planner.config(component))
-
-
-def _quantize(table: Quantize | None) -> dict[str, Json] | None:
-    """What of a component's table decides its weights and engines, and not its graph."""
-    return None if table is None else {**asdict(table), "exclude": [*sorted(table.exclude)]}
 
 
 def _config_in(file: Path) -> Json:

@@ -47,8 +47,8 @@ class Builder(Protocol[Options]):
     def problems(self, options: Options) -> list[str]:
         """What the installed library, if there is one, cannot build under these options, each "option: reason"."""
 
-    def refuses_quantized(self, options: Options) -> str | None:
-        """Why a component cannot have quantised weights under these options, and what can; None where it can."""
+    def refuses_quantized(self, quantize: Quantize, options: Options) -> str | None:
+        """Why a component cannot be quantised so under these options, and what can; None where it can."""
 
     def warning(self, quantize: Quantize) -> str | None:
         """What goes worse on this machine than a recipe expects of a component that is quantised so, or None."""

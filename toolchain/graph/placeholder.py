@@ -13,6 +13,15 @@ def placeholder(name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Ext
     return ir.ExternalTensor("weights", 0, size, dtype, shape=ir.Shape(shape), name=name)
 
 
+def add_weight(graph: ir.Graph, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
+    """A new initializer of a graph that points nowhere."""
+    value = ir.Value(
+        name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=placeholder(name, dtype, shape)
+    )
+    graph.register_initializer(value)
+    return value
+
+
 def is_weight(value: ir.Value | None) -> bool:
     """Whether a value is a weight: an initializer without bytes."""
     return value is not None and isinstance(value.const_value, ir.ExternalTensor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from toolchain.graph.placeholder import is_weight, placeholder, static_shape
+from toolchain.graph.placeholder import add_weight, is_weight, static_shape
 
 SUFFIX = ".transposed"
 
@@ -36,11 +36,7 @@ def transpose_weights(model: ir.Model) -> ir.Model:
         transposed = graph.initializers.get(name)
         if transposed is None:
             rows, columns = static_shape(tensor)
-            value = placeholder(name, tensor.dtype, (columns, rows))
-            transposed = ir.Value(
-                name=name, shape=ir.Shape((columns, rows)), type=ir.TensorType(tensor.dtype), const_value=value
-            )
-            graph.register_initializer(transposed)
+            transposed = add_weight(graph, name, tensor.dtype, (columns, rows))
         ir.convenience.replace_all_uses_with(output, transposed)
         graph.remove(node, safe=True)
         if not weight.uses():

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from toolchain.graph.insert import shape_of, shared_constant
 from toolchain.graph.placeholder import is_weight, placeholder
 from toolchain.graph.transpose import SUFFIX
-from toolchain.precision.weight_only import SCALES, VALUES
+from toolchain.precision.stored import SCALES, VALUES
 
 ZERO = "zero.int8"
 SCALE, FACTORS = f".input{SCALES}", ".input.factors"

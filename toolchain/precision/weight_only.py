@@ -1,14 +1,16 @@
-"""W -> DequantizeLinear(int8, scales): weights in eight bits, activations in the type that they had.
+"""W -> DequantizeLinear(values, scales): weights in few bits, activations in the type that they had.
 
-A scale belongs to one output channel. It has the weight's own float type: TensorRT computes whatever follows in the
-type of the scales. int8 is symmetric, and so there is no zero point. The int8 tensor and its scales are placeholders as
-the weight was, named with `VALUES` and `SCALES`; `weights.derived` computes them.
+A scale has the weight's own float type: TensorRT computes whatever follows in the type of the scales. It belongs to one
+output channel, or to a block of one. Values are symmetric, and so there is no zero point. Both are placeholders as the
+weight was, named as `precision.stored` says; `weights.derived` computes them.
 
 1. The constant weight of a Conv, ConvTranspose, Gemm or MatMul is read through a DequantizeLinear. A Transpose between
    weight and MatMul stays behind it.
 2. First and last convolution, embeddings, shortcuts and final projections are left alone, by their names in diffusers.
 3. So is a weight of fewer than `SMALLEST` elements, one that is read twice, and what `exclude` names.
 4. A weight that was quantised before is no float, and is left alone.
+5. Blocks lie along the inputs of a product. Convolutions, which have no such axis, are left alone, and so are weights
+   whose inputs are not whole blocks. The graph is then of opset 21 at least, which has blocks.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from toolchain.graph.placeholder import is_weight, placeholder, static_shape
+from toolchain.graph.opset import raise_opset
+from toolchain.graph.placeholder import add_weight, is_weight, static_shape
 from toolchain.graph.transpose import SUFFIX
+from toolchain.precision.stored import DTYPES, SCALES, Bits, Form, Stored
 
-VALUES, SCALES = ".int8", ".scales"
+BLOCKS_SINCE = 21
 SMALLEST = 4096
 """Elements: a smaller weight would save less than 12 KiB for an operator more."""
 SENSITIVE = {
@@ -40,16 +44,19 @@ SENSITIVE = {
 FINAL = "proj_out"
 """A final projection where it is the whole path; within blocks it is an ordinary linear."""
 CONVOLUTIONS = ("Conv", "ConvTranspose")
+INT8 = Form()
 
 
 @dataclass(frozen=True)
 class Survey:
     """The weights of matrix products and convolutions, by their names in the checkpoint.
 
-    quantized  those in eight bits
+    bits       the type of those that are quantised
+    quantized  their names
     left       the others, with the reason
     """
 
+    bits: Bits
     quantized: tuple[str, ...]
     left: Mapping[str, str]
 
@@ -59,7 +66,7 @@ class Survey:
         for name, reason in self.left.items():
             reasons.setdefault(reason, []).append(name)
         count = len(self.quantized)
-        return {"type": "int8", "weights": count, "of": count + len(self.left), "left": reasons}
+        return {"type": self.bits, "weights": count, "of": count + len(self.left), "left": reasons}
 
 
 @dataclass(frozen=True)
@@ -78,30 +85,34 @@ class _Weight:
         return str(self.value.name).removesuffix(SUFFIX)
 
 
-def survey(model: ir.Model, exclude: Sequence[str]) -> Survey:
+def survey(model: ir.Model, exclude: Sequence[str], form: Form = INT8) -> Survey:
     """What `quantize_weights` does to a graph that it was not applied to yet."""
-    reasons = {weight.name: reason for weight, reason in _judged(model, exclude)}
+    reasons = {weight.name: reason for weight, reason in _judged(model, exclude, form)}
     left = {name: reason for name, reason in reasons.items() if reason is not None}
-    return Survey(tuple(name for name in reasons if name not in left), left)
+    return Survey(form.bits, tuple(name for name in reasons if name not in left), left)
 
 
-def quantize_weights(model: ir.Model, exclude: Sequence[str]) -> ir.Model:
-    """A copy with its large weights in int8; `exclude` are dotted module names or fnmatch patterns."""
-    model = model.clone()
-    for weight, reason in _judged(model, exclude):
+def quantize_weights(model: ir.Model, exclude: Sequence[str], form: Form = INT8) -> ir.Model:
+    """A copy with its large weights in `form`; `exclude` are dotted module names or fnmatch patterns."""
+    model = raise_opset(model, BLOCKS_SINCE) if form.block else model.clone()
+    for weight, reason in _judged(model, exclude, form):
         if reason is None:
-            _dequantize(model.graph, weight)
+            _dequantize(model.graph, weight, form)
     return model
 
 
-def quantized_axes(model: ir.Model) -> dict[str, int]:
-    """The axis of output channels of every weight that was quantised, by the name that its initializer had."""
-    axes = {}
+def dequantized_weights(model: ir.Model) -> dict[str, Stored]:
+    """Every weight that is read through a DequantizeLinear, by the name that its initializer had."""
+    weights = {}
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
     for node in model.graph:
         value = node.inputs[0] if node.op_type == "DequantizeLinear" else None
-        if value is not None and is_weight(value) and str(value.name).endswith(VALUES):
-            axes[str(value.name).removesuffix(VALUES)] = node.attributes["axis"].as_int()
-    return axes
+        if value is not None and is_weight(value) and value.dtype in kinds:
+            kind, block = kinds[value.dtype], node.attributes.get("block_size")
+            name = str(value.name).removesuffix(f".{kind}")
+            axis = node.attributes["axis"].as_int()
+            weights[name] = Stored(kind, _shape(value), axis, block.as_int() if block is not None else 0)
+    return weights
 
 
 def weighted(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
@@ -143,14 +154,14 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
     return static_shape(value.const_value)
 
 
-def _judged(model: ir.Model, exclude: Sequence[str]) -> list[tuple[_Weight, str | None]]:
+def _judged(model: ir.Model, exclude: Sequence[str], form: Form) -> list[tuple[_Weight, str | None]]:
     """Every weight, and why it is left alone, or None."""
     convolutions = [node for node in model.graph if node.op_type in CONVOLUTIONS]
     ends = {*convolutions[:1], *convolutions[-1:]}
-    return [(weight, _reason(weight, exclude, ends)) for weight in _weights(model)]
+    return [(weight, _reason(weight, exclude, ends, form)) for weight in _weights(model)]
 
 
-def _reason(weight: _Weight, exclude: Sequence[str], ends: Collection[ir.Node]) -> str | None:
+def _reason(weight: _Weight, exclude: Sequence[str], ends: Collection[ir.Node], form: Form) -> str | None:
     parts = weight.name.split(".")[:-1]
     modules = [".".join(parts[: i + 1]) for i in range(len(parts))]
     if any(fnmatch.fnmatchcase(module, pattern) for module in modules for pattern in exclude):
@@ -165,26 +176,26 @@ def _reason(weight: _Weight, exclude: Sequence[str], ends: Collection[ir.Node]) 
     turned = weight.reader.outputs if weight.reader.op_type == "Transpose" else ()
     if any(len(value.uses()) > 1 for value in (weight.value, *turned)):
         return "read twice"
-    return "small" if prod(_shape(weight.value)) < SMALLEST else None
+    shape = _shape(weight.value)
+    if prod(shape) < SMALLEST:
+        return "small"
+    if form.block and weight.reader.op_type in CONVOLUTIONS:
+        return "convolution"
+    return f"no whole blocks of {form.block}" if form.block and shape[1 - weight.axis] % form.block else None
 
 
-def _dequantize(graph: ir.Graph, weight: _Weight) -> None:
+def _dequantize(graph: ir.Graph, weight: _Weight, form: Form) -> None:
     """Puts the DequantizeLinear between a weight and its reader."""
     value, shape = weight.value, _shape(weight.value)
     assert value.const_value is not None
     dtype = value.const_value.dtype
-    values = _initializer(graph, f"{value.name}{VALUES}", ir.DataType.INT8, shape)
-    scales = _initializer(graph, f"{value.name}{SCALES}", dtype, (shape[weight.axis],))
-    node = ir.node("DequantizeLinear", [values, scales], {"axis": weight.axis}, name=f"{value.name}.dequantize")
+    stored = Stored(form.bits, shape, 1 - weight.axis if form.block else weight.axis, form.block)
+    values = add_weight(graph, f"{value.name}.{form.bits}", DTYPES[form.bits], shape)
+    scales = add_weight(graph, f"{value.name}{SCALES}", dtype, stored.scales_shape)
+    attributes = {"axis": stored.axis} | ({"block_size": form.block} if form.block else {})
+    node = ir.node("DequantizeLinear", [values, scales], attributes, name=f"{value.name}.dequantize")
     output = node.outputs[0]
     output.name, output.shape, output.type = f"{value.name}.dequantized", ir.Shape(shape), ir.TensorType(dtype)
     graph.insert_before(weight.reader, node)
     ir.convenience.replace_all_uses_with(value, output)
     del graph.initializers[str(value.name)]
-
-
-def _initializer(graph: ir.Graph, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
-    tensor = placeholder(name, dtype, shape)
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value

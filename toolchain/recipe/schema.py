@@ -30,7 +30,9 @@ Decibels = Annotated[float, Rule("a number above 0", lambda x: 0 < x < math.inf)
 Strength = Annotated[float, Rule("a number above 0, at most 1", lambda x: 0 < x <= 1)]
 Share = Annotated[float, Rule("a number above 0, at most 1", lambda x: 0 < x <= 1)]
 ShareOrNone = Annotated[float, Rule("a number from 0 to 1", lambda x: 0 <= x <= 1)]
-EXACT_PSNR_DB, ROUNDED_PSNR_DB = 60.0, 40.0
+BLOCK = 64
+BlockSize = Annotated[int, Rule("32, 64 or 128, or 0 for 64", lambda n: n in (0, 32, 64, 128))]
+EXACT_PSNR_DB, ROUNDED_PSNR_DB, COARSE_PSNR_DB = 60.0, 40.0, 28.0
 NOT_EMPTY = Rule("a list with at least one entry", lambda entries: len(entries) > 0)
 
 
@@ -40,18 +42,27 @@ class Quantize:
 
     weights      the type of convolutions' and matrix products' weights
     exclude      dotted module names or fnmatch patterns that are left alone
-    scales       "max" keeps every channel's largest weight, "mse" clips it where the squared error is then least
+    scales       "max" keeps the largest weight of every scale, "mse" clips it where the squared error is then least
     activations  the type that the inputs of quantised weights are rounded to; "none" leaves them as they are
     ranges       how a calibration's ranges become scales, as `precision.ranges.parse_method` takes it
     smoothing    how much of the magnitude of a linear layer's input is moved into its weights: SmoothQuant's alpha
+    block_size   weights in int4 along the inputs of a linear layer that share a scale; 0 takes `BLOCK`
+    insist       takes what is refused as too coarse for a component: float8 in a VAE
     """
 
-    weights: Literal["int8"]
+    weights: Literal["int8", "int4", "float8"]
     exclude: tuple[Text, ...] = ()
     scales: Literal["max", "mse"] = "max"
     activations: Literal["none", "int8"] = "none"
     ranges: Text = "max"
     smoothing: ShareOrNone = 0.0
+    block_size: BlockSize = 0
+    insist: bool = False
+
+    @property
+    def block(self) -> int:
+        """Weights that share a scale; 0 where each output channel has one."""
+        return (self.block_size or BLOCK) if self.weights == "int4" else 0
 
 
 @dataclass(frozen=True)
@@ -115,15 +126,19 @@ TOLERANCES = {
     "float32": Tolerance(),
     "float16": Tolerance(cosine=0.999, snr_db=35.0, max_error=0.03),
     "bfloat16": Tolerance(cosine=0.995, snr_db=25.0, max_error=0.1),
+    "int4": Tolerance(cosine=0.98, snr_db=14.0, max_error=0.3),
 }
 """Of a component without a table, by its dtype: what rounding to it costs a sound network, and some more."""
+COSTS = {"int8": "float16", "float8": "bfloat16", "int4": "int4"}
+"""A type of weights -> the entry of `TOLERANCES` that it costs at least. int4 has 19 dB in every layer alone."""
 
 
 @dataclass(frozen=True)
 class Check:
     """The proof: prompts x seeds drawn by engines and reference, least PSNR and SSIM of the pictures.
 
-    psnr_db: 0 takes `EXACT_PSNR_DB` where the recipe computes in float32 alone, else `ROUNDED_PSNR_DB`.
+    psnr_db: 0 takes `EXACT_PSNR_DB` where the recipe computes in float32 alone, `COARSE_PSNR_DB` where weights are in
+    int4 or float8, else `ROUNDED_PSNR_DB`.
     """
 
     prompts: Annotated[tuple[Text, ...], NOT_EMPTY]
@@ -192,15 +207,14 @@ class Recipe:
     def tolerance(self, name: str) -> Tolerance:
         """The tolerance of a component; that of its dtype where `[check.components.NAME]` is absent.
 
-        With quantised weights it is float16's at least: eight bits for a channel cost about as much. With rounded
-        activations it is bfloat16's.
+        With quantised weights it is what these cost at least. With rounded activations it is bfloat16's.
         """
         component = self.component(name)
-        least: str = component.dtype
+        costs: list[str] = [component.dtype]
         if component.quantize is not None:
-            least = "float16" if least == "float32" else least
-            least = "bfloat16" if component.quantize.activations != "none" else least
-        return self.check.components.get(name) or TOLERANCES[least]
+            costs.append(COSTS[component.quantize.weights])
+            costs += ["bfloat16"] if component.quantize.activations != "none" else []
+        return self.check.components.get(name) or TOLERANCES[max(costs, key=list(TOLERANCES).index)]
 
     @property
     def quantizes(self) -> bool:
@@ -217,7 +231,8 @@ class Recipe:
     @property
     def picture_limits(self) -> dict[str, float]:
         """The least that a check's pictures must have of each measure."""
-        default = ROUNDED_PSNR_DB if self.rounds else EXACT_PSNR_DB
+        coarse = any(c.quantize and c.quantize.weights != "int8" for c in self.components.values())
+        default = COARSE_PSNR_DB if coarse else ROUNDED_PSNR_DB if self.rounds else EXACT_PSNR_DB
         return {"psnr_db": self.check.psnr_db or default, "ssim": self.check.ssim}
 
     def to_json(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ One file serves all buckets. A tensor is copied, converted to the graph's dtype,
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +22,10 @@ from toolchain.graph.placeholder import is_weight, static_shape
 from toolchain.graph.transpose import SUFFIX
 from toolchain.precision.activations import added_names
 from toolchain.precision.changes import NONE, Changes, Peaks
-from toolchain.precision.rounding import Scales, channel_scales, quantize
-from toolchain.precision.weight_only import SCALES, VALUES, quantized_axes
+from toolchain.precision.nbits import nbits_weights
+from toolchain.precision.rounding import Scales, stored_scales, stored_values
+from toolchain.precision.stored import FILE_DTYPES, SCALES, Stored
+from toolchain.precision.weight_only import dequantized_weights
 from toolchain.weights.mapped import FLOATS, MappedWeights, TensorRef, numpy_dtype
 from toolchain.weights.safetensors import write_safetensors
 
@@ -31,9 +33,9 @@ SAFETENSORS_DTYPES = {
     ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16", ir.DataType.DOUBLE: "F64",
     ir.DataType.INT8: "I8", ir.DataType.INT16: "I16", ir.DataType.INT32: "I32", ir.DataType.INT64: "I64",
     ir.DataType.UINT8: "U8", ir.DataType.UINT16: "U16", ir.DataType.UINT32: "U32", ir.DataType.UINT64: "U64",
-    ir.DataType.BOOL: "BOOL",
+    ir.DataType.BOOL: "BOOL", ir.DataType.FLOAT8E4M3FN: "F8_E4M3",
 }  # fmt: skip
-"""ONNX's type -> its name in a weight file, which has none for four bits or strings; float8 is widened."""
+"""ONNX's type -> its name in a weight file, which has none for four bits or strings."""
 FLOAT_DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -63,8 +65,8 @@ TIED = {"encoder.embed_tokens.weight": "shared.weight", "shared.weight": "encode
 class WeightUse:
     """An initializer of a graph: which checkpoint tensor it is, in which dtype, and whether transposed (2-D only).
 
-    channels  the axis of output channels where it is quantised: then two initializers, its integers and their scales,
-              stand for it. `dtype` is that of the scales
+    stored  how it lies in a weight file where it is quantised: then two initializers, its values and their scales,
+            stand for it, and `dtype` is that of the scales
     """
 
     name: str
@@ -72,30 +74,31 @@ class WeightUse:
     dtype: str
     shape: tuple[int, ...]
     transposed: bool
-    channels: int | None = None
+    stored: Stored | None = None
 
     @property
     def tensors(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """Name, dtype and shape of what a weight file holds of it."""
-        if self.channels is None:
+        stored = self.stored
+        if stored is None:
             return [(self.name, self.dtype, self.shape)]
-        scales = (self.shape[self.channels],)
-        return [(self.name + VALUES, "I8", self.shape), (self.name + SCALES, self.dtype, scales)]
+        values = (f"{self.name}.{stored.kind}", FILE_DTYPES[stored.kind], stored.values_shape)
+        return [values, (self.name + SCALES, self.dtype, stored.scales_shape)]
 
 
 def weight_uses(model: ir.Model) -> list[WeightUse]:
     """The weights of a graph, sorted by name."""
     uses = []
-    quantized = quantized_axes(model)
-    parts = {name + part for name in quantized for part in (VALUES, SCALES)}
+    quantized = dequantized_weights(model) | nbits_weights(model)
+    parts = {name + part for name, stored in quantized.items() for part in (f".{stored.kind}", SCALES)}
     parts |= added_names(model)
     for name, value in model.graph.initializers.items():
         if is_weight(value) and name not in parts:
             tensor = _tensor(value)
             uses.append(_use(name, tensor.dtype, static_shape(tensor), None))
-    for name, axis in quantized.items():
-        values, scales = (_tensor(model.graph.initializers[name + part]) for part in (VALUES, SCALES))
-        uses.append(_use(name, scales.dtype, static_shape(values), axis))
+    for name, stored in quantized.items():
+        scales = _tensor(model.graph.initializers[name + SCALES])
+        uses.append(_use(name, scales.dtype, stored.shape, stored))
     return sorted(uses, key=lambda use: use.name)
 
 
@@ -104,9 +107,9 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
     return value.const_value
 
 
-def _use(name: str, dtype: ir.DataType, shape: tuple[int, ...], channels: int | None) -> WeightUse:
+def _use(name: str, dtype: ir.DataType, shape: tuple[int, ...], stored: Stored | None) -> WeightUse:
     key = name.removesuffix(SUFFIX)
-    return WeightUse(name, key, SAFETENSORS_DTYPES[dtype], shape, name.endswith(SUFFIX), channels)
+    return WeightUse(name, key, SAFETENSORS_DTYPES[dtype], shape, name.endswith(SUFFIX), stored)
 
 
 def find_tensors(uses: Iterable[WeightUse], checkpoint: Mapping[str, TensorRef], where: Path) -> dict[str, TensorRef]:
@@ -156,10 +159,10 @@ def input_peaks(uses: Iterable[WeightUse], tensors: Mapping[str, TensorRef], nam
     peaks = {}
     with _opened(tensors) as files:
         for use in uses:
-            if use.key in names and use.channels is not None:
+            if use.key in names and use.stored is not None:
                 ref = tensors[use.name]
-                weight = _convert(_read(files, use, ref), replace(use, dtype="F32"), ref)
-                peaks[use.key] = np.abs(weight).max(axis=use.channels)
+                weight = _convert(_read(files, use, ref), replace(use, dtype="F32"), _where(ref))
+                peaks[use.key] = np.abs(weight).max(axis=use.stored.axis)
     return peaks
 
 
@@ -174,8 +177,28 @@ def write_weights(
 
     method  how the scales of quantised weights are chosen
     """
+    with _opened(tensors) as files:
+
+        def load(use: WeightUse) -> NDArray[Any]:
+            ref = tensors[use.name]
+            files[ref.file].release_pages()  # of what was read before: a large file would fill the memory
+            return _read(files, use, ref)
+
+        write_loaded(uses, load, path, method, changes, where=lambda use: _where(tensors[use.name]))
+
+
+def write_loaded(
+    uses: list[WeightUse],
+    load: Callable[[WeightUse], NDArray[Any]],
+    path: Path,
+    method: Scales,
+    changes: Changes = NONE,
+    *,
+    where: Callable[[WeightUse], str] = lambda use: use.key,
+) -> None:
+    """`write_weights` of what `load` gives: each weight as the checkpoint has it, twice where it is quantised."""
     by_name = {name: use for use in uses for name, _, _ in use.tensors}
-    scales: dict[str, NDArray[Any]] = {}  # by the name of the weight: small, and needed for its integers again
+    scales: dict[str, NDArray[Any]] = {}  # by the name of the weight: small, and needed for its values again
     listed = [tensor for use in uses for tensor in use.tensors]
     listed += [(name, *_kind(array)) for name, array in changes.added.items()]
 
@@ -183,22 +206,20 @@ def write_weights(
         if name in changes.added:
             return changes.added[name].view(numpy_dtype(_kind(changes.added[name])[0]))
         use = by_name[name]
-        ref, factor = tensors[use.name], changes.factors.get(use.key)
-        array = _read(files, use, ref)
-        if use.channels is None:
+        factor, array = changes.factors.get(use.key), load(use)
+        if use.stored is None:
             array = array if factor is None else array.astype(np.float32) * factor
-            return _convert(array, use, ref).view(numpy_dtype(use.dtype))  # of bfloat16 the bits, as files hold them
-        weight = _convert(array, replace(use, dtype="F32"), ref)
+            return _convert(array, use, where(use)).view(numpy_dtype(use.dtype))  # bfloat16 as bits, as files hold it
+        weight = _convert(array, replace(use, dtype="F32"), where(use))
         if factor is not None:
-            weight = weight * np.expand_dims(factor, use.channels)
+            weight = weight * np.expand_dims(factor, use.stored.axis)
         if use.name not in scales:
-            scales[use.name] = channel_scales(weight, use.channels, method, FLOAT_DTYPES[use.dtype])
+            scales[use.name] = stored_scales(weight, use.stored, method, FLOAT_DTYPES[use.dtype])
         if name.endswith(SCALES):
             return scales[use.name].view(numpy_dtype(use.dtype))
-        return quantize(weight, scales[use.name], use.channels)
+        return stored_values(weight, scales[use.name], use.stored)
 
-    with _opened(tensors) as files:
-        write_safetensors(path, listed, read)
+    write_safetensors(path, listed, read)
 
 
 @contextmanager
@@ -218,7 +239,11 @@ def _kind(array: NDArray[Any]) -> tuple[str, tuple[int, ...]]:
     return next(name for name, dtype in FLOAT_DTYPES.items() if dtype == array.dtype), array.shape
 
 
-def _convert(array: NDArray[Any], use: WeightUse, ref: TensorRef) -> NDArray[Any]:
+def _where(ref: TensorRef) -> str:
+    return f"{ref.file}: {ref.key}"
+
+
+def _convert(array: NDArray[Any], use: WeightUse, where: str) -> NDArray[Any]:
     if use.transposed:
         array = array.T
     with np.errstate(over="ignore"):
@@ -229,7 +254,7 @@ def _convert(array: NDArray[Any], use: WeightUse, ref: TensorRef) -> NDArray[Any
         )
         raise WeightsError(
             f"a weight is {was}",
-            where=f"{ref.file}: {ref.key}",
+            where=where,
             got=f"largest magnitude {np.abs(array.astype(np.float32)).max():g}",
             hint="keep its module in float32 (keep_float32 in the recipe) or use bfloat16" if "beyond" in was else None,
         )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from toolchain.precision.activations import Rounded
     from toolchain.precision.changes import Changes
     from toolchain.precision.ranges import Ranges
+    from toolchain.precision.stored import Form
     from toolchain.recipe import Quantize
     from toolchain.weights.derived import WeightUse
     from toolchain.weights.mapped import TensorRef
@@ -43,7 +44,7 @@ def _with_weights(backend: Builder[Any], graph: Path, quantize: Quantize | None)
     from toolchain.precision.weight_only import quantize_weights
 
     model = backend.prepare(ir.load(graph))
-    return model if quantize is None else quantize_weights(model, quantize.exclude)
+    return model if quantize is None else quantize_weights(model, quantize.exclude, _form(quantize))
 
 
 def _rounded(backend: Builder[Any], graph: Path, quantize: Quantize) -> list[Rounded]:
@@ -60,8 +61,14 @@ def surveyed(backend: Builder[Any], graph: Path, quantize: Quantize) -> dict[str
 
     from toolchain.precision.weight_only import survey
 
-    facts = survey(backend.prepare(ir.load(graph)), quantize.exclude).to_json()
+    facts = survey(backend.prepare(ir.load(graph)), quantize.exclude, _form(quantize)).to_json()
     return facts | {"inputs": sum(len(a.weights) for a in _rounded(backend, graph, quantize))}
+
+
+def _form(quantize: Quantize) -> Form:
+    from toolchain.precision.stored import Form
+
+    return Form(quantize.weights, quantize.block)
 
 
 def write(

@@ -78,8 +78,10 @@ def _table(weight: ir.Value) -> bool:
 
 
 def _packed(node: ir.Node) -> tuple[str | None, int]:
-    """The weight of a product that is packed, and into how many bytes: K rows of N columns, as float32, or as int8 with
-    the sum of every column."""
+    """The weight of a product that is packed, and into how many bytes: K rows of N columns, as float32, in int4, or as
+    int8 with the sum of every column."""
+    if node.op_type == "MatMulNBits" and node.inputs[1] is not None and node.inputs[1].const_value is not None:
+        return node.inputs[1].name, node.inputs[1].const_value.nbytes
     weight = node.inputs[1] if node.op_type in PACKING else None
     if weight is None or weight.const_value is None or weight.dtype != PACKING[node.op_type]:
         return None, 0
@@ -213,6 +215,7 @@ RULES = {
     "MultiHeadAttention": _attention,
     **dict.fromkeys(("ReduceL2", "ReduceMax", "ReduceMean", "ReduceSum"), _reduce),
     **dict.fromkeys(("MatMul", "FusedMatMul", "MatMulIntegerToFloat"), _matmul),
+    "MatMulNBits": lambda node, inputs, block: (*inputs[0][:-1], _integer(node, "N", 0)),
     "ReorderInput": _reorder,
     "ReorderOutput": _restore,
     "Conv": _conv,

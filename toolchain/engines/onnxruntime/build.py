@@ -50,8 +50,8 @@ class OnnxRuntimeBuilder:
         warn_of_clash()
         return []
 
-    def refuses_quantized(self, options: OnnxRuntimeOptions) -> str | None:
-        """None: a DequantizeLinear widens int8 weights when they are used."""
+    def refuses_quantized(self, quantize: Quantize, options: OnnxRuntimeOptions) -> str | None:
+        """None: weights are widened when they are used, those in int4 by the product itself."""
         return None
 
     def warning(self, quantize: Quantize) -> str | None:

@@ -19,7 +19,7 @@ from toolchain.graph.insert import Inserter, replace_value, shape_of, shared_con
 from toolchain.graph.placeholder import placeholder
 from toolchain.graph.transpose import SUFFIX
 from toolchain.precision.activations import quantized_products
-from toolchain.precision.weight_only import SCALES, VALUES
+from toolchain.precision.stored import SCALES, VALUES
 
 OFFSET = 128
 

@@ -130,4 +130,5 @@ def tensors_by_content(files: Mapping[str, MappedWeights]) -> dict[Content, tupl
 
 def content_of(array: NDArray[Any]) -> Content:
     """Identifies a tensor by its bytes, whatever its shape: a matrix may be stored as the convolution that it was."""
-    return array.size, array.dtype.itemsize, hashlib.sha256(np.ascontiguousarray(array).data).digest()
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data  # hashlib knows no types of ml_dtypes
+    return array.size, array.dtype.itemsize, hashlib.sha256(data).digest()

@@ -16,7 +16,9 @@ def prepare(graph: ir.Model) -> ir.Model:
 
 
 def prepare_quantized(graph: ir.Model) -> ir.Model:
-    """The graph with uint8 activations and with convolutions as products, whose weights are stored accordingly."""
+    """The graph with uint8 activations and with convolutions as products, whose weights are stored accordingly; with
+    ONNX Runtime's own product for weights in int4."""
     from toolchain.engines.onnxruntime.integer import as_products
+    from toolchain.precision.nbits import use_matmul_nbits
 
-    return as_products(graph)
+    return use_matmul_nbits(as_products(graph))

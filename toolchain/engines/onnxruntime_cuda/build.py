@@ -39,7 +39,7 @@ class OnnxRuntimeCudaBuilder:
         warn_of_clash()
         return []
 
-    def refuses_quantized(self, options: OnnxRuntimeCudaOptions) -> str | None:
+    def refuses_quantized(self, quantize: Quantize, options: OnnxRuntimeCudaOptions) -> str | None:
         """Not tried on a GPU yet."""
         return f"{self.name} cannot run quantised weights (expected onnxruntime, tensorrt or tensorrt_rtx)"
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from toolchain.engines.tensorrt.device import gpu_device
 from toolchain.engines.tensorrt.library import TENSORRT, Library, numbers
 from toolchain.engines.tensorrt.prepare import prepare, prepare_quantized
+from toolchain.engines.tensorrt.rtx_targets import FLOAT8
+from toolchain.errors import EngineError
 from toolchain.recipe.options import TensorRtOptions, TensorRtRtxOptions
 
 if TYPE_CHECKING:
@@ -123,9 +125,21 @@ class TensorRtBuilder(PlanBuilder[TensorRtOptions]):
             return []
         return [f"build_route: TensorRT {version} has no build routes (expected 11.1 or newer)"]
 
-    def refuses_quantized(self, options: TensorRtOptions) -> str | None:
-        """A stripped plan, as refitting int8 weights was not tried."""
-        return "tensorrt.strip_plan fills in plain weights alone (expected false)" if options.strip_plan else None
+    def refuses_quantized(self, quantize: Quantize, options: TensorRtOptions) -> str | None:
+        """A stripped plan, as refitting quantised weights was not tried; float8 on a GPU that has none."""
+        if options.strip_plan:
+            return "tensorrt.strip_plan fills in plain weights alone (expected false)"
+        if quantize.weights != "float8":
+            return None
+        try:
+            device = self.device()
+        except EngineError:
+            return None  # nothing can be built here in any case
+        capability = device["compute_capability"]
+        if numbers(capability) >= numbers(FLOAT8):
+            return None
+        gpu = f"{device['name']} (compute capability {capability})"
+        return f"{gpu} has no float8, which came with {FLOAT8} (expected int8 or int4)"
 
     def reads_weights(self, options: TensorRtOptions) -> bool:
         """Whether plans are stripped of their weights."""

@@ -6,11 +6,15 @@ serves every RTX card. Everything else is as with TensorRT: see `engines.tensorr
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolchain.engines.tensorrt.build import PlanBuilder
 from toolchain.engines.tensorrt.library import TENSORRT_RTX, Library
+from toolchain.engines.tensorrt.rtx_targets import FLOAT8, WITH_FLOAT8
 from toolchain.recipe.options import TensorRtRtxOptions
+
+if TYPE_CHECKING:
+    from toolchain.recipe import Quantize
 
 
 class TensorRtRtxBuilder(PlanBuilder[TensorRtRtxOptions]):
@@ -28,9 +32,13 @@ class TensorRtRtxBuilder(PlanBuilder[TensorRtRtxOptions]):
         """None."""
         return []
 
-    def refuses_quantized(self, options: TensorRtRtxOptions) -> str | None:
-        """None."""
-        return None
+    def refuses_quantized(self, quantize: Quantize, options: TensorRtRtxOptions) -> str | None:
+        """float8 for targets that have none."""
+        early = [target for target in options.targets or ("none",) if target not in WITH_FLOAT8]
+        if quantize.weights != "float8" or not early:
+            return None
+        got = ", ".join(options.targets) or "none named, which stands for all from 8.0 on"
+        return f"float8 came with {FLOAT8} (expected tensorrt_rtx.targets of {', '.join(WITH_FLOAT8)}; got {got})"
 
     def reads_weights(self, options: TensorRtRtxOptions) -> bool:
         """No: plans hold their weights."""
