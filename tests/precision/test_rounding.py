@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from tests.precision.test_weight_only import product, three_convolutions
 from toolchain.errors import WeightsError
 from toolchain.graph.transpose import transpose_weights
-from toolchain.precision.rounding import channel_scales, quantize
+from toolchain.precision.rounding import channel_scales, quantize, stored_scales, stored_values, widened
+from toolchain.precision.stored import Stored
 from toolchain.precision.weight_only import quantize_weights
 from toolchain.weights.derived import find_tensors, weight_uses, write_weights
 from toolchain.weights.mapped import MappedWeights, read_header
@@ -20,6 +23,7 @@ from toolchain.weights.safetensors import write_safetensors
 
 F32 = np.dtype(np.float32)
 BF16 = np.dtype(ml_dtypes.bfloat16)
+F16 = np.dtype(np.float16)
 
 
 def test_halves_go_to_even_and_nothing_is_beyond_127() -> None:
@@ -44,9 +48,26 @@ def test_the_largest_weight_of_a_channel_is_127_steps(shape: tuple[int, ...], ax
 def test_a_channel_of_zeros_stays_so() -> None:
     weight = np.zeros((2, 4), F32)
     weight[1] = 1e-9  # what float16 cannot scale is nothing in float16
-    scales = channel_scales(weight, 0, "max", np.dtype(np.float16))
-    assert scales.tolist() == [1, 1]
+    scales = channel_scales(weight, 0, "max", F16)
+    assert scales[0] == 1
     assert not quantize(weight, scales, 0).any()
+
+
+@pytest.mark.parametrize("method", ["max", "mse"])
+@pytest.mark.parametrize("bits", ["int8", "int4", "float8"])
+def test_what_float16_holds_is_finite_and_not_lost(bits: Any, method: Any) -> None:
+    """Scales of the largest weights are not rounded up to what would be infinite, nor those of the least to nothing."""
+    magnitudes = np.float32([65504, 65000, 1.06e-5, 3e-6, 6e-7])
+    weight = magnitudes[:, None] * np.linspace(-1, 1, 32, dtype=F32)
+    stored = Stored(bits, weight.shape, 1, 32) if bits == "int4" else Stored(bits, weight.shape, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scales = stored_scales(weight, stored, method, F16)
+        wide = widened(stored_values(weight, scales, stored), scales, stored).astype(np.float16)
+    assert np.isfinite(wide).all()
+    steps = scales.astype(F32).reshape(-1, 1) * (1 if bits != "float8" else 32)
+    clipped = 0.5 * magnitudes[:, None] if method == "mse" else 1e-3 * magnitudes[:, None]
+    assert (np.abs(wide - weight) <= np.maximum(0.51 * steps, clipped)).all()
 
 
 @pytest.mark.parametrize("method", ["max", "mse"])
@@ -115,6 +136,20 @@ def test_what_is_not_finite_is_refused(wrong: float, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="infinite or NaN in the checkpoint"):
         write_weights(uses, tensors, tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("method", ["max", "mse"])
+def test_what_the_type_of_the_scales_cannot_hold_is_refused(method: Any, tmp_path: Path) -> None:
+    """As for a weight that is not quantised."""
+    weight = np.ones((64, 128), F32)
+    weight[3, 4] = -66000
+    write(tmp_path, {"linear.weight": weight}, "F32")
+    uses = weight_uses(quantize_weights(product("MatMul", (64, 128), dtype=ir.DataType.FLOAT16), ()))
+    tensors = find_tensors(uses, read_header(tmp_path / "c.safetensors"), tmp_path)
+    with pytest.raises(WeightsError, match="beyond the range of F16") as error:
+        write_weights(uses, tensors, tmp_path / "w", method)
+    assert "66000" in str(error.value)
+    assert "keep_float32" in str(error.value)
 
 
 def write(folder: Path, arrays: dict[str, np.ndarray[Any, Any]], dtype: str) -> None:

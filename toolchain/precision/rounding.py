@@ -117,17 +117,28 @@ def _parts(rows: NDArray[Any]) -> int:
 
 
 def _row_scales(rows: NDArray[np.float32], bits: Bits, method: Scales, dtype: np.dtype[Any]) -> NDArray[Any]:
-    peaks = np.abs(rows).max(axis=1)
-    with np.errstate(over="ignore"):
-        best = _nonzero((peaks / PEAKS[bits]).astype(dtype))
+    peaks = np.abs(rows).max(axis=1, initial=0)
+    best = _typed(peaks / PEAKS[bits], PEAKS[bits], dtype)
     if method == "mse":
         least = _errors(rows, best, bits)
         for share in CLIPPED[1:]:
-            scales = _nonzero((peaks * np.float32(share) / PEAKS[bits]).astype(dtype))
+            scales = _typed(peaks * np.float32(share) / PEAKS[bits], -LOWEST[bits], dtype)
             errors = _errors(rows, scales, bits)
             better = errors < least
             best, least = np.where(better, scales, best), np.where(better, errors, least)
     return best
+
+
+def _typed(exact: NDArray[np.float32], reach: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Scales in their type, in which `reach` times a scale is finite, and none vanishes where it has few bits left."""
+    largest = float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
+    most = np.array(largest / reach).astype(dtype)
+    if float(most) * reach > largest:
+        most = np.nextafter(most, np.zeros_like(most))
+    scales = np.minimum(exact, np.float32(most)).astype(dtype)
+    clipped = (scales.astype(np.float32) * (reach + 0.5) < exact * reach) & (scales < most)
+    scales = np.where(clipped, np.nextafter(scales, most), scales)
+    return np.where(exact == 0, np.ones_like(scales), scales)
 
 
 def _rounded(rows: NDArray[np.float32], scales: NDArray[Any], bits: Bits) -> NDArray[Any]:
@@ -141,10 +152,6 @@ def _errors(rows: NDArray[np.float32], scales: NDArray[Any], bits: Bits) -> NDAr
     steps = _rounded(rows, scales, bits).astype(np.float32) * scales.astype(np.float32)[:, None]
     errors: NDArray[np.float32] = ((rows - steps) ** 2).sum(axis=1)
     return errors
-
-
-def _nonzero(scales: NDArray[Any]) -> NDArray[Any]:
-    return np.where(scales == 0, np.ones_like(scales), scales)
 
 
 def _packed(values: NDArray[np.int8]) -> NDArray[np.uint8]:

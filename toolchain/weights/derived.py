@@ -211,6 +211,8 @@ def write_loaded(
             array = array if factor is None else array.astype(np.float32) * factor
             return _convert(array, use, where(use)).view(numpy_dtype(use.dtype))  # bfloat16 as bits, as files hold it
         weight = _convert(array, replace(use, dtype="F32"), where(use))
+        largest = np.abs(weight).max(initial=0).reshape(1)
+        _convert(largest, replace(use, transposed=False), where(use))  # must fit the type that the scales widen it to
         if factor is not None:
             weight = weight * np.expand_dims(factor, use.stored.axis)
         if use.name not in scales:
