@@ -2,7 +2,7 @@
 
     python benchmarks/rtx_build.py --output benchmarks/results/rtx_build.json
     python benchmarks/rtx_build.py --part sdxl --output rtx.json
-    python benchmarks/rtx_build.py --part flux-dev-int4 --without-engine --output rtx.json
+    python benchmarks/rtx_build.py --part sdxl-int8 --part flux-dev-int4 --output benchmarks/results/rtx_quantized.json
 
 Each part exports a denoiser from its published config in the precision of its recipe, writes weights of seeded random
 numbers beside it, and has the backend build one engine: for the first bucket of the recipe or, in the parts that end in
@@ -43,7 +43,8 @@ RECIPES = {
     "sd35-medium": "sd35-medium-bf16-rtx",
     "flux-dev": "flux1-dev-bf16-rtx",
 }
-PARTS = ("sd15", "sdxl", "sd35-medium", "sdxl-buckets", "flux-dev", "sdxl-int8", "flux-dev-int4")
+PARTS = ("sd15", "sdxl", "sd35-medium", "sdxl-buckets", "flux-dev")
+QUANTIZED = ("sdxl-int8", "flux-dev-int4")
 PARSED = frozenset({"flux-dev"})
 POOL = 1 << 24
 
@@ -69,7 +70,7 @@ def export(model: str, folder: Path, all_buckets: bool) -> int:
     graphs = [capture(denoiser, source, recipe, bucket) for bucket in buckets]
     graph = graphs[0] if len(graphs) == 1 else merge_buckets(graphs)
     prepared = builder_of("tensorrt_rtx").prepare(graph)
-    if model.endswith(("-int8", "-int4")):
+    if model in QUANTIZED:
         table = recipe.component("denoiser").quantize or Quantize("int8")
         prepared = quantize_weights(prepared, table.exclude, Form(table.weights, table.block))
     ir.save(prepared, folder / "graph.onnx")
@@ -209,7 +210,12 @@ def run_stage(name: str, part: str, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--part", choices=PARTS, action="append", help="one or more; all where none is given")
+    parser.add_argument(
+        "--part",
+        choices=PARTS + QUANTIZED,
+        action="append",
+        help="one or more; all but the quantised where none is given",
+    )
     parser.add_argument("--without-engine", action="store_true", help="graph and weights alone")
     parser.add_argument("--stage", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

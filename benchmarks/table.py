@@ -118,10 +118,24 @@ def merges(found: dict[str, Any]) -> Iterator[Row]:
     )
 
 
+QUANTIZED = {"-int8": "int8", "-int4": "int4"}
+
+
 def rtx_builds(found: dict[str, Any]) -> Iterator[Row]:
     parts = found["parts"]
     for name, measured in parts.items():
-        model = PUBLISHED[name.removesuffix("-buckets")]
+        weights = next((kind for suffix, kind in QUANTIZED.items() if name.endswith(suffix)), None)
+        model = PUBLISHED[name.removesuffix("-buckets").removesuffix(f"-{weights}")]
+        if weights is not None:
+            took = measured["quantizing"]
+            model += f" ({weights})"
+            yield (
+                f"quantising the weights of the real-size {model} denoiser, random numbers, streamed",
+                f"{took['seconds']:.0f} s, {took['peak_gb']:.1f} GB peak memory; {measured['weights_gb']:.2f} GB, "
+                f"{took['share']:.3f} of what they were",
+            )
+        if "plan_gb" not in measured and "parsed" not in measured:
+            continue
         if "parsed" in measured:
             size = f"{measured['weights_gb']:.1f} GB of weights"
             yield (
@@ -174,6 +188,7 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
     "real_size_numerics": ("benchmarks/real_size_numerics.py", real_size),
     "merge_scale": ("benchmarks/merge_scale.py", merges),
     "rtx_build": ("benchmarks/rtx_build.py", rtx_builds),
+    "rtx_quantized": ("benchmarks/rtx_build.py", rtx_builds),
     "host_work": ("benchmarks/host_work.py", host_work),
     "quality": ("benchmarks/quality.py", quality),
     "shapes-score": ("examples/shapes/evaluate.py", score),
