@@ -204,8 +204,16 @@ def test_two_buckets_with_weights_in_few_bits_as_one_graph(graph: Graph, form: F
     assert parsed.build(*TARGETS[form.bits], profiles=add_profiles) is not None, parsed.errors()
 
 
+def placeholders(model: ir.Model) -> dict[str, list[int]]:
+    """The shapes of a graph's weights."""
+    tensors = {str(name): value.const_value for name, value in model.graph.initializers.items() if is_weight(value)}
+    return {name: [int(d) for d in tensor.shape] for name, tensor in tensors.items() if tensor is not None}
+
+
 def test_two_buckets_in_int8_as_one_graph(graph: Graph) -> None:
     merged = in_int8("tensorrt_rtx", merge_buckets([graph("sd", "denoiser", "float16", True, n) for n in (0, 1)]))
+    first = in_int8("tensorrt_rtx", graph("sd", "denoiser", "float16", True, 0))
+    assert placeholders(merged) == placeholders(first)  # of which the weight file is made
     check_types(merged)
     assert refusals(merged) == []
     real_trt()

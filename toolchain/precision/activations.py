@@ -92,7 +92,7 @@ def quantize_activations(model: ir.Model, *, smooth: bool) -> ir.Model:
     for group in _groups(model, smooth):
         value, before = group.value, group.readers[0]
         if group.rounded.smoothing == "multiplied":
-            factors = _placeholder(model.graph, group.rounded.factors, group.rounded.dtype, shape_of(value)[-1:])
+            factors = _placeholder(model.graph, group.rounded.factors, group.rounded.dtype, (_inputs(before),))
             value = _insert(before, "Mul", [value, factors], f"{value.name}.smoothed", group.rounded.dtype)
         scale = _placeholder(model.graph, group.rounded.scale, group.rounded.dtype, ())
         constants = [scale, shared_constant(model.graph, ZERO, np.array(0, np.int8))]
@@ -137,8 +137,20 @@ def _norm(value: ir.Value, readers: tuple[ir.Node, ...]) -> tuple[str, ...]:
     # The last step of a norm that was taken apart is a Mul with its weight.
     inputs = norm.inputs[1:] if norm.op_type == "LayerNormalization" else [v for v in norm.inputs if is_weight(v)]
     weights = [v for v in inputs if v is not None]
-    fits = all(is_weight(v) and shape_of(v) == shape_of(value)[-1:] and len(v.uses()) == 1 for v in weights)
+    fits = all(is_weight(v) and shape_of(v) == (_inputs(readers[0]),) and len(v.uses()) == 1 for v in weights)
     return tuple(str(v.name) for v in weights) if fits else ()
+
+
+def _inputs(product: ir.Node) -> int:
+    """How many inputs the quantised matrix of a product has. Of the activation, a graph of several buckets has no
+    shape."""
+    value = product.inputs[1]
+    widened = value.producer() if value is not None else None
+    if widened is not None and widened.op_type == "Transpose" and widened.inputs[0] is not None:
+        widened = widened.inputs[0].producer()
+    assert widened is not None
+    assert widened.inputs[0] is not None
+    return shape_of(widened.inputs[0])[1 - widened.attributes["axis"].as_int()]
 
 
 def _insert(before: ir.Node, op: str, inputs: list[ir.Value], name: str, dtype: ir.DataType) -> ir.Value:
