@@ -19,6 +19,8 @@ LARGEST = 127
 PEAKS = {"int8": LARGEST, "int4": 7, "float8": 448}
 """What the largest magnitude becomes where nothing is clipped."""
 LOWEST = {"int8": -LARGEST, "int4": -8, "float8": -448}
+HALF_STEPS = {"int8": 0.5, "int4": 0.5, "float8": 16.0}
+"""From the largest value to where the next would begin: what is above is lost."""
 CLIPPED = tuple(1 - step / 50 for step in range(21))
 """Shares of the largest magnitude that "mse" tries as the largest that is kept: from all to 0.6 of it."""
 AT_ONCE = 1 << 22
@@ -118,25 +120,25 @@ def _parts(rows: NDArray[Any]) -> int:
 
 def _row_scales(rows: NDArray[np.float32], bits: Bits, method: Scales, dtype: np.dtype[Any]) -> NDArray[Any]:
     peaks = np.abs(rows).max(axis=1, initial=0)
-    best = _typed(peaks / PEAKS[bits], PEAKS[bits], dtype)
+    best = _typed(peaks / PEAKS[bits], PEAKS[bits], HALF_STEPS[bits], dtype)
     if method == "mse":
         least = _errors(rows, best, bits)
         for share in CLIPPED[1:]:
-            scales = _typed(peaks * np.float32(share) / PEAKS[bits], -LOWEST[bits], dtype)
+            scales = _typed(peaks * np.float32(share) / PEAKS[bits], -LOWEST[bits], HALF_STEPS[bits], dtype)
             errors = _errors(rows, scales, bits)
             better = errors < least
             best, least = np.where(better, scales, best), np.where(better, errors, least)
     return best
 
 
-def _typed(exact: NDArray[np.float32], reach: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _typed(exact: NDArray[np.float32], reach: int, half: float, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Scales in their type, in which `reach` times a scale is finite, and none vanishes where it has few bits left."""
     largest = float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
     most = np.array(largest / reach).astype(dtype)
     if float(most) * reach > largest:
         most = np.nextafter(most, np.zeros_like(most))
     scales = np.minimum(exact, np.float32(most)).astype(dtype)
-    clipped = (scales.astype(np.float32) * (reach + 0.5) < exact * reach) & (scales < most)
+    clipped = (scales.astype(np.float32) * (reach + half) < exact * reach) & (scales < most)
     scales = np.where(clipped, np.nextafter(scales, most), scales)
     return np.where(exact == 0, np.ones_like(scales), scales)
 
