@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -203,6 +204,17 @@ def test_what_is_left_of_a_damaged_one_is_not_used(
     partial.write_bytes(damage(partial.read_bytes()))
     assert calibrated(plan).file(RANGES).read_bytes() == expected
     assert len(calls) == 4  # both pictures again
+
+
+def test_a_filesystem_without_links(tiny_model: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(recipe_of(calibration=Calibration(PROMPTS[:1], seeds=(41,), steps=1)), tiny_model, store)
+    linked = forget(calibrated(plan))
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    assert calibrated(plan).file(RANGES).read_bytes() == linked
 
 
 def test_an_old_partial_is_collected(tmp_path: Path) -> None:

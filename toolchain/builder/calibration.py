@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -240,9 +241,13 @@ def _link_all(artifact: Artifact, folder: Path) -> None:
 
 
 def _link(artifact: Artifact, name: str, target: Path) -> None:
-    """A hard link: what it lies in is in the store, gone when the calibration is done, and only read."""
+    """A hard link: what it lies in is in the store, gone when the calibration is done, and only read. A copy where the
+    filesystem has no links."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    os.link(artifact.file(name), target)
+    try:
+        os.link(artifact.file(name), target)
+    except OSError:
+        shutil.copyfile(artifact.file(name), target)
 
 
 class _Position(Observer):
