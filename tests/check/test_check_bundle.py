@@ -21,7 +21,7 @@ import toolchain
 from tests.manifests import edit_manifest
 from toolchain.bundle.bundle import Bundle, read_bundle
 from toolchain.check.compare import compare
-from toolchain.check.components import RECORDED, _recorded
+from toolchain.check.feeds import RECORDED, _recorded
 from toolchain.check.page import render
 from toolchain.check.report import CheckReport
 from toolchain.check.tables import compare_tables

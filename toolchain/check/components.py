@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolchain.bundle.bundle import ANY, Bundle
-from toolchain.check.measure import Arrays, Feed, call, compare_engine
+from toolchain.check.feeds import batches, start_inputs, text_feeds, trajectory
+from toolchain.check.measure import Arrays, Feed, compare_engine
 from toolchain.check.reference import reference_module
 from toolchain.check.report import Entry
 from toolchain.check.rounding import RoundedComponent
@@ -27,11 +28,9 @@ from toolchain.runtime import safety
 from toolchain.runtime.engines import open_engine, open_memory
 from toolchain.runtime.noise import Generator
 from toolchain.runtime.prompt import PromptTokenizer
-from toolchain.runtime.start import draw, normal, place_sampler, place_scales, place_time_ids
-from toolchain.runtime.text import Conditions, place
-from toolchain.sampler.layout import MAX_EVALUATIONS
+from toolchain.runtime.start import normal
+from toolchain.runtime.text import Conditions
 from toolchain.sampler.table import SamplerTable
-from toolchain.signature import GraphSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,8 +38,8 @@ if TYPE_CHECKING:
 F32 = NDArray[np.float32]
 HOST = HostMemory()
 Progress = Callable[[str], None]
-RECORDED = 7
-"""Evaluations of each trajectory that the engine is given: enough for a curve, and a third of a usual schedule."""
+SCALES = {"guidance_rescale": 0.5, "true_cfg": 2.0}
+"""Off by default in every recipe: the check turns them on to see them work."""
 
 
 def compare_components(
@@ -81,10 +80,7 @@ class _Comparison:
             tokenizer = PromptTokenizer(self.bundle.path / folder)
             component = self.family.component(name)
             spec = self.bundle.engine(name, self.bundle.buckets[0]).spec
-            feeds = []
-            for label, encoded in zip(labels, map(tokenizer.encode, texts), strict=True):
-                given = {"ids": encoded.ids, "mask": encoded.mask, "clip_skip": np.zeros(1, np.int64)}
-                feeds.append(Feed(label, {t.name: given[t.name] for t in spec.inputs}))
+            feeds = text_feeds(tokenizer, spec, texts, labels)
             with self._reference(component) as module:
                 compared = self._compare(component, None, module, feeds)
             for text, outputs in zip(texts, compared, strict=True):
@@ -102,12 +98,12 @@ class _Comparison:
                 feeds: list[Feed] = []
                 ends[bucket] = []
                 spec = self.bundle.engine("denoiser", bucket).spec
-                for label, chosen in _batches(len(self.prompts), bucket.batch):
+                for label, chosen in batches(len(self.prompts), bucket.batch):
                     self.progress(f"denoiser {bucket}: reference trajectory, {label}")
                     positives = [conditions[self.prompts[i]] for i in chosen]
-                    inputs = self._start(spec, bucket, tables[bucket], positives, conditions[""])
+                    inputs = start_inputs(self.bundle, bucket, tables[bucket], positives, conditions[""], SCALES)
                     generators = self._generators(bucket.batch)
-                    recorded, latents = _trajectory(module, spec, tables[bucket], inputs, generators, label)
+                    recorded, latents = trajectory(module, spec, tables[bucket], inputs, generators, label)
                     feeds += recorded
                     ends[bucket].append(Feed(f"{label}, final latents", {"latents": latents}))
                 self._compare(component, bucket, module, feeds)
@@ -186,62 +182,7 @@ class _Comparison:
             self.entries += self.rounded.compare(label, spec, feeds, outputs, tolerance)
         return outputs
 
-    def _start(
-        self, spec: GraphSpec, bucket: Bucket, table: SamplerTable, conditions: list[Conditions], empty: Conditions
-    ) -> Arrays:
-        """Inputs of the first evaluation but for state and noise, as the runtime fills its buffers."""
-        inputs: Arrays = {t.name: np.zeros(t.shape, t.dtype) for t in spec.inputs}
-        place_sampler(HOST, inputs, table)
-        # Scales that the recipe has no default for are off by default: the check turns them on to see them work.
-        place_scales(HOST, inputs, {"guidance": self.bundle.default_guidance, "guidance_rescale": 0.5, "true_cfg": 2.0})
-        sizes = (bucket.height, bucket.width, 0, 0, bucket.height, bucket.width)
-        place_time_ids(HOST, inputs, sizes, sizes)
-        place(HOST, inputs, [empty] * len(conditions) if self.guided else [], conditions)
-        return inputs
-
     def _generators(self, batch: int) -> list[Generator]:
         """Another seed for each row, so that two rows that changed places are seen even where prompts repeat."""
         first = self.bundle.recipe.check.seeds[0]
         return [Generator((first + row) % 2**64) for row in range(batch)]
-
-
-def _batches(prompts: int, batch: int) -> Iterator[tuple[str, list[int]]]:
-    """Prompts in groups of `batch`, each with its label; the last group repeats its last prompt."""
-    for first in range(0, prompts, batch):
-        last = min(first + batch, prompts) - 1
-        label = f"prompt {first + 1}" if last == first else f"prompts {first + 1}-{last + 1}"
-        yield label, [min(first + row, last) for row in range(batch)]
-
-
-def _recorded(evaluations: int) -> set[int]:
-    """Which evaluations of a trajectory are compared: RECORDED of them, evenly spaced, the first and the last too."""
-    intervals = RECORDED - 1
-    return {(2 * i * (evaluations - 1) + intervals) // (2 * intervals) for i in range(RECORDED)}
-
-
-def _trajectory(
-    module: nn.Module,
-    spec: GraphSpec,
-    table: SamplerTable,
-    inputs: Arrays,
-    generators: list[Generator],
-    label: str,
-) -> tuple[list[Feed], F32]:
-    """Some of the evaluations with the reference's outputs, and the latents [B, C, h, w] after the last."""
-    inputs["state"][0] = normal(inputs["state"].shape[1:], generators) * np.float32(table.init_noise_sigma)
-    chosen = _recorded(table.evaluations)
-    recorded = []
-    for index, draws in enumerate(table.noise_draws):
-        if index and index % MAX_EVALUATIONS == 0:
-            again = {name: inputs[name].copy() for name in ("timesteps", "table")}
-            inputs = {**inputs, **again, "step": np.zeros_like(inputs["step"])}
-            place_sampler(HOST, inputs, table, index)
-        if draws:
-            draw(HOST, inputs["noise"], generators)
-        outputs = call(module, spec, inputs)
-        if index in chosen:
-            changing = {name: inputs[name].copy() for name in ("state", "step", "noise")}
-            when = f"{label}, evaluation {index + 1} of {table.evaluations}"
-            recorded.append(Feed(when, {**inputs, **changing}, index + 1, outputs))
-        inputs = {**inputs, "state": outputs["next_state"], "step": outputs["next_step"]}
-    return recorded, inputs["state"][0]

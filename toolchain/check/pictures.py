@@ -80,7 +80,7 @@ def judge(drawn: CompiledPicture, reference: Pixels, limits: Mapping[str, float]
     """One picture against the reference's of the same size, both 8-bit [H, W, 3]; `limits` are the recipe's."""
     pair = Pair(reference, drawn.pixels)
     psnr = pair.psnr_db
-    ssim = float(structural_similarity(reference, drawn.pixels, channel_axis=-1, data_range=255))
+    ssim = similarity(reference, drawn.pixels)
     verdicts = {
         "psnr_db": psnr >= limits["psnr_db"],
         "ssim": ssim >= limits["ssim"],
@@ -90,6 +90,11 @@ def judge(drawn: CompiledPicture, reference: Pixels, limits: Mapping[str, float]
     size = f"{reference.shape[0]}x{reference.shape[1]}"
     failed = tuple(name for name, passed in verdicts.items() if not passed)
     return Picture(drawn.prompt, drawn.seed, size, psnr, ssim, failed, pair, mean_flip(reference, drawn.pixels))
+
+
+def similarity(reference: Pixels, pixels: Pixels) -> float:
+    """Structural similarity of two pictures [H, W, 3] of one size."""
+    return float(structural_similarity(reference, pixels, channel_axis=-1, data_range=255))
 
 
 def is_blank(pixels: Pixels) -> bool:
