@@ -21,7 +21,7 @@ LAYERS = (
     ("export", "engines"),
     ("builder", "runtime"),
     ("check",),
-    ("bench", "trace"),
+    ("bench", "trace", "tune"),
     ("api",),
     ("cli",),
     ("__init__",),

@@ -96,6 +96,12 @@ class BundleError(DiffbuildError):
     """A bundle is incomplete, changed since it was built, or made for another device or version."""
 
 
+class BudgetError(DiffbuildError):
+    """A model cannot be tuned to what was asked for: ask for less, or quantise less."""
+
+    exit_code = 3
+
+
 class SignatureError(BundleError):
     """A bundle is not signed by the key that is trusted: do not run it before you know who built it."""
 

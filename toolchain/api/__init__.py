@@ -19,7 +19,7 @@ from toolchain.api.bundles import (
     verify_bundle,
 )
 from toolchain.api.machine import clean_store, examine_machine, list_artifacts, verify_store
-from toolchain.api.recipes import check_recipe_file, shipped_recipes, write_recipe
+from toolchain.api.recipes import check_recipe_file, shipped_recipes, tune_recipe, write_recipe
 
 __all__ = [
     "StepProgress",
@@ -41,6 +41,7 @@ __all__ = [
     "shipped_recipes",
     "sign_bundle",
     "trace_bundle",
+    "tune_recipe",
     "verify_bundle",
     "verify_store",
     "write_recipe",

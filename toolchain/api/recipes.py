@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from toolchain.api.arguments import load
-from toolchain.errors import UsageError
+from toolchain.api.arguments import load, open_store
 
 if TYPE_CHECKING:
     from toolchain.builder.starter import WrittenRecipe
     from toolchain.recipe import Recipe
     from toolchain.recipe.shipped import ShippedRecipe
+    from toolchain.tune.result import Tuned
 
 
 def shipped_recipes() -> list[ShippedRecipe]:
@@ -39,12 +40,10 @@ def write_recipe(
     from toolchain.builder.open_model import open_model
     from toolchain.builder.starter import WrittenRecipe, best_backend, write_starter
     from toolchain.store.files import write_atomic
-    from toolchain.store.outputs import check_output
+    from toolchain.store.outputs import check_new_file
 
     target = Path(output or f"{Path(model).resolve().name}.toml")
-    check_output(target)
-    if target.exists():
-        raise UsageError("the recipe file exists already", where=target, hint="choose another --output, or delete it")
+    check_new_file(target)
     source = open_model(model, revision, config=config, weights=False)
     starter = write_starter(source, backend or best_backend(), target.stem)
     write_atomic(target, starter.text.encode())
@@ -75,3 +74,23 @@ def check_recipe_file(
     if source is not None:
         check_patterns(loaded, source, family)
     return loaded
+
+
+def tune_recipe(
+    recipe: Recipe | str | Path,
+    model: str | Path,
+    output: str | Path,
+    *,
+    store: str | Path | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+    **options: Any,
+) -> Tuned:
+    """Writes a recipe that quantises as much as keeps a budget, and goes on where it stopped.
+
+    options  of `toolchain.tune.command.tune_to_file`
+
+    Raises UsageError for a budget or an output, BudgetError where no recipe keeps it, and what `build` raises.
+    """
+    from toolchain.tune.command import tune_to_file
+
+    return tune_to_file(load(recipe), model, Path(output), open_store(store), progress, **options)

@@ -101,7 +101,9 @@ class _Comparison:
                 for label, chosen in batches(len(self.prompts), bucket.batch):
                     self.progress(f"denoiser {bucket}: reference trajectory, {label}")
                     positives = [conditions[self.prompts[i]] for i in chosen]
-                    inputs = start_inputs(self.bundle, bucket, tables[bucket], positives, conditions[""], SCALES)
+                    scales = {"guidance": self.bundle.default_guidance, **SCALES}
+                    empty = conditions[""] if self.guided else None
+                    inputs = start_inputs(spec, bucket, tables[bucket], positives, empty, scales)
                     generators = self._generators(bucket.batch)
                     recorded, latents = trajectory(module, spec, tables[bucket], inputs, generators, label)
                     feeds += recorded

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from toolchain.bundle.bundle import Bundle
 from toolchain.check.measure import Arrays, Feed, call
 from toolchain.engines.buffers import HostMemory
 from toolchain.recipe import Bucket
@@ -39,23 +38,24 @@ def text_feeds(tokenizer: PromptTokenizer, spec: GraphSpec, texts: Sequence[str]
 
 
 def start_inputs(
-    bundle: Bundle,
+    spec: GraphSpec,
     bucket: Bucket,
     table: SamplerTable,
     conditions: list[Conditions],
-    empty: Conditions,
+    empty: Conditions | None,
     scales: Mapping[str, float],
 ) -> Arrays:
-    """Inputs of the denoiser's first evaluation but for state and noise, as the runtime fills its buffers; `scales` are
-    those beside the guidance."""
-    spec = bundle.engine("denoiser", bucket).spec
+    """Inputs of the denoiser's first evaluation but for state and noise, as the runtime fills its buffers.
+
+    empty   conditions of the unconditional rows; None where there are none
+    scales  of guidance, as far as the step has them
+    """
     inputs: Arrays = {t.name: np.zeros(t.shape, t.dtype) for t in spec.inputs}
     place_sampler(HOST, inputs, table)
-    place_scales(HOST, inputs, {"guidance": bundle.default_guidance, **scales})
+    place_scales(HOST, inputs, scales)
     sizes = (bucket.height, bucket.width, 0, 0, bucket.height, bucket.width)
     place_time_ids(HOST, inputs, sizes, sizes)
-    guided = bundle.recipe.classifier_free_guidance
-    place(HOST, inputs, [empty] * len(conditions) if guided else [], conditions)
+    place(HOST, inputs, [] if empty is None else [empty] * len(conditions), conditions)
     return inputs
 
 

@@ -71,11 +71,14 @@ class RoundedComponent:
         return entries
 
     def _call(self, spec: GraphSpec, inputs: Mapping[str, Any]) -> Arrays:
+        with _Products():  # type: ignore[no-untyped-call]
+            return call(self._built(), spec, inputs)
+
+    def _built(self) -> nn.Module:
         if self._rounded is None:
             self._rounded = self.component.module(self.source, self.recipe)
             self._rounded.load_state_dict(self.reference.state_dict())
-        with _Products():  # type: ignore[no-untyped-call]
-            return call(self._rounded, spec, inputs)
+        return self._rounded
 
     def _network(self, module: nn.Module) -> nn.Module:
         return module.get_submodule(self.component.prefix.rstrip("."))
@@ -85,7 +88,7 @@ class RoundedComponent:
             return f"no value leaves the range of {self.dtype}: precision is lost, not range"
         names = self._too_large(spec, inputs)
         if names is None:
-            names = self._first_not_finite(spec, inputs)
+            names = self.first_not_finite(spec, inputs)
         if not names:
             return f'components.{self.component.name}.dtype = "float32"'
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
@@ -93,42 +96,74 @@ class RoundedComponent:
         return f"components.{self.component.name}.keep_float32 = [{listed}]{more}"
 
     def _too_large(self, spec: GraphSpec, inputs: Mapping[str, Any]) -> list[str] | None:
-        """The smallest modules around the values of the reference that the type cannot hold, which take and give only
-        values that it can: kept in float32, nothing overflows between them.
-
-        Empty where only the whole component encloses them, such as in a residual stream; None where no module gives
-        such a value.
-        """
-        limit = torch.finfo(getattr(torch, self.dtype)).max
-        network = self._network(self.reference)
-        fits: dict[str, bool] = {}
-        gives: dict[str, bool] = {}
-
-        def hook(name: str, given: Any, output: Any) -> None:
-            gives[name] = gives.get(name, True) and _largest(output) <= limit
-            fits[name] = fits.get(name, True) and gives[name] and _largest(given) <= limit
-
-        with _watched(network, hook):
+        """See `Watch.modules`."""
+        with Watch(self._network(self.reference), float(torch.finfo(getattr(torch, self.dtype)).max)) as watch:
             call(self.reference, spec, inputs)
-        enclosing = {_enclosing(name, fits) for name, fit in gives.items() if not fit}
-        if not enclosing:
-            return None
-        if "" in enclosing:
-            return []
-        return sorted(name for name in enclosing if not any(name.startswith(f"{outer}.") for outer in enclosing))
+        return watch.modules()
 
-    def _first_not_finite(self, spec: GraphSpec, inputs: Mapping[str, Any]) -> list[str]:
+    def first_not_finite(self, spec: GraphSpec, inputs: Mapping[str, Any]) -> list[str]:
         """The module inside which a value that no module gives becomes too large; none where there is no such."""
-        assert self._rounded is not None
         overflowing: list[str] = []
 
         def hook(name: str, given: Any, output: Any) -> None:
             if not overflowing and name and _largest(output) == torch.inf and _largest(given) < torch.inf:
                 overflowing.append(name)
 
-        with _watched(self._network(self._rounded), hook):
+        with _watched(self._network(self._built()), hook):
             self._call(spec, inputs)
         return overflowing
+
+    def is_finite(self, spec: GraphSpec, inputs: Mapping[str, Any]) -> bool:
+        """Whether every floating output is finite."""
+        outputs = self._call(spec, inputs).values()
+        return all(np.isfinite(o).all() for o in outputs if np.issubdtype(o.dtype, np.floating))
+
+
+class Watch:
+    """Watches which modules of a network give values that a type cannot hold, over all calls while it is entered.
+
+    limit    of the type
+    largest  by module: the largest magnitude that it was given or gave
+    """
+
+    def __init__(self, network: nn.Module, limit: float) -> None:
+        self.limit = limit
+        self.largest: dict[str, float] = {}
+        self._fits: dict[str, bool] = {}
+        self._gives: dict[str, bool] = {}
+        self._watching = _watched(network, self._see)
+
+    def __enter__(self) -> Watch:
+        self._watching.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._watching.__exit__(*error)
+
+    def _see(self, name: str, given: Any, output: Any) -> None:
+        gives, takes = _largest(output), _largest(given)
+        self._gives[name] = self._gives.get(name, True) and gives <= self.limit
+        self._fits[name] = self._fits.get(name, True) and self._gives[name] and takes <= self.limit
+        self.largest[name] = max(self.largest.get(name, 0.0), gives, takes)
+
+    def modules(self) -> list[str] | None:
+        """The smallest modules around the values that the type cannot hold, which take and give only values that it
+        can: kept in float32, nothing overflows between them.
+
+        Empty where only the whole network encloses them, such as in a residual stream; None where no module gives such
+        a value.
+        """
+        around = {_enclosing(name, self._fits) for name, fit in self._gives.items() if not fit}
+        if not around:
+            return None
+        if "" in around:
+            return []
+        return sorted(name for name in around if not any(name.startswith(f"{outer}.") for outer in around))
+
+    def reached(self, module: str) -> float:
+        """The largest magnitude in a module and those inside it."""
+        inside = (v for name, v in self.largest.items() if name == module or name.startswith(f"{module}."))
+        return max(self.largest.values() if not module else inside, default=0.0)
 
 
 def _enclosing(name: str, fits: Mapping[str, bool]) -> str:

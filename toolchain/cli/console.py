@@ -106,7 +106,7 @@ class CommandLine(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            resumes = ctx.invoked_subcommand in ("build", "export", "calibrate")
+            resumes = ctx.invoked_subcommand in ("build", "export", "calibrate", "tune")
             terminal.echo("interrupted" + ("; the same command goes on from here" if resumes else ""), err=True)
             raise click.exceptions.Exit(INTERRUPTED) from None
 

@@ -19,10 +19,11 @@ from toolchain.cli.inspect import inspect
 from toolchain.cli.recipes import init, recipe_group, recipes
 from toolchain.cli.sign import sign, verify
 from toolchain.cli.trace import trace
+from toolchain.cli.tune import tune
 
 COMMANDS = (
     *(plan, build, export, calibrate),
-    *(generate, check, bench, trace, inspect, sign, verify),
+    *(generate, check, bench, tune, trace, inspect, sign, verify),
     *(recipes, init, recipe_group),
     *(cache, doctor),
 )

@@ -23,6 +23,13 @@ def check_output(path: str | Path | None) -> None:
         raise UsageError("the folder of the output is not writable", where=folder, hint="choose another --output")
 
 
+def check_new_file(path: Path) -> None:
+    """`check_output` for a recipe, which a user may have changed: it is never replaced. Raises UsageError."""
+    check_output(path)
+    if path.exists():
+        raise UsageError("the recipe file exists already", where=path, hint="choose another --output, or delete it")
+
+
 def check_outputs(report: str | Path | None, html: str | Path | None) -> None:
     """`check_output` for the two files of a check, which must not be one. Raises UsageError."""
     check_output(report)
