@@ -39,8 +39,8 @@ _NAMES = {
         precision.weight_only weights.derived weights.mapped weights.safetensors
     """,
     "check.gate": """
-        bundle.bundle bundle.provenance bundle.signing check.clip check.compare check.components check.flip check.gate
-        check.measure check.pictures check.reference check.report check.rounding check.step_time check.tables
+        bundle.bundle bundle.provenance bundle.signing check.clip check.compare check.components check.feeds check.flip
+        check.gate check.measure check.pictures check.reference check.report check.rounding check.step_time check.tables
         cuda.capacity cuda.capturing cuda.driver cuda.graphs cuda.loop cuda.memory cuda.staging engines.backend
         engines.buffers engines.builders engines.device_buffers engines.onnxruntime.activations
         engines.onnxruntime.build engines.onnxruntime.device engines.onnxruntime.integer
