@@ -234,3 +234,11 @@ def test_the_backend_is_the_fastest_that_runs_here(monkeypatch: pytest.MonkeyPat
 def test_the_kinds_of_backend_are_all_here() -> None:
     """A recipe for another backend would be built above as if it were for the CPU."""
     assert {load_recipe(path).backend for path in RECIPES} == {"onnxruntime", "tensorrt", "tensorrt_rtx"}
+
+
+def test_the_list_tells_what_is_quantised() -> None:
+    lines = CliRunner().invoke(cli, ["recipes"]).stdout.splitlines()
+    shown = {line.split()[0]: " ".join(line.split()[3:]) for line in lines}
+    assert shown["shapes-fp32"] == "CPU float32"
+    assert shown["shapes-int8w"] == "CPU float32 with int8"
+    assert shown["flux1-dev-int4-rtx"].startswith("NVIDIA GPU bfloat16 with int4, text_encoder bfloat16")

@@ -22,7 +22,7 @@ from toolchain.terminal import table
 
 if TYPE_CHECKING:
     from toolchain.builder.starter import WrittenRecipe
-    from toolchain.recipe import Recipe
+    from toolchain.recipe import ComponentRecipe, Recipe
     from toolchain.recipe.shipped import ShippedRecipe
 
 BACKENDS = ("onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx")
@@ -90,9 +90,17 @@ def _runs_on(recipe: Recipe) -> str:
 
 def _precisions(recipe: Recipe) -> str:
     """The denoiser's type, then what differs from it."""
-    dtype = recipe.component("denoiser").dtype
-    others = [f"{name} {part.dtype}" for name, part in recipe.components.items() if part.dtype != dtype]
-    return ", ".join([dtype, *others])
+    usual = _precision(recipe.component("denoiser"))
+    others = [f"{name} {_precision(part)}" for name, part in recipe.components.items() if _precision(part) != usual]
+    return ", ".join([usual, *others])
+
+
+def _precision(component: ComponentRecipe) -> str:
+    table = component.quantize
+    if table is None:
+        return component.dtype
+    activations = "" if table.activations == "none" else f" x {table.activations}"
+    return f"{component.dtype} with {table.weights}{activations}"
 
 
 def _recipes_json(listed: Sequence[ShippedRecipe]) -> dict[str, Any]:
