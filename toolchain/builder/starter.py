@@ -113,6 +113,7 @@ def _distance(recipe: Recipe, family: Family, backend: Builder[Any], source: Mod
         guided != (recipe.sampling.guidance > 0),  # a model that was distilled to draw without guidance
         recipe.backend != backend.name,
         dtypes != {"float32"} if on_cpu else dtypes == {"float32"} or not dtypes <= {*backend.dtypes},
+        any(component.quantize is not None for component in recipe.components.values()),  # wants limits of its own
         native_bucket(family, source) not in recipe.buckets,
         recipe.name,
     )
