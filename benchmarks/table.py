@@ -166,6 +166,18 @@ def score(found: dict[str, Any]) -> Iterator[Row]:
     yield f"`shapes` on {found['captions']} held-out captions", f"{facts} right"
 
 
+def calibration(found: dict[str, Any]) -> Iterator[Row]:
+    names = {"shapes": "`shapes`", "sd15_half_width": "SD 1.5 at half width, 256x256"}
+    for key in (key for key in names if key in found):
+        row = found[key]
+        what = f"calibration of {names[key]}, per picture of {row['steps']} steps"
+        size = f"a file of {row['file_bytes'] / 1e6:.1f} MB"
+        yield (
+            what,
+            f"{row['ratio']:.2f} times as long as drawing it, {len(row['ratios'])} pairs on a shared machine; {size}",
+        )
+
+
 def quality(found: dict[str, Any]) -> Iterator[Row]:
     against = found["against"]
     for name, measured in found["bundles"].items():
@@ -191,6 +203,7 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
     "rtx_quantized": ("benchmarks/rtx_build.py", rtx_builds),
     "host_work": ("benchmarks/host_work.py", host_work),
     "quality": ("benchmarks/quality.py", quality),
+    "calibration": ("benchmarks/calibration.py", calibration),
     "shapes-score": ("examples/shapes/evaluate.py", score),
 }
 """Result -> the script that wrote it, and its rows."""
