@@ -204,6 +204,7 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
     "host_work": ("benchmarks/host_work.py", host_work),
     "quality": ("benchmarks/quality.py", quality),
     "calibration": ("benchmarks/calibration.py", calibration),
+    "quality_int4": ("benchmarks/quality.py", quality),
     "shapes-score": ("examples/shapes/evaluate.py", score),
 }
 """Result -> the script that wrote it, and its rows."""
