@@ -164,10 +164,10 @@ def test_a_denoiser_with_weights_in_few_bits(graph: Graph, family: str, dtype: s
     assert parsed.build(*TARGETS[form.bits]) is not None, parsed.errors()
 
 
-def in_int8(backend: str, exported: ir.Model) -> ir.Model:
+def in_eight_bits(backend: str, exported: ir.Model, form: Form = FORMS[0]) -> ir.Model:
     """Weights and smoothed activations, as a build makes it of a graph."""
     builder = BUILDERS[backend]
-    quantized = quantize_weights(builder.prepare(exported), ())
+    quantized = quantize_weights(builder.prepare(exported), (), form)
     return builder.prepare_quantized(quantize_activations(quantized, smooth=True))
 
 
@@ -176,11 +176,11 @@ def in_int8(backend: str, exported: ir.Model) -> ir.Model:
 def test_a_denoiser_in_int8(graph: Graph, family: str, dtype: str) -> None:
     """One plan for all targets; on ONNX Runtime every quantised product of float32 has an integer kernel."""
     exported = graph(family, "denoiser", dtype, True, 0)
-    quantized = in_int8("tensorrt_rtx", exported)
+    quantized = in_eight_bits("tensorrt_rtx", exported)
     check_types(quantized)
     assert refusals(quantized) == []
     if dtype != "bfloat16":
-        prepared = in_int8("onnxruntime", exported)
+        prepared = in_eight_bits("onnxruntime", exported)
         check_types(prepared)
         require_session(prepared)
         kernels = [node.op_type for node in fuse_integer_products(prepared).graph if node.domain]
@@ -190,6 +190,21 @@ def test_a_denoiser_in_int8(graph: Graph, family: str, dtype: str) -> None:
     parsed = Parsed(quantized)
     assert parsed.refused == []
     assert parsed.build() is not None, parsed.errors()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", MAKERS)
+def test_a_denoiser_in_float8(graph: Graph, family: str, dtype: str) -> None:
+    exported = graph(family, "denoiser", dtype, True, 0)
+    quantized = in_eight_bits("tensorrt_rtx", exported, FORMS[2])
+    check_types(quantized)
+    assert refusals(quantized) == []
+    if dtype != "bfloat16":
+        require_session(in_eight_bits("onnxruntime", exported, FORMS[2]))
+    real_trt()
+    parsed = Parsed(quantized)
+    assert parsed.refused == []
+    assert parsed.build(*TARGETS["float8"]) is not None, parsed.errors()
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.bits)
@@ -211,8 +226,8 @@ def placeholders(model: ir.Model) -> dict[str, list[int]]:
 
 
 def test_two_buckets_in_int8_as_one_graph(graph: Graph) -> None:
-    merged = in_int8("tensorrt_rtx", merge_buckets([graph("sd", "denoiser", "float16", True, n) for n in (0, 1)]))
-    first = in_int8("tensorrt_rtx", graph("sd", "denoiser", "float16", True, 0))
+    merged = in_eight_bits("tensorrt_rtx", merge_buckets([graph("sd", "denoiser", "float16", True, n) for n in (0, 1)]))
+    first = in_eight_bits("tensorrt_rtx", graph("sd", "denoiser", "float16", True, 0))
     assert placeholders(merged) == placeholders(first)  # of which the weight file is made
     check_types(merged)
     assert refusals(merged) == []

@@ -161,7 +161,7 @@ def test_its_own_schedulers_and_steps_fit_the_model(path: Path, models: Callable
 
 STARTERS = {  # family, backend -> which shipped recipe is cut to it, and the denoiser's type
     ("sd", "onnxruntime"): ("shapes-fp32", "float32"),  # of the tiny model's size
-    ("sd", "onnxruntime_cuda"): ("sd15-fp16", "float16"),
+    ("sd", "onnxruntime_cuda"): ("shapes-fp16", "float16"),
     ("sd", "tensorrt"): ("sd15-fp16-tensorrt", "float16"),
     ("sd", "tensorrt_rtx"): ("sd15-fp16-rtx", "float16"),
     ("sdxl", "onnxruntime"): ("sdxl-fp32", "float32"),

@@ -12,7 +12,8 @@ from tests.precision.test_weight_only import initializers, product, three_convol
 from toolchain.graph.parser_rules import refusals
 from toolchain.graph.typed import check_types
 from toolchain.precision.activations import quantize_activations, quantized_products, rounded_activations
-from toolchain.precision.weight_only import quantize_weights
+from toolchain.precision.stored import Form
+from toolchain.precision.weight_only import INT8, quantize_weights
 
 PAIR = ["QuantizeLinear", "DequantizeLinear"]
 
@@ -22,8 +23,8 @@ def added(found: ir.Model) -> dict[str, tuple[str, list[Any]]]:
     return {name: kind for name, kind in initializers(found).items() if ".input." in name}
 
 
-def rounded(made: ir.Model, *, smooth: bool = False) -> ir.Model:
-    return quantize_activations(quantize_weights(made, ()), smooth=smooth)
+def rounded(made: ir.Model, form: Form = INT8, *, smooth: bool = False) -> ir.Model:
+    return quantize_activations(quantize_weights(made, (), form), smooth=smooth)
 
 
 @pytest.mark.parametrize("dtype", [F32, ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
@@ -48,6 +49,23 @@ def test_1_a_product_reads_its_input_through_a_pair(
     assert initializers(found)["zero.int8"] == ("INT8", [])
     check_types(found)
     assert refusals(found) == []
+
+
+def test_1_beside_a_weight_in_float8_it_is_float8() -> None:
+    found = rounded(product("MatMul", (64, 128)), Form("float8"))
+    assert ops(found) == ["DequantizeLinear", *PAIR, "MatMul"]
+    assert initializers(found)["zero.float8"] == ("FLOAT8E4M3FN", [])
+    (narrow,) = (node for node in found.graph if node.op_type == "QuantizeLinear")
+    assert narrow.outputs[0].dtype == ir.DataType.FLOAT8E4M3FN
+    weights_alone = quantize_weights(product("MatMul", (64, 128)), (), Form("float8"))
+    (activation,) = rounded_activations(weights_alone, smooth=False)
+    assert activation.bits == "float8"
+    check_types(found)
+    assert refusals(found) == []
+
+
+def test_beside_a_weight_in_int4_nothing_is_rounded() -> None:
+    assert "QuantizeLinear" not in ops(rounded(product("MatMul", (64, 128)), Form("int4", 32)))
 
 
 @pytest.mark.parametrize("op", ["Conv", "ConvTranspose"])
@@ -159,5 +177,6 @@ def test_5_a_norm_before_it_has_the_factors_in_its_weights(made: ir.Model, norm:
 
 def test_products_are_named_after_their_weights() -> None:
     made = quantize_weights(product("MatMul", (128, 64), flipped=True), ())
-    assert [(name, node.op_type) for name, node in quantized_products(made)] == [("linear.weight", "MatMul")]
-    assert list(quantized_products(product("MatMul", (64, 128)))) == []
+    assert [(name, node.op_type) for name, node in quantized_products(made, "int8")] == [("linear.weight", "MatMul")]
+    assert list(quantized_products(made, "float8")) == []
+    assert list(quantized_products(product("MatMul", (64, 128)), "int8")) == []

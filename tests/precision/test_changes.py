@@ -17,6 +17,7 @@ from toolchain.errors import CalibrationError
 from toolchain.precision.activations import Rounded, quantize_activations, rounded_activations
 from toolchain.precision.changes import FURTHEST, Changes, changes_of, smoothing
 from toolchain.precision.ranges import BINS, Range
+from toolchain.precision.stored import Bits
 from toolchain.precision.weight_only import quantize_weights
 from toolchain.weights.derived import find_tensors, input_peaks, weight_uses
 from toolchain.weights.mapped import read_header
@@ -36,8 +37,8 @@ def channels(*peaks: float) -> Range:
     return Range(array, array.max(axis=1), np.zeros(BINS, np.int64))
 
 
-def plain(*weights: str, dtype: ir.DataType = ir.DataType.FLOAT) -> Rounded:
-    return Rounded(weights, dtype, "none")
+def plain(*weights: str, dtype: ir.DataType = ir.DataType.FLOAT, bits: Bits = "int8") -> Rounded:
+    return Rounded(weights, dtype, bits, "none")
 
 
 def test_a_scale_is_the_largest_magnitude_over_127() -> None:
@@ -45,6 +46,7 @@ def test_a_scale_is_the_largest_magnitude_over_127() -> None:
     assert changes_of([plain("a")], ranges, "max", {}, 0).added == {"a.input.scales": 2}
     assert changes_of([plain("a")], ranges, "first_steps=0.5", {}, 0).added == {"a.input.scales": 1}
     assert changes_of([plain("a", "b")], ranges, "max", {}, 0).added == {"a.input.scales": 4}
+    assert changes_of([plain("a", bits="float8")], {"a": of(896)}, "max", {}, 0).added == {"a.input.scales": 2}
 
 
 @pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
@@ -81,7 +83,7 @@ def test_smoothing_factors() -> None:
 
 def test_projections_of_one_activation_share_their_factors() -> None:
     """The largest weight of all decides. What is in the graph, rounded, undoes what the weights are multiplied with."""
-    activation = Rounded(("k", "q"), ir.DataType.FLOAT16, "multiplied")
+    activation = Rounded(("k", "q"), ir.DataType.FLOAT16, "int8", "multiplied")
     peaks = {"q": np.float32([1, 1]), "k": np.float32([4, 1])}
     changes = changes_of([activation], dict.fromkeys("kq", channels(16, 9)), "max", peaks, 0.5)
     np.testing.assert_array_equal(changes.added["k.input.factors"], np.float16([1 / 2, 1 / 3]))
@@ -91,7 +93,7 @@ def test_projections_of_one_activation_share_their_factors() -> None:
 
 
 def test_another_method_keeps_its_share_of_the_largest() -> None:
-    activation = Rounded(("a",), ir.DataType.FLOAT, "multiplied")
+    activation = Rounded(("a",), ir.DataType.FLOAT, "int8", "multiplied")
     range_ = Range(np.float32([[8, 4], [16, 9]]), np.float32([8, 16]), np.zeros(BINS, np.int64))
     scales = [
         float(changes_of([activation], {"a": range_}, method, {"a": np.float32([1, 1])}, 0.5).added["a.input.scales"])

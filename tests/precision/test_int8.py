@@ -53,6 +53,22 @@ def test_a_family_draws_nearly_the_same_in_int8(family: str, build: Build, tmp_p
     assert any(line.startswith(said) for line in bundle_lines(inspection))
 
 
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_a_family_draws_nearly_the_same_in_float8(family: str, build: Build, tmp_path: Path) -> None:
+    """ONNX Runtime rounds as a GPU would and computes in float32."""
+    folder = MAKERS[family](tmp_path / "model")
+    plain = build(f"{family}-plain", folder, f'family = "{family}"\n{PLAIN}')
+    pictures = [plain(["a red circle"] * 2, seed=[0, 1]).images]
+    for activations in ("none", "float8"):
+        table = f'[components.denoiser.quantize]\nweights = "float8"\nactivations = "{activations}"\n'
+        small = build(f"{family}-{activations}", folder, f'family = "{family}"\n{PLAIN}{table}{CALIBRATION}')
+        pictures.append(small(["a red circle"] * 2, seed=[0, 1]).images)
+    assert bundle_json(api.inspect_bundle(small.bundle.path))["quantized"]["denoiser"]["inputs"] > 5
+    assert "QuantizeLinear" in operators(small.bundle, "denoiser")
+    weights, both = (least_psnr_db(pictures[0], other) for other in pictures[1:])  # type: ignore[arg-type]
+    assert 25 <= both < weights < 60, (weights, both)
+
+
 @pytest.fixture(scope="module")
 def planned(tiny_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Plans a recipe in the shared store, in which the one of TEXT is built."""
@@ -117,8 +133,9 @@ def test_ranges_of_another_model_are_refused(planned: Any, tmp_path: Path) -> No
 BAD = [
     (TEXT.replace(CALIBRATION, ""), RecipeError, "the recipe says nothing of what to calibrate with"),
     (TEXT.replace("denoiser", "text_encoder"), RecipeError, "text_encoder.quantize.activations: no ranges are known"),
-    (TEXT.replace('weights = "int8"', 'weights = "int4"'), RecipeError, "activations: only beside weights in int8"),
-    (TEXT.replace('weights = "int8"', 'weights = "float8"'), RecipeError, "activations: only beside weights in int8"),
+    (TEXT.replace('weights = "int8"', 'weights = "int4"'), RecipeError, 'of the same type (expected "none", weights'),
+    (TEXT.replace('weights = "int8"', 'weights = "float8"'), RecipeError, 'same type (expected "float8" or "none", w'),
+    (TEXT.replace('activations = "int8"', 'activations = "float8"'), RecipeError, '(expected "int8" or "none", w'),
     (TEXT.replace("denoiser", "vae_encoder"), RecipeError, "vae_encoder.quantize.activations: no ranges are known"),
     (TEXT.replace(INT8, f'{INT8}ranges = "most"\n'), RecipeError, f"ranges: unknown method (expected {EXPECTED}"),
     (TEXT.replace('activations = "int8"', "smoothing = 0.5"), RecipeError, "quantize.smoothing: needs activations"),

@@ -22,12 +22,12 @@ def quantize_problems(component: str, quantize: Quantize) -> list[str]:
         problems.append(f"ranges: unknown method ({error}, got {quantize.ranges!r})")
     if quantize.activations == "none":
         unused = (("ranges", quantize.ranges != "max"), ("smoothing", quantize.smoothing > 0))
-        problems += [
-            f'{key}: needs activations (expected activations = "int8" beside it)' for key, set_ in unused if set_
-        ]
-    elif quantize.weights != "int8":
+        expected = 'expected activations = "int8" or "float8" beside it'
+        problems += [f"{key}: needs activations ({expected})" for key, set_ in unused if set_]
+    elif quantize.weights != quantize.activations:
         got = quantize.weights
-        problems.append(f'activations: only beside weights in int8 (expected "none", weights are {got})')
+        expected = '"none"' if got == "int4" else f'"{got}" or "none"'
+        problems.append(f"activations: only beside weights of the same type (expected {expected}, weights are {got})")
     elif component not in CALIBRATED:
         can = " and ".join(CALIBRATED)
         problems.append(f'activations: no ranges are known of {component} (expected "none"; {can} have some)')

@@ -110,6 +110,7 @@ def _distance(recipe: Recipe, family: Family, backend: Builder[Any], source: Mod
     dtypes = {component.dtype for component in recipe.components.values()} or {"float32"}
     return (
         False,
+        recipe.quantizes,  # whose limits and exceptions were found on another model
         guided != (recipe.sampling.guidance > 0),  # a model that was distilled to draw without guidance
         recipe.backend != backend.name,
         dtypes != {"float32"} if on_cpu else dtypes == {"float32"} or not dtypes <= {*backend.dtypes},

@@ -1,7 +1,8 @@
 """X -> QuantizeLinear -> DequantizeLinear -> product: activations in eight bits where quantised weights meet them.
 
-Symmetric int8 with one scale per tensor, in the activation's own float type. The zero point is written out: without one
-QuantizeLinear makes uint8. Scales are placeholders as weights are; `precision.changes` computes them.
+Symmetric int8, or float8 beside weights in float8, with one scale per tensor, in the activation's own float type. The
+zero point is written out: without one QuantizeLinear makes uint8. Scales are placeholders as weights are;
+`precision.changes` computes them.
 
 1. The activation that a Conv, ConvTranspose, Gemm or MatMul multiplies with a quantised weight is read through a pair.
 2. All readers of one activation share its pair and its scale, as the projections to query, key and value do.
@@ -23,9 +24,10 @@ import onnx_ir as ir
 from toolchain.graph.insert import shape_of, shared_constant
 from toolchain.graph.placeholder import is_weight, placeholder
 from toolchain.graph.transpose import SUFFIX
-from toolchain.precision.stored import SCALES, VALUES
+from toolchain.precision.stored import DTYPES, SCALES, Bits
 
-ZERO = "zero.int8"
+ROUNDED: tuple[Bits, ...] = ("int8", "float8")
+"""What activations can be rounded to, beside weights of the same type."""
 SCALE, FACTORS = f".input{SCALES}", ".input.factors"
 
 
@@ -35,12 +37,14 @@ class Rounded:
 
     weights    that it is multiplied with, by their names in the checkpoint
     dtype      its type
+    bits       what it is rounded to
     smoothing  whether each channel is divided by a number of its own, and where
     norm       initializers that hold it where it is "folded"
     """
 
     weights: tuple[str, ...]
     dtype: ir.DataType
+    bits: Bits
     smoothing: Literal["none", "multiplied", "folded"]
     norm: tuple[str, ...] = ()
 
@@ -64,13 +68,13 @@ class _Group:
     rounded: Rounded
 
 
-def quantized_products(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
-    """Every node that multiplies with a weight in int8, and the name of that weight in the checkpoint."""
+def quantized_products(model: ir.Model, bits: Bits) -> Iterator[tuple[str, ir.Node]]:
+    """Every node that multiplies with a weight in such bits, and the name of that weight in the checkpoint."""
     for node in model.graph:
         value = node.inputs[0] if node.op_type == "DequantizeLinear" else None
-        if value is None or not is_weight(value) or not str(value.name).endswith(VALUES):
+        if value is None or not is_weight(value) or not str(value.name).endswith(f".{bits}"):
             continue
-        name = str(value.name).removesuffix(VALUES).removesuffix(SUFFIX)
+        name = str(value.name).removesuffix(f".{bits}").removesuffix(SUFFIX)
         for reader, _ in node.outputs[0].uses():
             turned = reader.op_type == "Transpose"
             yield name, next(r for r, _ in reader.outputs[0].uses()) if turned else reader
@@ -87,7 +91,7 @@ def added_names(model: ir.Model) -> set[str]:
 
 
 def quantize_activations(model: ir.Model, *, smooth: bool) -> ir.Model:
-    """A copy that rounds the inputs of all products with int8 weights to int8."""
+    """A copy that rounds the inputs of all products with weights in int8 or float8 to the same."""
     model = model.clone()
     for group in _groups(model, smooth):
         value, before = group.value, group.readers[0]
@@ -95,18 +99,23 @@ def quantize_activations(model: ir.Model, *, smooth: bool) -> ir.Model:
             factors = _placeholder(model.graph, group.rounded.factors, group.rounded.dtype, (_inputs(before),))
             value = _insert(before, "Mul", [value, factors], f"{value.name}.smoothed", group.rounded.dtype)
         scale = _placeholder(model.graph, group.rounded.scale, group.rounded.dtype, ())
-        constants = [scale, shared_constant(model.graph, ZERO, np.array(0, np.int8))]
-        integers = _insert(before, "QuantizeLinear", [value, *constants], f"{value.name}.int8", ir.DataType.INT8)
-        kept = _insert(before, "DequantizeLinear", [integers, *constants], f"{value.name}.kept", group.rounded.dtype)
+        bits, dtype = group.rounded.bits, DTYPES[group.rounded.bits]
+        constants = [scale, shared_constant(model.graph, f"zero.{bits}", np.array(0).astype(dtype.numpy()))]
+        narrow = _insert(before, "QuantizeLinear", [value, *constants], f"{value.name}.{bits}", dtype)
+        kept = _insert(before, "DequantizeLinear", [narrow, *constants], f"{value.name}.kept", group.rounded.dtype)
         for node in group.readers:
             node.replace_input_with(0, kept)
     return model
 
 
 def _groups(model: ir.Model, smooth: bool) -> list[_Group]:
+    return [group for bits in ROUNDED for group in _groups_of(model, bits, smooth)]
+
+
+def _groups_of(model: ir.Model, bits: Bits, smooth: bool) -> list[_Group]:
     order = {node: index for index, node in enumerate(model.graph)}
     readers: dict[ir.Value, dict[ir.Node, str]] = {}
-    for name, node in quantized_products(model):
+    for name, node in quantized_products(model, bits):
         value = node.inputs[0]
         before = value.producer() if value is not None else None
         if value is None or value.const_value is not None or (before and before.op_type == "DequantizeLinear"):
@@ -120,7 +129,7 @@ def _groups(model: ir.Model, smooth: bool) -> list[_Group]:
         assert value.dtype is not None
         smoothing: Literal["none", "multiplied", "folded"]
         smoothing = "none" if not (smooth and products) else "folded" if norm else "multiplied"
-        groups.append(_Group(value, nodes, Rounded(tuple(sorted(names.values())), value.dtype, smoothing, norm)))
+        groups.append(_Group(value, nodes, Rounded(tuple(sorted(names.values())), value.dtype, bits, smoothing, norm)))
     return groups
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from toolchain.errors import CalibrationError
 from toolchain.precision.activations import Rounded
 from toolchain.precision.ranges import Range, Ranges
-from toolchain.precision.rounding import LARGEST
+from toolchain.precision.rounding import PEAKS
 
 FURTHEST = 1e4
 """A channel that hardly fired is not blown up beyond float16."""
@@ -54,7 +54,7 @@ def check_ranges(activations: Sequence[Rounded], ranges: Ranges, method: str) ->
     if problems:
         shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise CalibrationError(
-            "the inputs of weights that are to be multiplied in int8 have no range:\n    " + "\n    ".join(shown),
+            "the inputs of weights that are to be multiplied in eight bits have no range:\n    " + "\n    ".join(shown),
             hint="calibrate this model again, or name the modules in quantize.exclude",
         )
 
@@ -84,7 +84,7 @@ def changes_of(activations: Sequence[Rounded], ranges: Ranges, method: str, peak
             largest *= float((_channels(seen) * exact).max() / _channels(seen).max())
         # No smaller than a scale that its type has all bits of.
         least = float(np.finfo(np.float16).tiny) if dtype == np.float16 else float(np.finfo(np.float32).tiny)
-        added[activation.scale] = np.array(max(largest / LARGEST, least)).astype(dtype)
+        added[activation.scale] = np.array(max(largest / PEAKS[activation.bits], least)).astype(dtype)
     return Changes(added, factors)
 
 

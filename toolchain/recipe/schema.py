@@ -43,7 +43,7 @@ class Quantize:
     weights      the type of convolutions' and matrix products' weights
     exclude      dotted module names or fnmatch patterns that are left alone
     scales       "max" keeps the largest weight of every scale, "mse" clips it where the squared error is then least
-    activations  the type that the inputs of quantised weights are rounded to; "none" leaves them as they are
+    activations  the type that the inputs of quantised weights are rounded to, that of the weights; "none" leaves them
     ranges       how a calibration's ranges become scales, as `precision.ranges.parse_method` takes it
     smoothing    how much of the magnitude of a linear layer's input is moved into its weights: SmoothQuant's alpha
     block_size   weights in int4 along the inputs of a linear layer that share a scale; 0 takes `BLOCK`
@@ -53,7 +53,7 @@ class Quantize:
     weights: Literal["int8", "int4", "float8"]
     exclude: tuple[Text, ...] = ()
     scales: Literal["max", "mse"] = "max"
-    activations: Literal["none", "int8"] = "none"
+    activations: Literal["none", "int8", "float8"] = "none"
     ranges: Text = "max"
     smoothing: ShareOrNone = 0.0
     block_size: BlockSize = 0

@@ -28,9 +28,9 @@ def as_products(model: ir.Model) -> ir.Model:
     """A copy of a graph whose weights and activations were quantised, with all that decides the weight file."""
     model = model.clone()
     for node in list(model.graph):
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.inputs) == 3:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and _zero(node) == ir.DataType.INT8:
             _shift(model.graph, node)
-    for _, node in list(quantized_products(model)):
+    for _, node in list(quantized_products(model, "int8")):
         value = node.inputs[0]
         if value is not None and value.dtype == ir.DataType.FLOAT and _rounded(value) is not None:
             if node.op_type == "Conv":
@@ -39,6 +39,12 @@ def as_products(model: ir.Model) -> ir.Model:
                 _gemm(model.graph, node)
     common.RemoveUnusedNodesPass()(model)
     return model
+
+
+def _zero(node: ir.Node) -> ir.DataType | None:
+    """The type of the zero point, which only activations have."""
+    zero = node.inputs[2] if len(node.inputs) == 3 else None
+    return None if zero is None else zero.dtype
 
 
 def _shift(graph: ir.Graph, node: ir.Node) -> None:
