@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 
 import toolchain
+from tests.engines.test_onnxruntime_memory import require_what_onnxruntime_does
 from tests.parity import Build, least_psnr_db
 from tests.precision.test_engines import MAKERS, PLAIN
 from toolchain import api
@@ -70,8 +71,20 @@ def test_a_family_draws_nearly_the_same_in_float8(family: str, build: Build, tmp
 
 
 @pytest.fixture(scope="module")
-def planned(tiny_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Plans a recipe in the shared store, in which the one of TEXT is built."""
+def bundle(tiny_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> toolchain.Bundle:
+    """The recipe of TEXT, built in the shared store."""
+    folder = tmp_path_factory.mktemp("built")
+    (folder / "tiny-int8.toml").write_text(TEXT)
+    return toolchain.build(folder / "tiny-int8.toml", str(tiny_model), folder / "bundle", store=store, gate=False)
+
+
+def test_the_memory_of_its_engine_is_known(bundle: toolchain.Bundle, tmp_path: Path) -> None:
+    require_what_onnxruntime_does(bundle, "denoiser", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def planned(bundle: toolchain.Bundle, tiny_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Plans a recipe in the store where `bundle` is built."""
     folder = tmp_path_factory.mktemp("int8")
 
     def plan(text: str, **options: Any) -> Any:
@@ -79,8 +92,6 @@ def planned(tiny_model: Path, store: Path, tmp_path_factory: pytest.TempPathFact
         path.write_text(text)
         return api.plan_build(path, tiny_model, store=store, gate=False, **options)
 
-    plan(TEXT)
-    toolchain.build(folder / "tiny-int8.toml", str(tiny_model), folder / "bundle", store=store, gate=False)
     return plan
 
 
