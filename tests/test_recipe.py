@@ -455,7 +455,7 @@ def changed(**values: str) -> str:
                 "components.denoiser.quantize.exclude[2]: duplicate (expected each entry once, got 'a')",
                 "components.denoiser.quantize.scales: unknown value (expected one of 'max', 'mse', got 'min')",
                 "components.denoiser.quantize.activations: unknown value, did you mean 'int8'? "
-                "(expected one of 'none', 'int8', got 'int9')",
+                "(expected one of 'none', 'int8', 'float8', got 'int9')",
                 f"components.denoiser.quantize.ranges: empty (expected {TEXT}, got '')",
                 "components.denoiser.quantize.smoothing: out of range (expected a number from 0 to 1, got 2)",
                 "components.denoiser.quantize.block_size: out of range (expected 32, 64 or 128, or 0 for 64, got 16)",
