@@ -61,14 +61,16 @@ activations = "int8"
 ranges = "percentile=99.9"
 smoothing = 0.5
 """
-CASES = [*((family, "") for family in MAKERS), ("sd", ROUNDED), ("flux", ROUNDED)]
+BLOCKS = 'weights = "int4"\nblock_size = 32'
+CASES = [*((family, "") for family in MAKERS), ("sd", ROUNDED), ("flux", ROUNDED), ("sd3", BLOCKS)]
 
 
 @pytest.mark.parametrize(("family", "options"), CASES)
 def test_a_simulation_is_what_the_engine_does(family: str, options: str, store: Path, tmp_path: Path) -> None:
     model = MAKERS[family](tmp_path / "model")
-    text = TEXT.replace('weights = "int8"', f'weights = "int8"{options}')
-    if options:
+    blocks, calibrates = options == BLOCKS, options == ROUNDED
+    text = TEXT.replace('weights = "int8"', BLOCKS if blocks else f'weights = "int8"{options}', 1 if blocks else -1)
+    if calibrates:
         text += '[calibration]\nprompts = ["a red circle", "a blue square"]\n'
     recipe: Recipe = parse_recipe(f'family = "{family}"\n{text}', "tiny", "here")
     source = resolve_model(str(model))
@@ -82,12 +84,12 @@ def test_a_simulation_is_what_the_engine_does(family: str, options: str, store: 
     assert listing.fixed > 0
     refs = References(plan, recipe.check.prompts, 0, lambda text: None)
     inputs = calibrated(plan, recipe, tables, lambda text: None)
-    assert inputs.keys() == (tables.keys() if options else set())
+    assert inputs.keys() == (tables.keys() if calibrates else set())
     for name, output in (("denoiser", "next_state"), ("vae_decoder", "image")):
         simulation = refs.simulation(name)
         weights = [weight for unit in listing.units if unit.component == name for weight in unit.weights]
-        roundings = inputs[name].roundings(tables[name], simulation._peaks) if options else {}
-        assert roundings.keys() == (set(weights) if options else set())
+        roundings = inputs[name].roundings(tables[name], simulation._peaks) if calibrates else {}
+        assert roundings.keys() == (set(weights) if calibrates else set())
         with rounded(simulation.network, weights, tables[name], "float32", roundings):
             simulated = simulation._call(simulation.feeds[-1])[output]
         given = simulation.feeds[-1].inputs
@@ -95,7 +97,7 @@ def test_a_simulation_is_what_the_engine_does(family: str, options: str, store: 
         rounding, wrong = (float(np.square(engine - other).mean()) for other in (exact, simulated))
         assert rounding > 1e-12
         # An activation that lies between two integers may go to another one: the sums before it have another order.
-        assert wrong < (0.05 if options else 1e-3) * rounding + 1e-12
+        assert wrong < (0.05 if calibrates else 1e-3) * rounding + 1e-12
         assert 0 < simulation.error(weights[:1], tables[name], "float32", inputs.get(name)) < 1e-2
     refs.close()
 

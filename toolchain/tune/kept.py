@@ -15,7 +15,7 @@ STAGE = "tune"
 RESULT = "result.json"
 CODE = (
     *("check.feeds", "check.measure", "check.pictures", "check.report"),
-    *("precision.activations", "precision.changes", "precision.ranges", "precision.rounding", "precision.weight_only"),
+    *("precision.activations", "precision.changes", "precision.ranges", "precision.rounding", "precision.stored"),
     *("tune.inputs", "tune.kept", "tune.limits", "tune.pictures", "tune.references", "tune.simulation"),
 )
 """What decides a number beside the inputs of its measurement."""

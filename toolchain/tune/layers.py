@@ -11,6 +11,7 @@ import onnx_ir as ir
 from toolchain.builder.plan import Plan
 from toolchain.builder.stages.graph import GRAPH
 from toolchain.precision.cost import costs
+from toolchain.precision.stored import Form
 from toolchain.precision.weight_only import survey
 from toolchain.recipe import Quantize
 
@@ -65,8 +66,9 @@ def list_layers(plan: Plan, tables: Mapping[str, Quantize], evaluations: int, *,
         prepared = plan.backend.prepare(ir.load(artifact.file(GRAPH)))
         by_name = costs(prepared)
         total += runs * sum(cost.macs for cost in by_name.values())
-        if component.name in tables:
-            for name in survey(prepared, tables[component.name].exclude).quantized:
+        table = tables.get(component.name)
+        if table is not None:
+            for name in survey(prepared, table.exclude, Form(table.weights, table.block)).quantized:
                 cost, module = by_name[name], name.rpartition(".")[0]
                 unit = units.setdefault((component.name, block_of(module) if blocks else module), [])
                 unit.append((name, runs * cost.macs, cost.elements))

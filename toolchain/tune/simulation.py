@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from toolchain.check.measure import Arrays, Feed
 from toolchain.models.component import Component
-from toolchain.precision.rounding import channel_scales, quantize
+from toolchain.precision.rounding import stored_scales, stored_values, widened
+from toolchain.precision.stored import Stored
 from toolchain.recipe import Quantize
 from toolchain.sampler.table import SamplerTable, split
 from toolchain.signature import GraphSpec
@@ -145,12 +146,11 @@ def _rounding_hook(rounding: Rounding) -> Callable[[nn.Module, tuple[Tensor, ...
 
 def _stored(owner: nn.Module, weight: Tensor, table: Quantize, dtype: str, rounding: Rounding | None) -> Tensor:
     """A weight after its way through a weight file."""
-    axis = 1 if isinstance(owner, nn.ConvTranspose2d) else 0
     values = weight.cpu().numpy()
     if rounding is not None and rounding.factors is not None:
         values = values * rounding.factors
-    scales = channel_scales(values, axis, table.scales, FLOAT_DTYPES[NAMES[dtype]])
-    shape = [1] * values.ndim
-    shape[axis] = -1
-    wide = quantize(values, scales, axis) * scales.astype(np.float32).reshape(shape)
-    return torch.from_numpy(wide).to(weight.device)
+    inputs_first = isinstance(owner, nn.ConvTranspose2d)
+    # Blocks lie along the inputs of a linear layer, [outputs, inputs].
+    stored = Stored(table.weights, values.shape, 1 if inputs_first or table.block else 0, table.block)
+    scales = stored_scales(values, stored, table.scales, FLOAT_DTYPES[NAMES[dtype]])
+    return torch.from_numpy(widened(stored_values(values, scales, stored), scales, stored)).to(weight.device)
