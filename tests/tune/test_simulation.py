@@ -62,14 +62,19 @@ ranges = "percentile=99.9"
 smoothing = 0.5
 """
 BLOCKS = 'weights = "int4"\nblock_size = 32'
-CASES = [*((family, "") for family in MAKERS), ("sd", ROUNDED), ("flux", ROUNDED), ("sd3", BLOCKS)]
+FLOAT8 = 'weights = "float8"\nactivations = "float8"'
+CASES = [*((family, "") for family in MAKERS), ("sd", ROUNDED), ("flux", ROUNDED), ("sd3", BLOCKS), ("sd3", FLOAT8)]
 
 
 @pytest.mark.parametrize(("family", "options"), CASES)
 def test_a_simulation_is_what_the_engine_does(family: str, options: str, store: Path, tmp_path: Path) -> None:
     model = MAKERS[family](tmp_path / "model")
-    blocks, calibrates = options == BLOCKS, options == ROUNDED
-    text = TEXT.replace('weights = "int8"', BLOCKS if blocks else f'weights = "int8"{options}', 1 if blocks else -1)
+    calibrates = options in (ROUNDED, FLOAT8)
+    if options in (BLOCKS, FLOAT8):  # of the denoiser
+        text = TEXT.replace('weights = "int8"', options, 1)
+        text = text.replace('weights = "int8"', f'weights = "int8"{ROUNDED}') if calibrates else text
+    else:
+        text = TEXT.replace('weights = "int8"', f'weights = "int8"{options}')
     if calibrates:
         text += '[calibration]\nprompts = ["a red circle", "a blue square"]\n'
     recipe: Recipe = parse_recipe(f'family = "{family}"\n{text}', "tiny", "here")

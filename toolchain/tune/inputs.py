@@ -15,6 +15,7 @@ from toolchain.builder.stages.graph import GRAPH
 from toolchain.precision.activations import Rounded, rounded_activations
 from toolchain.precision.changes import Peaks, changes_of
 from toolchain.precision.ranges import Ranges
+from toolchain.precision.stored import Bits, Form
 from toolchain.precision.weight_only import quantize_weights
 from toolchain.recipe import Quantize, Recipe
 from toolchain.weights.range_file import read_ranges
@@ -26,6 +27,7 @@ class Rounding:
 
     scale: float
     factors: NDArray[np.float32] | None
+    bits: Bits
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Inputs:
         found: Peaks = {name: peaks(name) for name in names}
         changes = changes_of(activations, self.ranges, table.ranges, found, table.smoothing)
         return {
-            name: Rounding(float(changes.added[activation.scale]), changes.factors.get(name))
+            name: Rounding(float(changes.added[activation.scale]), changes.factors.get(name), activation.bits)
             for activation in activations
             for name in activation.weights
         }
@@ -82,6 +84,6 @@ def _inputs(plan: Plan, name: str, table: Quantize, ranges: Ranges, key: str) ->
     step = next(step for step in plan.steps if step.stage == "graph" and step.id.component == name)
     artifact = plan.artifact(step.id)
     assert artifact is not None
-    model = quantize_weights(plan.backend.prepare(ir.load(artifact.file(GRAPH))), table.exclude)
+    model = quantize_weights(plan.backend.prepare(ir.load(artifact.file(GRAPH))), table.exclude, Form(table.weights))
     plain, smoothed = (tuple(rounded_activations(model, smooth=smooth)) for smooth in (False, True))
     return Inputs(plain, smoothed, ranges, key)

@@ -139,7 +139,12 @@ def _rounding_hook(rounding: Rounding) -> Callable[[nn.Module, tuple[Tensor, ...
         x, *others = args
         if rounding.factors is not None:
             x = x / torch.from_numpy(rounding.factors).to(x.device)
-        return (x / rounding.scale).round().clamp(-128, 127) * rounding.scale, *others
+        steps = x / rounding.scale
+        if rounding.bits == "float8":
+            steps = steps.clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype)
+        else:
+            steps = steps.round().clamp(-128, 127)
+        return steps * rounding.scale, *others
 
     return hook
 
