@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from speed import PROMPT, half_width_recipe, write_half_width
 
 import toolchain
-from benchmarks.speed import PROMPT, half_width_recipe, write_half_width
 from toolchain.builder.plan import make_plan
 from toolchain.builder.steps import StepId
 from toolchain.bundle.bundle import Bundle
