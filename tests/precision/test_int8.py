@@ -13,6 +13,7 @@ from tests.engines.test_onnxruntime_memory import require_what_onnxruntime_does
 from tests.parity import Build, least_psnr_db
 from tests.precision.test_engines import MAKERS, PLAIN
 from toolchain import api
+from toolchain.cli.build import plan_lines
 from toolchain.cli.inspect import bundle_json, bundle_lines
 from toolchain.errors import CalibrationError, DiffbuildError, RecipeError, UsageError
 from toolchain.precision.ranges import EXPECTED
@@ -129,7 +130,12 @@ def test_a_file_stands_for_a_calibration(planned: Any, tiny_model: Path, store: 
     drawn = toolchain.build(recipe, str(tiny_model), tmp_path / "drawn", store=store, gate=False)
     for file in entry.weights.values():
         assert bundles[0].files[file] == drawn.files[file] == bundles[1].files[file]
+    assert bundles[0].model["ranges"]["model"] == str(tiny_model)
+    said = f"drawn with {tiny_model} (2 pictures, 2 steps, model, onnxruntime)"
+    assert any(said in line for line in bundle_lines(api.inspect_bundle(bundles[0].path)))
+    assert "ranges" not in drawn.model
     plan = planned(TEXT.replace(CALIBRATION, ""), calibration=ranges.path)
+    assert any(said in line for line in plan_lines(plan))
     assert not any(step.stage == "calibration" for step in plan.steps)
 
 

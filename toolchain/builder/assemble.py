@@ -241,7 +241,8 @@ class _Writer:
         return Bundle(
             path=folder,
             model={"name": plan.source.name, "revision": plan.source.revision, "checkpoint": checkpoint}
-            | {"pipeline": plan.source.index["_class_name"], "safety_checker": safety.state(plan.source, recipe)},
+            | {"pipeline": plan.source.index["_class_name"], "safety_checker": safety.state(plan.source, recipe)}
+            | ({"ranges": dict(plan.ranges)} if plan.ranges else {}),
             family=plan.family.name,
             settings=settings,
             recipe=recipe,

@@ -15,10 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from toolchain.builder.plan import Plan
-from toolchain.builder.planner import Planner
+from toolchain.builder.plan import Plan, unquantized_denoiser
 from toolchain.builder.steps import Within
-from toolchain.bundle.bundle import PROFILES, Bundle, EngineEntry
+from toolchain.bundle.bundle import Bundle, EngineEntry
 from toolchain.errors import DiffbuildError, GateError
 from toolchain.models.source import ModelSource
 from toolchain.store.artifacts import Artifact
@@ -90,15 +89,8 @@ def unquantized(plan: Plan, bundle: Bundle, scratch: Path) -> Bundle | None:
 
     Weight files are linked into `scratch`, a folder of the store: engines want theirs in one folder.
     """
-    components = {name: replace(part, quantize=None) for name, part in plan.recipe.components.items()}
-    recipe = replace(plan.recipe, components=components)
-    planner = Planner(recipe, plan.source, plan.family, plan.backend, plan.store, plan.device)
-    denoiser = plan.family.component(DENOISER)
-    planner.graphs(denoiser)
-    planner.engines(denoiser)
     bucket = bundle.buckets[0]
-    labels = (str(bucket), PROFILES)
-    steps = {step.stage: step for step in planner.steps if step.stage != "engine" or step.id.label in labels}
+    steps = {step.stage: step for step in unquantized_denoiser(plan)}
     artifacts = {stage: plan.store.lookup(stage, step.key) for stage, step in steps.items()}
     roles = [role for role in ("weights", "packed") if role in artifacts and plan.backend.reads_weights(plan.options)]
     weights: dict[str, str] = {}
@@ -111,7 +103,8 @@ def unquantized(plan: Plan, bundle: Bundle, scratch: Path) -> Bundle | None:
         return None
     # The engine's path is absolute, and stays so where it is joined to the bundle's.
     entry = EngineEntry(str(engine.path), weights, bundle.engine(DENOISER, bucket).spec)
-    return replace(bundle, path=scratch, recipe=recipe, engines={DENOISER: {str(bucket): entry}}, files={})
+    engines = {DENOISER: {str(bucket): entry}}
+    return replace(bundle, path=scratch, recipe=plan.recipe.unquantized, engines=engines, files={})
 
 
 def _link(source: Path, target: Path) -> None:

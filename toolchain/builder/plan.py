@@ -6,7 +6,7 @@ Planning imports neither torch nor diffusers, so that a build with nothing to do
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from toolchain.builder.quantization import quantize_problems
 from toolchain.builder.stages.graph import GRAPH
 from toolchain.builder.stages.weights import surveyed
 from toolchain.builder.steps import Built, Run, Step, StepId, Within
+from toolchain.bundle.bundle import PROFILES
 from toolchain.engines.backend import Builder
 from toolchain.engines.builders import builder_of
 from toolchain.engines.runners import runner_of
@@ -30,6 +31,7 @@ from toolchain.recipe import Recipe
 from toolchain.recipe.options import BackendOptions
 from toolchain.sampler.schedulers import entry_for, parse
 from toolchain.store.artifacts import Artifact, Store
+from toolchain.weights.range_file import RangeFile
 
 log = logging.getLogger("toolchain")
 
@@ -40,6 +42,7 @@ class Plan:
 
     device   what its engines are built for; None where this machine can build none, and `refused` is why
     ungated  why the bundle of a quantised recipe will not be checked; None where it will, or has nothing to check
+    ranges   how the ranges came to be that a file gives, as `RangeFile.about`; None without a file
     """
 
     recipe: Recipe
@@ -52,6 +55,7 @@ class Plan:
     device: dict[str, Any] | None = None
     refused: EngineError | None = None
     ungated: str | None = None
+    ranges: Mapping[str, Any] | None = None
 
     @property
     def safety_checker(self) -> str | None:
@@ -126,29 +130,47 @@ def make_plan(
     for component in family.parts(recipe):
         planner.graphs(component)
     check_patterns(recipe, source, family, exported=_exported(planner.steps))
+    ranges = None
     if not graphs_only:
-        _add_ranges(planner, calibration)
+        ranges = _add_ranges(planner, calibration)
         for component in family.parts(recipe):
             planner.engines(component)
     ungated = None
     if recipe.quantizes and not graphs_only:
         ungated = _cannot_run(backend, device, refused, recipe) if gate else "it was built with --no-gate"
         if ungated is None:
-            planner.gate()
+            planner.gate(timed=all(step.hit for step in unquantized_denoiser(planner)))
     steps = tuple(planner.steps)
-    return Plan(recipe, source, family, backend, store, steps, device=device, refused=refused, ungated=ungated)
+    about = None if ranges is None else ranges.about
+    plan = Plan(recipe, source, family, backend, store, steps, device=device, refused=refused)
+    return replace(plan, ungated=ungated, ranges=about)
 
 
-def _add_ranges(planner: Planner, file: str | Path | None) -> None:
-    """The ranges that a recipe needs: of a file, or a step that draws them."""
+def unquantized_denoiser(plan: Plan | Planner) -> list[Step]:
+    """The steps of the same denoiser without quantisation, in the first bucket."""
+    recipe, denoiser = plan.recipe.unquantized, plan.family.component("denoiser")
+    plain = Planner(recipe, plan.source, plan.family, plan.backend, plan.store, plan.device)
+    plain.graphs(denoiser)
+    plain.engines(denoiser)
+    labels = ("", str(recipe.buckets[0]), PROFILES)
+    return [step for step in plain.steps if step.id.label in labels]
+
+
+def _add_ranges(planner: Planner, file: str | Path | None) -> RangeFile | None:
+    """The ranges that a recipe needs: of a file, which is returned, or a step that draws them."""
     recipe = planner.recipe
     needed = any(rounds(recipe.component(c.name)) for c in planner.family.parts(recipe))
     if file is not None and not needed:
         raise UsageError("the recipe rounds no activations, and so needs no ranges", where=recipe.name, got=file)
     if file is not None:
-        planner.calibrated(Path(file))
-    elif needed:
+        ranges = planner.calibrated(Path(file))
+        drawn_with = ranges.about.get("model")
+        if drawn_with != planner.source.name:
+            log.warning("the ranges in %s were drawn with %s; this is %s", file, drawn_with, planner.source.name)
+        return ranges
+    if needed:
         planner.calibrate(_as_step(plan_calibration(recipe, planner.source, planner.store), recipe.name))
+    return None
 
 
 def _as_step(calibration: Plan, recipe: str) -> Step:

@@ -29,7 +29,7 @@ from toolchain.builder.steps import (
 )
 from toolchain.bundle.bundle import ANY, PROFILES
 from toolchain.engines.backend import Builder
-from toolchain.errors import EngineError, ExportError
+from toolchain.errors import CalibrationError, EngineError, ExportError
 from toolchain.models.component import Component, Family
 from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, ComponentRecipe, Recipe
@@ -194,11 +194,13 @@ class Planner:
         self.steps.append(step)
         self._ranges = step.id
 
-    def calibrated(self, file: Path) -> None:
-        """Ranges come from a file. Raises CalibrationError where it is none, or of another model."""
+    def calibrated(self, file: Path) -> RangeFile:
+        """Ranges come from a file, which is returned. CalibrationError where it is none, or of another model."""
         names = [c.name for c in self.family.parts(self.recipe) if rounds(self.recipe.component(c.name))]
-        read_ranges(file).require_model({n: config_digest(self, self.family.component(n)) for n in names})
+        ranges = read_ranges(file)
+        ranges.require_model({n: config_digest(self, self.family.component(n)) for n in names})
         self._ranges = file
+        return ranges
 
     def _ranges_key(self) -> Json:
         """Identifies the ranges in the keys of what is made of them."""
@@ -320,8 +322,9 @@ class Planner:
 
         self.add(StepId("sampler", spec), ("builder.stages.sampler",), inputs, run)
 
-    def gate(self) -> None:
-        """The step that checks the bundle: the last, as everything that the bundle holds decides what it says."""
+    def gate(self, *, timed: bool) -> None:
+        """The step that checks the bundle: the last, as everything in it decides what it says. `timed`: whether the
+        store has the denoiser without quantisation, to compare times with."""
         recipe = self.recipe.to_json()
         sampling = ("scheduler", "steps", "guidance")
         held = {step.name: step.key for step in self.steps if step.stage in ("tokenizer", "sampler", "engine")}
@@ -334,6 +337,7 @@ class Planner:
             "pictures": {**self.recipe.picture_limits},
             "sampling": {key: recipe["sampling"][key] for key in sampling},
             "guided": self.guided,
+            "timed": timed,
             "tools": tool_versions(CHECK_TOOLS),
         }
         self.add(StepId("gate", "bundle"), ("check.gate", self._components), inputs, None)
@@ -385,7 +389,7 @@ def _named(step: StepId) -> Iterator[None]:
     """An error tells which of the recipe's engines it was: a backend knows files alone."""
     try:
         yield
-    except (EngineError, ExportError) as error:
+    except (CalibrationError, EngineError, ExportError) as error:
         what = f"{step}: {error.what}"
         kind = type(error)
         raise kind(what, where=error.where, expected=error.expected, got=error.got, hint=error.hint) from error

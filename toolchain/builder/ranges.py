@@ -10,6 +10,7 @@ from toolchain.builder.open_model import open_model
 from toolchain.builder.plan import Plan, execute, plan_calibration
 from toolchain.builder.stages.calibration import RANGES
 from toolchain.builder.steps import Step
+from toolchain.errors import CalibrationError, UsageError
 from toolchain.recipe import Recipe
 from toolchain.store.artifacts import Store, write_atomic
 from toolchain.store.outputs import check_output
@@ -33,9 +34,25 @@ def calibrate(
     written, before any work is done, what `plan_calibration` raises, and the errors of every stage.
     """
     check_output(output)
+    _require_replaceable(output)
     plan = plan_calibration(recipe, open_model(model, store=store.root, **origin), store)
     on_plan(plan)
     calibrated = execute(plan, progress, within)[plan.steps[-1].id]
     calibrated.verify()
     write_atomic(output, calibrated.file(RANGES).read_bytes())
     return read_ranges(output)
+
+
+def _require_replaceable(output: Path) -> None:
+    """UsageError for a file that is something else, such as the recipe itself."""
+    if output.exists():
+        try:
+            read_ranges(output)
+        except CalibrationError as error:
+            raise UsageError(
+                "the output is a file of another kind, which would be lost",
+                where=output,
+                expected="a new file, or a calibration to replace",
+                got=error.what,
+                hint="choose another --output, or delete it",
+            ) from error

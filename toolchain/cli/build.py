@@ -23,7 +23,15 @@ from toolchain.cli.console import (
     verbosity,
 )
 from toolchain.cli.document import error_json
-from toolchain.cli.text import checker_lines, device_line, gate_lines, megabytes, memory_lines, quantized_lines
+from toolchain.cli.text import (
+    checker_lines,
+    device_line,
+    gate_lines,
+    megabytes,
+    memory_lines,
+    quantized_lines,
+    ranges_lines,
+)
 from toolchain.terminal import table
 
 if TYPE_CHECKING:
@@ -165,6 +173,7 @@ def _heading(plan: Plan) -> Iterator[str]:
     if plan.device:
         yield f"engines by {plan.backend.name} for {device_line(plan.device)}"
     yield from checker_lines(plan.safety_checker)
+    yield from ranges_lines(plan.ranges)
     renamed = next((change for step in plan.steps for change in step.changed if change.field == RENAMED), None)
     if renamed:
         names = f"{renamed.before} -> {renamed.after}"
@@ -209,6 +218,7 @@ def build_lines(bundle: Bundle, shown: progress.Steps) -> Iterator[str]:
     size = megabytes(sum(entry.size for entry in bundle.files.values()))
     yield f"{bundle.path}: {size}, {count} steps: {built} built, {count - built} hits, {shown.seconds:.1f} s"
     yield from checker_lines(bundle.model.get("safety_checker"))
+    yield from ranges_lines(bundle.model.get("ranges"))
     yield from gate_lines(bundle.gate)
     refusal = api.backend_refusal(bundle)
     if refusal is None:

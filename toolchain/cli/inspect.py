@@ -12,7 +12,7 @@ import click
 from toolchain import api
 from toolchain.cli import progress
 from toolchain.cli.console import answer, bundle_argument, examples, json_option, verbosity
-from toolchain.cli.text import checker_lines, gate_lines, megabytes, memory_lines, quantized_lines
+from toolchain.cli.text import checker_lines, gate_lines, megabytes, memory_lines, quantized_lines, ranges_lines
 from toolchain.terminal import table
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def bundle_lines(inspection: Inspection) -> Iterator[str]:
         ["prompts", ", ".join(f"{name} {tokens} tokens" for name, tokens in _prompts(bundle).items())],
         ["samplers", ", ".join(describe_tables(bundle.samplers)) + " (scheduler/steps)"],
         *(text.split(": ", 1) for text in checker_lines(model.get("safety_checker"))),
+        *(text.split(": ", 1) for text in ranges_lines(model.get("ranges"))),
         ["built with", ", ".join(f"{name} {version}" for name, version in bundle.tools.items())],
         *(_component_row(bundle, component) for component in bundle.engines),
     ]

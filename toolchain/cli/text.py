@@ -44,6 +44,15 @@ def checker_lines(state: str | None) -> list[str]:
     return [CHECKER_STATES[state]] if state in CHECKER_STATES else []
 
 
+def ranges_lines(about: Mapping[str, Any] | None) -> list[str]:
+    """At most one line on where the ranges of a file come from."""
+    if about is None:
+        return []
+    keys = ("pictures", "steps", "scheduler", "backend")
+    facts = ", ".join(f"{about[key]} {key}" if key in keys[:2] else str(about[key]) for key in keys if key in about)
+    return [f"ranges: of activations, from a file, drawn with {about.get('model', 'an unnamed model')} ({facts})"]
+
+
 def gate_lines(gate: Mapping[str, Any] | None) -> Iterator[str]:
     """What the check of a build said of a quantised bundle; nothing of bundles that have nothing to check."""
     if gate is None:

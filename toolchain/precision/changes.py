@@ -74,6 +74,7 @@ def changes_of(activations: Sequence[Rounded], ranges: Ranges, method: str, peak
         largest = max(one.largest(method) for one in seen)
         if activation.smoothing != "none":
             weights = np.max([peaks[name] for name in activation.weights], axis=0)
+            _require_channels(activation, _channels(seen), weights)
             inverse = (1 / smoothing(_channels(seen), weights, alpha)).astype(dtype)
             exact = inverse.astype(np.float32)  # as the graph has them, so that the weights undo just that
             if activation.smoothing == "multiplied":
@@ -86,6 +87,16 @@ def changes_of(activations: Sequence[Rounded], ranges: Ranges, method: str, peak
         least = float(np.finfo(np.float16).tiny) if dtype == np.float16 else float(np.finfo(np.float32).tiny)
         added[activation.scale] = np.array(max(largest / PEAKS[activation.bits], least)).astype(dtype)
     return Changes(added, factors)
+
+
+def _require_channels(activation: Rounded, seen: NDArray[np.float32], weights: NDArray[np.float32]) -> None:
+    if seen.shape != weights.shape:
+        raise CalibrationError(
+            f"the ranges of {activation.weights[0]}'s input have another number of channels than the weight has inputs",
+            expected=len(weights),
+            got=len(seen),
+            hint="calibrate this model again",
+        )
 
 
 def smoothing(inputs: NDArray[np.float32], weights: NDArray[np.float32], alpha: float) -> NDArray[np.float32]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal
 
 from toolchain.recipe.bucket import Bucket
@@ -220,6 +220,11 @@ class Recipe:
     def quantizes(self) -> bool:
         """Whether the weights of any component are stored in fewer bits."""
         return any(c.quantize is not None for c in self.components.values())
+
+    @property
+    def unquantized(self) -> Recipe:
+        """The same recipe without any table `quantize`."""
+        return replace(self, components={name: replace(c, quantize=None) for name, c in self.components.items()})
 
     @property
     def rounds(self) -> bool:

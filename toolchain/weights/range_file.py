@@ -78,6 +78,8 @@ def write_ranges(path: Path, components: Mapping[str, Ranges], about: Mapping[st
 
 def read_ranges(path: Path) -> RangeFile:
     """CalibrationError for a file that is damaged, or not of this kind, with every tensor that is wrong in it."""
+    if not path.is_file():
+        raise CalibrationError("there is no such calibration file", where=path, hint=AGAIN)
     try:
         metadata = read_metadata(path)
         mapped = MappedWeights(path)
@@ -132,3 +134,5 @@ def _problems(mapped: MappedWeights, groups: Iterable[tuple[str, list[str]]]) ->
                 yield f"{name}: infinite or NaN"
             elif (array < 0).any():
                 yield f"{name}: negative"
+            elif part == "counts" and not array.any():
+                yield f"{name}: counts nothing"
