@@ -17,6 +17,11 @@ def with_tables(recipe: Recipe, tables: Mapping[str, Quantize | None]) -> Recipe
     return replace(recipe, components={**recipe.components, **parts})
 
 
+def plain_tables(tables: Mapping[str, Quantize]) -> dict[str, Quantize]:
+    """With the largest ranges and scales, and without smoothing."""
+    return {n: replace(table, scales="max", ranges="max", smoothing=0.0) for n, table in tables.items()}
+
+
 def unquantised(recipe: Recipe) -> Recipe:
     """A recipe without any quantize table, and so without a calibration."""
     return replace(with_tables(recipe, dict.fromkeys(recipe.components)), calibration=None)
@@ -63,8 +68,7 @@ class Candidates:
 
     def naive(self, excluded: int) -> Point:
         """A candidate with the largest ranges and scales."""
-        plain = {n: replace(t, scales="max", ranges="max", smoothing=0.0) for n, t in self.tables.items()}
-        return self._measure(excluded, plain, self.request)
+        return self._measure(excluded, plain_tables(self.tables), self.request)
 
     def held_out(self, excluded: int, request: Request) -> Measured:
         """A candidate with other pictures."""

@@ -14,7 +14,7 @@ from toolchain.models.source import ModelSource
 from toolchain.recipe import Quantize, Recipe
 from toolchain.store.artifacts import Store
 from toolchain.tune.budget import EXPECTED, Budget
-from toolchain.tune.candidates import Candidates, searched, unquantised, with_tables
+from toolchain.tune.candidates import Candidates, plain_tables, searched, unquantised, with_tables
 from toolchain.tune.inputs import calibrated
 from toolchain.tune.kept import Kept
 from toolchain.tune.layers import Layers, list_layers
@@ -114,6 +114,7 @@ def _quantise(job: Job, tuned: Tuned, tables: Mapping[str, Quantize]) -> Tuned:
         inputs = calibrated(plan, recipe, tables, job.progress)
         sensitivity = Sensitivity(plan, references, inputs, kept, job.progress)
         tables, trials = _choose(sensitivity, tables, listing.units)
+        tables = _of_pictures(drawings, recipe, tables, job.request)
         errors = sensitivity.errors(listing.units, tables)
         alone = _alone(drawings, recipe, tables, job.request)
         order = Order(ordered(_units(listing.units, errors, alone)), listing.fixed)
@@ -144,6 +145,18 @@ def _choose(
         chosen[name], tried = sensitivity.choose(name, table, weights)
         trials += tried
     return chosen, trials
+
+
+def _of_pictures(
+    drawings: Drawings, recipe: Recipe, tables: Mapping[str, Quantize], request: Request
+) -> dict[str, Quantize]:
+    """The options of least error, or the plain ones where those draw better pictures: what clipping does is the same in
+    every evaluation and adds up, which errors of single evaluations do not show."""
+    errors = {}
+    for name, given in (("plain options", plain_tables(tables)), ("options of least error", dict(tables))):
+        measured = drawings.measure(with_tables(recipe, given), request, f"everything quantised, {name}")
+        errors[name] = (measured.error, given)
+    return min(errors.values(), key=lambda pair: pair[0])[1]
 
 
 def _alone(drawings: Drawings, recipe: Recipe, tables: Mapping[str, Quantize], request: Request) -> dict[str, Measured]:

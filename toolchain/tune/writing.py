@@ -44,23 +44,23 @@ def _reached(tuned: Tuned) -> str:
 def _quantize_notes(tuned: Tuned) -> dict[str, str | list[str]]:
     """Comments of the keys of quantize tables."""
     notes: dict[str, str | list[str]] = {}
-    errors = {(unit.component, unit.pattern): unit for unit in tuned.units}
+    by_name = {(unit.component, unit.pattern): unit for unit in tuned.units}
     total, macs = sum(u.error for u in tuned.units) or 1.0, sum(u.macs for u in tuned.units) or 1
     for name, component in tuned.recipe.components.items():
         if component.quantize is None:
             continue
         path = f"components.{name}.quantize"
-        units = [errors.get((name, pattern)) for pattern in component.quantize.exclude]
+        units = [by_name.get((name, pattern)) for pattern in component.quantize.exclude]
         if units:
             notes[f"{path}.exclude"] = [
                 "" if unit is None else f"{unit.error / total:.2%} of the error, {unit.macs / macs:.2%} of the work"
                 for unit in units
             ]
-        tried: dict[str, list[str]] = {}
-        for trial in tuned.trials:
-            if trial.component == name:
-                tried.setdefault(trial.key, []).append(f"{trial.value} {trial.error:.3g}")
-        notes |= {f"{path}.{key}": "error " + ", ".join(values) for key, values in tried.items()}
+        for key in dict.fromkeys(trial.key for trial in tuned.trials if trial.component == name):
+            tried = [trial for trial in tuned.trials if (trial.component, trial.key) == (name, key)]
+            errors = ", ".join(f"{trial.value} {trial.error:.3g}" for trial in tried)
+            least = min(tried, key=lambda trial: trial.error).value == getattr(component.quantize, key)
+            notes[f"{path}.{key}"] = f"error {errors}" + ("" if least else ": but pictures are better with this")
     return notes
 
 
