@@ -192,6 +192,24 @@ def quality(found: dict[str, Any]) -> Iterator[Row]:
         yield f"`{name}` against `{against['recipe']}`, {found['captions']} held-out captions", "; ".join(parts)
 
 
+def tuning(found: dict[str, Any]) -> Iterator[Row]:
+    def words(point: dict[str, Any]) -> str:
+        numbers = f"{point['median_psnr_db']:.1f} dB in the median, {point['psnr_db']:.1f} dB at least"
+        return f"{point['share']:.1%} of the multiply-accumulates in int8: PSNR {numbers}"
+
+    prompts, others = found["prompts"], found["held_out"]
+    least = f"with other seeds {others['median_psnr_db']:.1f} and {others['psnr_db']:.1f} dB"
+    yield f"`shapes` tuned, {prompts} captions, weights and activations in int8", f"{words(found['chosen'])}; {least}"
+    curves = {"": found["points"]}
+    if "least_error_options" in found:
+        curves[f", with {found['least_error_options']['options']}"] = found["least_error_options"]["points"]
+    for options, points in curves.items():
+        curve = "; ".join(f"{p['share']:.0%}: {p['median_psnr_db']:.1f} and {p['psnr_db']:.1f} dB" for p in points)
+        yield f"&nbsp; its curve{options}: share in int8, PSNR in the median and at least", curve
+    for point in found["naive"]:
+        yield "&nbsp; with the largest ranges and scales, and no smoothing", words(point)
+
+
 SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
     "speed": ("benchmarks/speed.py", speed),
     "options": ("benchmarks/options.py", options),
@@ -205,6 +223,7 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
     "quality": ("benchmarks/quality.py", quality),
     "calibration": ("benchmarks/calibration.py", calibration),
     "quality_int4": ("benchmarks/quality.py", quality),
+    "tuning": ("benchmarks/tuning.py", tuning),
     "shapes-score": ("examples/shapes/evaluate.py", score),
 }
 """Result -> the script that wrote it, and its rows."""

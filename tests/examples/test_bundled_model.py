@@ -45,6 +45,16 @@ def test_the_gate_passes_with_weights_in_int8(bundle: Path, store: Path, tmp_pat
     assert sum(file.size for file in small.files.values()) < 12e6
 
 
+def test_the_gate_passes_with_activations_in_int8(store: Path, tmp_path: Path) -> None:
+    """The tuned recipe, calibrated anew: nearly all of the work in int8, and pictures like those of its header."""
+    recipe = ROOT / "recipes" / "shapes-int8.toml"
+    small = toolchain.build(recipe, str(MODEL), tmp_path / "bundle", store=store)
+    assert small.gate is not None
+    assert small.gate["state"] == "passed"
+    assert small.gate["pictures"]["psnr_db"]["median"] >= 36
+    assert small.gate["pictures"]["psnr_db"]["min"] >= 28
+
+
 def test_the_check_passes_in_float16(store: Path, tmp_path: Path) -> None:
     recipe = ROOT / "recipes" / "shapes-fp16.toml"
     small = toolchain.build(recipe, str(MODEL), tmp_path / "bundle", store=store)
