@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -119,8 +120,8 @@ def test_help_examples_parse() -> None:
     for _, command in commands(cli):
         for line in (command.epilog or "").splitlines():
             if line.startswith("  diffbuild "):
-                words = [w.strip('"') for w in line.partition("#")[0].partition(">")[0].split()[1:]]
-                name, *rest = words
+                words = shlex.split(line, comments=True)[1:]
+                name, *rest = words[: words.index(">")] if ">" in words else words
                 found = cli.commands[name]
                 if isinstance(found, click.Group):
                     found, rest = found.commands[rest[0]], rest[1:]
@@ -506,7 +507,8 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def plan_build(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(toolchain.api, "plan_build", plan_build)
+    for module in (toolchain.api, toolchain.api.builds):
+        monkeypatch.setattr(module, "plan_build", plan_build)
 
 
 def test_an_error_is_a_message_and_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
