@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -120,8 +121,8 @@ def test_help_examples_parse() -> None:
     for _, command in commands(cli):
         for line in (command.epilog or "").splitlines():
             if line.startswith("  diffbuild "):
-                words = shlex.split(line, comments=True)[1:]
-                name, *rest = words[: words.index(">")] if ">" in words else words
+                words = itertools.takewhile(lambda w: w not in (">", ">>"), shlex.split(line, comments=True)[1:])
+                name, *rest = words
                 found = cli.commands[name]
                 if isinstance(found, click.Group):
                     found, rest = found.commands[rest[0]], rest[1:]
