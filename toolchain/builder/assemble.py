@@ -19,7 +19,7 @@ from typing import Any, Literal
 from toolchain.builder.gate import Gate, pass_gate, rejected, result_of
 from toolchain.builder.plan import Plan, execute
 from toolchain.builder.stages.sampler import TABLES
-from toolchain.builder.steps import EXPORT_TOOLS, Step, StepId, tool_versions
+from toolchain.builder.steps import CALIBRATION, EXPORT_TOOLS, Step, StepId, tool_versions
 from toolchain.bundle.bundle import (
     ANY,
     MANIFEST,
@@ -226,7 +226,7 @@ class _Writer:
         engines = {c.name: self._engines(folder, c.name) for c in components}
         samplers: dict[str, str] = {}
         for step in plan.steps:
-            if step.stage == "sampler":
+            if step.stage == "sampler" and step.id.label != CALIBRATION:
                 artifact, target = self.built[step.id], sampler_file(str(step.inputs["scheduler"]))
                 self._copy(artifact, TABLES, folder, target)
                 samplers |= dict.fromkeys(_tables(artifact), target)

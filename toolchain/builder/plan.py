@@ -17,7 +17,7 @@ from toolchain.builder.planner import Planner, rounds
 from toolchain.builder.quantization import quantize_problems
 from toolchain.builder.stages.graph import GRAPH
 from toolchain.builder.stages.weights import surveyed
-from toolchain.builder.steps import Built, Run, Step, StepId, Within
+from toolchain.builder.steps import CALIBRATION, Built, Run, Step, StepId, Within
 from toolchain.bundle.bundle import PROFILES
 from toolchain.engines.backend import Builder
 from toolchain.engines.builders import builder_of
@@ -169,7 +169,13 @@ def _add_ranges(planner: Planner, file: str | Path | None) -> RangeFile | None:
             log.warning("the ranges in %s were drawn with %s; this is %s", file, drawn_with, planner.source.name)
         return ranges
     if needed:
-        planner.calibrate(_as_step(plan_calibration(recipe, planner.source, planner.store), recipe.name))
+        drawn = plan_calibration(recipe, planner.source, planner.store)
+        known = {step.key for step in planner.steps}
+        # Before hours of export, as a scheduler may have no such number of steps.
+        tables = [step for step in drawn.steps if step.stage == "sampler" and step.key not in known]
+        ids = [replace(step.id, label=CALIBRATION) for step in tables]
+        planner.steps[:0] = [replace(s, id=i, recipe=recipe.name) for s, i in zip(tables, ids, strict=True)]
+        planner.calibrate(_as_step(drawn, recipe.name))
     return None
 
 

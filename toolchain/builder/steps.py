@@ -21,6 +21,8 @@ from toolchain.store.manifest import Change
 Stage = Literal[
     "tokenizer", "sampler", "graph", "weights", "packed", "merged", "engine", "watched", "calibration", "gate"
 ]
+CALIBRATION = "calibration"
+"""The label of tables that a calibration draws with, and no bundle holds."""
 RENAMED = "recipe.name"
 """The changed field of a step that was compared with a recipe of another name."""
 EXPORT_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")

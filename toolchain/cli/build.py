@@ -50,6 +50,10 @@ calibration_option = click.option(
     help="Ranges that calibrate wrote, in place of a calibration.",
 )
 
+gate_option = click.option(
+    "--no-gate", "gate", flag_value=False, default=True, help="Do not check what a quantised recipe makes."
+)
+
 
 @click.command(epilog=examples("diffbuild plan sd15-fp32 --model owner/name"))
 @recipe_argument
@@ -57,6 +61,7 @@ calibration_option = click.option(
 @origin_options
 @calibration_option
 @store_option
+@gate_option
 @json_option
 @verbosity
 def plan(recipe: Path, model: str, as_json: bool, **options: Any) -> None:
@@ -82,7 +87,7 @@ def plan(recipe: Path, model: str, as_json: bool, **options: Any) -> None:
 @origin_options
 @calibration_option
 @store_option
-@click.option("--no-gate", "gate", flag_value=False, default=True, help="Do not check what a quantised recipe makes.")
+@gate_option
 @json_option
 @verbosity
 def build(recipe: Path, model: str, output: Path, as_json: bool, **options: Any) -> None:
