@@ -155,7 +155,7 @@ def test_a_truncated_file(damage: Callable[[bytes], bytes], got: str, file: Path
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"cannot be read(.|\n)*no-such-file"):
+    with pytest.raises(CalibrationError, match=r"there is no such calibration file(.|\n)*no-such-file"):
         read_ranges(tmp_path / "no-such-file")
 
 

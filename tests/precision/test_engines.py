@@ -227,15 +227,16 @@ def test_tensorrt_draws_the_same_picture(weights: str, build: Build, tiny_model:
         assert trt.violations == []
 
 
-def test_tensorrt_for_rtx_builds_a_bundle(tiny_model: Path, store: Path, tmp_path: Path) -> None:
-    """NVIDIA's own builder, in a process of its own, over the weight file; two buckets share a plan."""
+def test_tensorrt_for_rtx_builds_a_bundle(tiny_model: Path, tmp_path: Path) -> None:
+    """NVIDIA's own builder, in a process of its own, over the weight file; two buckets share a plan. The stand-in of
+    other tests must not find its engines, and so it has a store of its own."""
     real_trt()
     text = f'family = "sd"\nbackend = "tensorrt_rtx"\n{PLAIN}[tensorrt_rtx]\ntargets = ["8.9"]\n'
     text = text.replace('["1x64x64"]', '["1x64x64", "2x64x64"]')
     for dtype, weights in (("float16", "int8"), ("bfloat16", "int4"), ("bfloat16", "float8")):
         table = f'[components.denoiser]\ndtype = "{dtype}"\n{quantize_table("denoiser", weights)}'
         (tmp_path / "rtx.toml").write_text(text + table)
-        bundle = toolchain.build(tmp_path / "rtx.toml", str(tiny_model), tmp_path / "bundle", store=store)
+        bundle = toolchain.build(tmp_path / "rtx.toml", str(tiny_model), tmp_path / "bundle", store=tmp_path / "store")
         entry = bundle.engine("denoiser", bundle.buckets[0])
         facts = read_facts(bundle.path / entry.folder / "engine.json")
         assert facts["precision"]["asked"].keys() == {dtype}

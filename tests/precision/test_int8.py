@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import toolchain
 from tests.engines.test_onnxruntime_memory import require_what_onnxruntime_does
@@ -130,8 +132,9 @@ def test_a_file_stands_for_a_calibration(planned: Any, tiny_model: Path, store: 
     drawn = toolchain.build(recipe, str(tiny_model), tmp_path / "drawn", store=store, gate=False)
     for file in entry.weights.values():
         assert bundles[0].files[file] == drawn.files[file] == bundles[1].files[file]
-    assert bundles[0].model["ranges"]["model"] == str(tiny_model)
-    said = f"drawn with {tiny_model} (2 pictures, 2 steps, model, onnxruntime)"
+    drawn_with = ranges.about["model"]  # the name that it had when the ranges were drawn
+    assert bundles[0].model["ranges"]["model"] == drawn_with
+    said = f"drawn with {drawn_with} (2 pictures, 2 steps, model, onnxruntime)"
     assert any(said in line for line in bundle_lines(api.inspect_bundle(bundles[0].path)))
     assert "ranges" not in drawn.model
     plan = planned(TEXT.replace(CALIBRATION, ""), calibration=ranges.path)
@@ -193,3 +196,18 @@ def test_a_schedule_that_no_scheduler_has_is_told_before_any_export(tiny_model: 
     recipe.write_text(TEXT.replace("[calibration]", '[calibration]\nscheduler = "ddim"'))
     bundle = toolchain.build(recipe, str(tiny_model), tmp_path / "bundle", store=store, gate=False)
     assert {name.split("/")[0] for name in bundle.samplers} == {"model"}  # and none that the calibration drew with
+
+
+def test_ranges_of_other_weights_are_taken_with_a_warning(
+    tiny_copy: Path, store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(TEXT)
+    ranges = api.calibrate(recipe, tiny_copy, tmp_path / "ranges.safetensors", store=store)
+    api.plan_build(recipe, tiny_copy, store=store, calibration=ranges.path)
+    assert "other weights" not in caplog.text
+    (file,) = (tiny_copy / "unet").glob("*.safetensors")
+    tensors = {name: tensor * np.float32(1.01) for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    api.plan_build(recipe, tiny_copy, store=store, calibration=ranges.path)
+    assert "were drawn with other weights, of" in caplog.text

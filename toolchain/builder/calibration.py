@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from toolchain.builder import stages
-from toolchain.builder.planner import Planner, config_digest
+from toolchain.builder.digests import config_digest, weights_digest
+from toolchain.builder.planner import Planner
 from toolchain.builder.quantization import CALIBRATED
 from toolchain.builder.stages.graph import GRAPH
 from toolchain.builder.stages.sampler import TABLES
@@ -98,7 +99,8 @@ class CalibrationPlanner(Planner):
         components = [self.family.component(name) for name in CALIBRATED]
         return {
             "model": self.source.name,
-            "configs": {c.name: config_digest(self, c) for c in components},
+            "configs": {c.name: config_digest(self.config(c)) for c in components},
+            "weights": {c.name: weights_digest(self.store, self.source.path / c.folder) for c in components},
             "dtypes": {c.name: self.recipe.component(c.name).dtype for c in components},
             "backend": self.backend.name,
             "pictures": len(asked.prompts) * len(asked.seeds),

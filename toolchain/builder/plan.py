@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.builder.calibration import CalibrationPlanner
+from toolchain.builder.digests import weights_digest
 from toolchain.builder.planner import Planner, rounds
 from toolchain.builder.quantization import quantize_problems
 from toolchain.builder.stages.graph import GRAPH
@@ -164,9 +165,7 @@ def _add_ranges(planner: Planner, file: str | Path | None) -> RangeFile | None:
         raise UsageError("the recipe rounds no activations, and so needs no ranges", where=recipe.name, got=file)
     if file is not None:
         ranges = planner.calibrated(Path(file))
-        drawn_with = ranges.about.get("model")
-        if drawn_with != planner.source.name:
-            log.warning("the ranges in %s were drawn with %s; this is %s", file, drawn_with, planner.source.name)
+        _warn_of_other_weights(planner, ranges)
         return ranges
     if needed:
         drawn = plan_calibration(recipe, planner.source, planner.store)
@@ -177,6 +176,14 @@ def _add_ranges(planner: Planner, file: str | Path | None) -> RangeFile | None:
         planner.steps[:0] = [replace(s, id=i, recipe=recipe.name) for s, i in zip(tables, ids, strict=True)]
         planner.calibrate(_as_step(drawn, recipe.name))
     return None
+
+
+def _warn_of_other_weights(planner: Planner, ranges: RangeFile) -> None:
+    parts = [c for c in planner.family.parts(planner.recipe) if rounds(planner.recipe.component(c.name))]
+    drawn = ranges.about.get("weights", {})
+    own = {c.name: weights_digest(planner.store, planner.source.path / c.folder) for c in parts}
+    if any(drawn.get(name) != digest for name, digest in own.items()):
+        log.warning("the ranges in %s were drawn with other weights, of %s", ranges.path, ranges.about.get("model"))
 
 
 def _as_step(calibration: Plan, recipe: str) -> Step:

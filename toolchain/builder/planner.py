@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from toolchain.builder import stages
+from toolchain.builder.digests import config_digest
 from toolchain.builder.quantization import decisive
 from toolchain.builder.stages.calibration import RANGES
 from toolchain.builder.stages.graph import GRAPH
@@ -198,7 +199,7 @@ class Planner:
         """Ranges come from a file, which is returned. CalibrationError where it is none, or of another model."""
         names = [c.name for c in self.family.parts(self.recipe) if rounds(self.recipe.component(c.name))]
         ranges = read_ranges(file)
-        ranges.require_model({n: config_digest(self, self.family.component(n)) for n in names})
+        ranges.require_model({n: config_digest(self.config(self.family.component(n))) for n in names})
         self._ranges = file
         return ranges
 
@@ -360,11 +361,6 @@ def _precision(component: ComponentRecipe) -> dict[str, Json]:
 def rounds(component: ComponentRecipe) -> bool:
     """Whether activations of a component are rounded, for which their ranges are needed."""
     return component.quantize is not None and component.quantize.activations != "none"
-
-
-def config_digest(planner: Planner, component: Component) -> str:
-    """Tells models apart of which no range of the one serves the other."""
-    return content_key("config", planner.config(component))
 
 
 def _config_in(file: Path) -> Json:
