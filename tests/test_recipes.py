@@ -1,7 +1,7 @@
 """Every shipped recipe is built in its own precisions and with its own options, on a tiny model of its family.
 
-What is cut: the sizes, to those that tiny models have, the list of sampler tables, and the gate, whose limits are for
-the model that a recipe is for. A recipe for ONNX Runtime draws,
+What is cut: the sizes, to those that tiny models have, the list of sampler tables, all but four prompts and two steps
+of a calibration, and the gate, whose limits are for the model that a recipe is for. A recipe for ONNX Runtime draws,
 one for TensorRT draws on the pretended GPU, one for TensorRT for RTX is built by NVIDIA's own builder: no GPU, no
 picture.
 """
@@ -75,12 +75,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]
 
 
 def tiny(recipe: Recipe) -> Recipe:
-    """All of it but the sizes and the sampler's tables. Engines that buckets share need two of them."""
+    """All of it but what is cut. Engines that buckets share need two of them."""
     shared = recipe.backend == "tensorrt_rtx"
     chosen = BUCKETS[recipe.family][: 2 if shared else 1]
     buckets = recipe.buckets if recipe.name.startswith("shapes") else tuple(map(Bucket.parse, chosen))
     sampling = dataclasses.replace(recipe.sampling, schedulers=("model",), step_counts=(STEPS,), steps=STEPS)
-    return dataclasses.replace(recipe, buckets=buckets, sampling=sampling)
+    drawn = recipe.calibration
+    drawn = drawn and dataclasses.replace(drawn, prompts=drawn.prompts[:4], steps=STEPS)
+    return dataclasses.replace(recipe, buckets=buckets, sampling=sampling, calibration=drawn)
 
 
 def require_picture(bundle: toolchain.Bundle) -> None:
