@@ -7,7 +7,7 @@ from typing import Any
 
 from toolchain.bench.results import BenchReport, ContenderResult, Spread, alike, spread
 from toolchain.check.markup import Html, element, join, table
-from toolchain.check.page import POLICY, figure
+from toolchain.check.page import figure, page_head
 from toolchain.check.style import STYLE
 
 COLOURS = {
@@ -49,15 +49,7 @@ def page(report: BenchReport) -> str:
     """The whole document. Everything that a user wrote is escaped."""
     work = report.workload
     title = f"{report.recipe}: {work['batch']} picture(s) of {work['size']}, {work['steps']} steps"
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("link", rel="icon", href="data:,"),
-        element("title", title),
-        element("style", Html(STYLE + BARS)),
-    )
+    head = page_head(title, STYLE + BARS)
     about = (
         f"“{work['prompt']}”, {work['scheduler']}, guidance {work['guidance']}; medians of {report.repeats} rounds in "
         "turn, the first picture of each process left out."

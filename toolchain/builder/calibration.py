@@ -128,7 +128,7 @@ def _reference_backend(recipe: Recipe) -> str:
 
 def _reference(recipe: Recipe, asked: Calibration, backend: str) -> Recipe:
     """The recipe that draws: without quantisation, in the first bucket alone."""
-    components = {name: replace(c, quantize=None) for name, c in recipe.components.items()}
+    components = recipe.unquantized.components
     if backend != recipe.backend:  # not every type of a GPU is one of the CPU
         components = {name: replace(c, dtype="float32", keep_float32=()) for name, c in components.items()}
     scheduler, steps = asked.scheduler or recipe.sampling.scheduler, asked.steps or recipe.sampling.steps

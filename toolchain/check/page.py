@@ -38,18 +38,23 @@ def save_page(path: Path, report: CheckReport, bundle: Bundle) -> None:
     write_atomic(path, render(report, bundle).encode())
 
 
-def render(report: CheckReport, bundle: Bundle) -> str:
-    """The whole document."""
-    title = f"diffbuild check: {report.recipe}"
-    head = element(
+def page_head(title: str, style: str) -> Html:
+    """The head of a page that loads and runs nothing."""
+    return element(
         "head",
         element("meta", charset="utf-8"),
         element("meta", http_equiv="Content-Security-Policy", content=POLICY),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("link", rel="icon", href="data:,"),
-        element("title", f"{'passed' if report.passed else 'FAILED'}: {title}"),
-        element("style", Html(STYLE)),
+        element("title", title),
+        element("style", Html(style)),
     )
+
+
+def render(report: CheckReport, bundle: Bundle) -> str:
+    """The whole document."""
+    title = f"diffbuild check: {report.recipe}"
+    head = page_head(f"{'passed' if report.passed else 'FAILED'}: {title}", STYLE)
     body = element(
         "body",
         element("h1", title),

@@ -24,7 +24,7 @@ def plain_tables(tables: Mapping[str, Quantize]) -> dict[str, Quantize]:
 
 def unquantised(recipe: Recipe) -> Recipe:
     """A recipe without any quantize table, and so without a calibration."""
-    return replace(with_tables(recipe, dict.fromkeys(recipe.components)), calibration=None)
+    return replace(recipe.unquantized, calibration=None)
 
 
 def searched(recipe: Recipe) -> dict[str, Quantize]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from toolchain.check.charts import decibels
 from toolchain.check.markup import Html, element, join, table
-from toolchain.check.page import POLICY, figure
+from toolchain.check.page import figure, page_head
 from toolchain.check.report import show
 from toolchain.check.style import STYLE
 from toolchain.tune import charts
@@ -18,15 +18,7 @@ BARS = 60
 def render(tuned: Tuned) -> str:
     """The whole document."""
     title = f"diffbuild tune: {tuned.recipe.name}"
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("link", rel="icon", href="data:,"),
-        element("title", title),
-        element("style", Html(STYLE + charts.STYLE)),
-    )
+    head = page_head(title, STYLE + charts.STYLE)
     parts = [element("h1", title), _overflows(tuned)]
     if tuned.chosen is not None:
         parts += [_verdict(tuned, tuned.chosen), _curve(tuned, tuned.chosen), _layers(tuned, tuned.chosen)]
