@@ -4,8 +4,6 @@ watched."""
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -15,6 +13,7 @@ from typing import Any, Literal
 
 from toolchain.builder import stages
 from toolchain.builder.digests import config_digest, weights_digest
+from toolchain.builder.links import link_file
 from toolchain.builder.planner import Planner
 from toolchain.builder.quantization import CALIBRATED
 from toolchain.builder.stages.graph import GRAPH
@@ -191,7 +190,7 @@ class _Run:
         for step in planner.steps:
             if step.stage == "sampler":
                 target = f"samplers/{step.key}.json"
-                _link(self._built[step.id], TABLES, folder / target)
+                link_file(self._built[step.id].file(TABLES), folder / target)
                 tables = json.loads((folder / target).read_text(encoding="utf-8"))
                 samplers |= dict.fromkeys(tables, target)
         tokenizers = {c.name: f"tokenizers/{c.tokenizer}" for c in self._parts if c.tokenizer}
@@ -225,7 +224,7 @@ class _Run:
             if artifact is not None:
                 (file,) = artifact.files
                 weights[role] = f"engines/{name}/{file}"
-                _link(artifact, file, folder / weights[role])
+                link_file(artifact.file(file), folder / weights[role])
         stage: Literal["watched", "engine"] = "watched" if name in CALIBRATED else "engine"
         _link_all(self._built[StepId(stage, name, label)], folder / "engines" / name / label)
         signature: Any = next(s for s in planner.steps if s.id == StepId("graph", name, label)).inputs["signature"]
@@ -239,17 +238,7 @@ def _folder(bundle: Bundle, component: str) -> Path:
 
 def _link_all(artifact: Artifact, folder: Path) -> None:
     for name in artifact.files:
-        _link(artifact, name, folder / name)
-
-
-def _link(artifact: Artifact, name: str, target: Path) -> None:
-    """A hard link: what it lies in is in the store, gone when the calibration is done, and only read. A copy where the
-    filesystem has no links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(artifact.file(name), target)
-    except OSError:
-        shutil.copyfile(artifact.file(name), target)
+        link_file(artifact.file(name), folder / name)
 
 
 class _Position(Observer):

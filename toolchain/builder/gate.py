@@ -7,7 +7,6 @@ the stage "gate": the same engines under the same limits are not checked again.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from toolchain.builder.links import link_file
 from toolchain.builder.plan import Plan, unquantized_denoiser
 from toolchain.builder.steps import Within
 from toolchain.bundle.bundle import Bundle, EngineEntry
@@ -98,18 +98,10 @@ def unquantized(plan: Plan, bundle: Bundle, scratch: Path) -> Bundle | None:
         if (artifact := artifacts[role]) is None:
             return None
         (weights[role],) = artifact.files
-        _link(artifact.file(weights[role]), scratch / weights[role])
+        link_file(artifact.file(weights[role]), scratch / weights[role])
     if (engine := artifacts["engine"]) is None:
         return None
     # The engine's path is absolute, and stays so where it is joined to the bundle's.
     entry = EngineEntry(str(engine.path), weights, bundle.engine(DENOISER, bucket).spec)
     engines = {DENOISER: {str(bucket): entry}}
     return replace(bundle, path=scratch, recipe=plan.recipe.unquantized, engines=engines, files={})
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the filesystem has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
