@@ -28,8 +28,8 @@ from toolchain.builder.plan import make_plan
 from toolchain.builder.steps import StepId
 from toolchain.bundle.bundle import Bundle
 from toolchain.engines.buffers import HostMemory
+from toolchain.engines.cpu import physical_cores
 from toolchain.engines.machine import machine
-from toolchain.engines.onnxruntime.device import physical_cores
 from toolchain.engines.onnxruntime.run import OnnxRuntimeEngine, OnnxRuntimeRunner
 from toolchain.models.hub import resolve_model
 from toolchain.precision.weight_only import CONVOLUTIONS, survey, weighted

@@ -28,10 +28,13 @@ NEUTRAL = {
 """Rooms and modules that decide nothing of what is in an artifact, and why."""
 SHARED = {
     "cuda.driver",
+    "engines.cpu",
     "engines.onnxruntime.device",
     "engines.onnxruntime.package",
     "engines.onnxruntime.session",
     "engines.onnxruntime_cuda.provider",
+    "engines.openvino.compiled",
+    "engines.openvino.device",
     "engines.tensorrt.device",
     "engines.tensorrt.layout",
     "engines.tensorrt.library",

@@ -14,8 +14,8 @@ import torch
 from tests.tiny import recipe_for
 from toolchain.engines.buffers import HostMemory
 from toolchain.engines.builders import BUILDERS, builder_of
+from toolchain.engines.cpu import cpu_features, physical_cores
 from toolchain.engines.onnxruntime.build import OnnxRuntimeBuilder
-from toolchain.engines.onnxruntime.device import cpu_features, physical_cores
 from toolchain.engines.onnxruntime.run import OnnxRuntimeRunner
 from toolchain.engines.runners import RUNNERS, runner_of
 from toolchain.errors import EngineError, UsageError
@@ -144,7 +144,8 @@ def test_devices() -> None:
 
 
 def test_an_unknown_backend() -> None:
-    assert list(BUILDERS) == list(RUNNERS) == ["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
+    names = ["onnxruntime", "onnxruntime_cuda", "openvino", "tensorrt", "tensorrt_rtx"]
+    assert list(BUILDERS) == list(RUNNERS) == names
     assert [(b.name, r.name) for b, r in zip(BUILDERS.values(), RUNNERS.values(), strict=True)] == [
         (name, name) for name in BUILDERS
     ]

@@ -14,9 +14,9 @@ import toolchain
 from tests.build_graph import write_network
 from tests.graph.test_simplify import constant, model, value, weight
 from toolchain.engines.buffers import HostMemory
+from toolchain.engines.cpu import cpu_features
 from toolchain.engines.onnxruntime.activations import BLOCK, NARROW_BLOCK, NODE_BYTES, _Kinds, memory_facts, run_order
 from toolchain.engines.onnxruntime.build import OnnxRuntimeBuilder
-from toolchain.engines.onnxruntime.device import cpu_features
 from toolchain.engines.onnxruntime.optimize import widen_late
 from toolchain.engines.onnxruntime.run import OnnxRuntimeRunner
 from toolchain.engines.onnxruntime_cuda import build as cuda_build

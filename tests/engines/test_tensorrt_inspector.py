@@ -9,7 +9,8 @@ import onnx_ir as ir
 import pytest
 
 from tests.build_graph import write_network
-from toolchain.engines.tensorrt.inspector import Layer, asked_dtypes, compare_precision, read_layers, require_precision
+from toolchain.engines.layers import Layer, asked_dtypes, compare_precision, require_precision
+from toolchain.engines.tensorrt.inspector import read_layers
 from toolchain.errors import EngineError
 
 ASKED = dict.fromkeys(["first", "second", "third", "fourth"], "float16")
@@ -25,7 +26,7 @@ def layer(name: str, *kinds: str, nodes: tuple[str, ...] = (), ten: bool = False
 
 def judged(asked: dict[str, str], *layers: dict[str, Any] | str) -> dict[str, Any]:
     precision = compare_precision(asked, read_layers({"Layers": list(layers)}))
-    require_precision(precision, "here")
+    require_precision(precision, "here", "TensorRT")
     return precision.to_json()
 
 
@@ -111,7 +112,7 @@ def test_an_opaque_layer_that_names_its_nodes_is_not_judged() -> None:
     asked = {str(i): "float16" for i in range(20)}
     whole = layer("{ForeignNode[0...19]}", "Float", "Float", nodes=tuple(asked))
     found = compare_precision(asked, read_layers({"Layers": [whole]}))
-    require_precision(found, "graph.onnx")
+    require_precision(found, "graph.onnx", "TensorRT")
     assert found.opaque
     assert found.named == 20
 

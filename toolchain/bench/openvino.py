@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.bundle.bundle import Bundle
 from toolchain.engines.buffers import HostMemory
-from toolchain.engines.onnxruntime.device import physical_cores
+from toolchain.engines.cpu import physical_cores
 from toolchain.errors import EngineError
 from toolchain.signature import GraphSpec
 

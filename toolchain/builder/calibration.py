@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from toolchain.builder import stages
 from toolchain.builder.digests import config_digest, weights_digest
-from toolchain.builder.links import link_file
 from toolchain.builder.planner import Planner
 from toolchain.builder.quantization import CALIBRATED
 from toolchain.builder.stages.graph import GRAPH
@@ -33,6 +32,7 @@ from toolchain.recipe.options import BackendOptions
 from toolchain.runtime.observer import Observer
 from toolchain.signature import GraphSpec, TensorSpec
 from toolchain.store.artifacts import Artifact, Json, Store
+from toolchain.store.links import link_file
 
 FALLBACK = "onnxruntime"
 """The backend that draws where the recipe's own cannot run."""

@@ -14,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from toolchain.builder.links import link_file
 from toolchain.builder.plan import Plan, unquantized_denoiser
 from toolchain.builder.steps import Within
 from toolchain.bundle.bundle import Bundle, EngineEntry
 from toolchain.errors import DiffbuildError, GateError
 from toolchain.models.source import ModelSource
 from toolchain.store.artifacts import Artifact
+from toolchain.store.links import link_file
 from toolchain.store.plain_json import encode
 
 RESULT = "gate.json"

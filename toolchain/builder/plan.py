@@ -291,6 +291,8 @@ def check_recipe(
         if component.dtype not in backend.dtypes and not graphs_only:
             can = " or ".join(backend.dtypes)
             problems.append(f"components.{name}.dtype: {backend.name} cannot run {component.dtype} (expected {can})")
+        elif not graphs_only and (reason := backend.refuses_dtype(component.dtype, options)):
+            problems.append(f"components.{name}.dtype: {reason} (expected float32, or another device)")
         if component.quantize is not None:
             refusal = None if graphs_only else backend.refuses_quantized(component.quantize, options)
             problems += [f"components.{name}.quantize: {refusal}"] if refusal else []

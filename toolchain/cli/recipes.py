@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from toolchain.recipe import ComponentRecipe, Recipe
     from toolchain.recipe.shipped import ShippedRecipe
 
-BACKENDS = ("onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx")
+BACKENDS = ("onnxruntime", "onnxruntime_cuda", "openvino", "tensorrt", "tensorrt_rtx")
 
 
 @click.command(epilog=examples("diffbuild recipes", "diffbuild recipes --json"))

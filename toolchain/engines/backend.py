@@ -32,7 +32,7 @@ Options = TypeVar("Options", contravariant=True)
 class Builder(Protocol[Options]):
     """The build side of a backend.
 
-    dtypes       element types in which it can run a whole component
+    dtypes       element types in which it can run a whole component, on some device
     run_options  options that change how an engine runs and not what is built: not part of its key
     """
 
@@ -46,6 +46,9 @@ class Builder(Protocol[Options]):
 
     def problems(self, options: Options) -> list[str]:
         """What the installed library, if there is one, cannot build under these options, each "option: reason"."""
+
+    def refuses_dtype(self, dtype: str, options: Options) -> str | None:
+        """Why the device of these options cannot compute in one of `dtypes`, or None."""
 
     def refuses_quantized(self, quantize: Quantize, options: Options) -> str | None:
         """Why a component cannot be quantised so under these options, and what can; None where it can."""

@@ -7,6 +7,7 @@ from typing import Any
 from toolchain.engines.backend import Builder
 from toolchain.engines.onnxruntime.build import OnnxRuntimeBuilder
 from toolchain.engines.onnxruntime_cuda.build import OnnxRuntimeCudaBuilder
+from toolchain.engines.openvino.build import OpenVinoBuilder
 from toolchain.engines.tensorrt.build import TensorRtBuilder
 from toolchain.engines.tensorrt_rtx.build import TensorRtRtxBuilder
 from toolchain.errors import UsageError
@@ -14,6 +15,7 @@ from toolchain.errors import UsageError
 BUILDERS: dict[str, Builder[Any]] = {
     "onnxruntime": OnnxRuntimeBuilder(),
     "onnxruntime_cuda": OnnxRuntimeCudaBuilder(),
+    "openvino": OpenVinoBuilder(),
     "tensorrt": TensorRtBuilder(),
     "tensorrt_rtx": TensorRtRtxBuilder(),
 }

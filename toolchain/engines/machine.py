@@ -22,6 +22,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "build": ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "huggingface-hub"),
     "check": ("polygraphy", "scikit-image", "scipy"),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "openvino": ("openvino",),
     "tensorrt": ("tensorrt", "cuda-python"),
     "tensorrt_rtx": ("tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13", "cuda-python"),
 }
@@ -33,7 +34,7 @@ GPU_FIELDS = ("name", "compute_cap", "memory.total", "driver_version")
 def examine(store: Path) -> dict[str, Any]:
     """All facts that `doctor` prints. `works` is whether at least one backend can run here."""
     from toolchain.engines.builders import BUILDERS
-    from toolchain.engines.onnxruntime.device import cpu_features, physical_cores
+    from toolchain.engines.cpu import cpu_features, physical_cores
     from toolchain.engines.onnxruntime.package import clash
     from toolchain.engines.runners import RUNNERS
     from toolchain.engines.tensorrt.library import TENSORRT
@@ -86,7 +87,7 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """The machine of a measurement, to be noted with its numbers."""
-    from toolchain.engines.onnxruntime.device import cpu_features, physical_cores
+    from toolchain.engines.cpu import cpu_features, physical_cores
 
     return {
         "system": _system(),

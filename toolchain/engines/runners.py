@@ -7,6 +7,7 @@ from typing import Any
 from toolchain.engines.backend import Runner
 from toolchain.engines.onnxruntime.run import OnnxRuntimeRunner
 from toolchain.engines.onnxruntime_cuda.run import OnnxRuntimeCudaRunner
+from toolchain.engines.openvino.run import OpenVinoRunner
 from toolchain.engines.tensorrt.run import TensorRtRunner
 from toolchain.engines.tensorrt_rtx.run import TensorRtRtxRunner
 from toolchain.errors import UsageError
@@ -14,6 +15,7 @@ from toolchain.errors import UsageError
 RUNNERS: dict[str, Runner[Any]] = {
     "onnxruntime": OnnxRuntimeRunner(),
     "onnxruntime_cuda": OnnxRuntimeCudaRunner(),
+    "openvino": OpenVinoRunner(),
     "tensorrt": TensorRtRunner(),
     "tensorrt_rtx": TensorRtRtxRunner(),
 }

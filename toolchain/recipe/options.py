@@ -66,6 +66,22 @@ class OnnxRuntimeCudaOptions:
 
 
 @dataclass(frozen=True)
+class OpenVinoOptions:
+    """Options of the openvino backend. All but the first change how a bundle is run, not what is built.
+
+    device           what runs the engines: the CPU, or Intel's GPU or NPU
+    threads          of a CPU; 0 takes the physical cores
+    pin_threads      keep each thread on one core; off where several processes share a CPU
+    tensor_parallel  spread each product over the sockets of a CPU that has several
+    """
+
+    device: Literal["CPU", "GPU", "NPU"] = "CPU"
+    threads: Whole = 0
+    pin_threads: bool = True
+    tensor_parallel: bool = False
+
+
+@dataclass(frozen=True)
 class TensorRtOptions:
     """Options of the tensorrt backend, under TensorRT's own names where it has them.
 
@@ -122,5 +138,5 @@ class TensorRtRtxOptions:
     cuda_graph: Literal["step", "loop", "off"] = "step"
 
 
-BackendOptions = OnnxRuntimeOptions | OnnxRuntimeCudaOptions | TensorRtOptions | TensorRtRtxOptions
+BackendOptions = OnnxRuntimeOptions | OnnxRuntimeCudaOptions | OpenVinoOptions | TensorRtOptions | TensorRtRtxOptions
 """The table of one backend in a recipe."""

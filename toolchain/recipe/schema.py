@@ -13,6 +13,7 @@ from toolchain.recipe.options import (
     Count,
     OnnxRuntimeCudaOptions,
     OnnxRuntimeOptions,
+    OpenVinoOptions,
     Prompt,
     Rule,
     StepCount,
@@ -190,6 +191,7 @@ class Recipe:
     safety: Safety = Safety()
     onnxruntime: OnnxRuntimeOptions = field(default_factory=OnnxRuntimeOptions)
     onnxruntime_cuda: OnnxRuntimeCudaOptions = field(default_factory=OnnxRuntimeCudaOptions)
+    openvino: OpenVinoOptions = field(default_factory=OpenVinoOptions)
     tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
     tensorrt_rtx: TensorRtRtxOptions = field(default_factory=TensorRtRtxOptions)
     calibration: Calibration | None = None

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.engines.onnxruntime.device import cpu_device, cpu_features, physical_cores, saturates_int8
+from toolchain.engines.cpu import cpu_features, physical_cores
+from toolchain.engines.onnxruntime.device import cpu_device, saturates_int8
 from toolchain.engines.onnxruntime.optimize import (
     content_of,
     initializers,
@@ -49,6 +50,10 @@ class OnnxRuntimeBuilder:
         """None. Warns where both packages of ONNX Runtime are installed."""
         warn_of_clash()
         return []
+
+    def refuses_dtype(self, dtype: str, options: OnnxRuntimeOptions) -> None:
+        """None."""
+        return
 
     def refuses_quantized(self, quantize: Quantize, options: OnnxRuntimeOptions) -> str | None:
         """None: weights are widened when they are used, those in int4 by the product itself."""

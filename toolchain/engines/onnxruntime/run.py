@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolchain.engines.buffers import HostMemory, check_buffer
-from toolchain.engines.onnxruntime.device import cpu_device, physical_cores
+from toolchain.engines.cpu import physical_cores
+from toolchain.engines.onnxruntime.device import cpu_device
 from toolchain.engines.onnxruntime.package import CPU, EITHER, command, installed, warn_of_clash
 from toolchain.engines.onnxruntime.session import CPU_PROVIDER, GRAPH, Provider, open_session, session_options
 from toolchain.errors import EngineError

@@ -39,6 +39,10 @@ class OnnxRuntimeCudaBuilder:
         warn_of_clash()
         return []
 
+    def refuses_dtype(self, dtype: str, options: OnnxRuntimeCudaOptions) -> None:
+        """None."""
+        return
+
     def refuses_quantized(self, quantize: Quantize, options: OnnxRuntimeCudaOptions) -> str | None:
         """Not tried on a GPU yet."""
         return f"{self.name} cannot run quantised weights (expected onnxruntime, tensorrt or tensorrt_rtx)"

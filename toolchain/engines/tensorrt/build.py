@@ -54,6 +54,10 @@ class PlanBuilder(Generic[Options]):
         """Whether a plan has an optimization profile for each bucket."""
         return options.profile_per_bucket
 
+    def refuses_dtype(self, dtype: str, options: Options) -> None:
+        """None."""
+        return
+
     def packer(self, options: Options) -> None:
         """None: a plan holds weights in its kernels' layout."""
         return

@@ -12,16 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolchain.engines.layers import Layer, asked_dtypes, compare_precision, count_layers, require_precision
 from toolchain.engines.tensorrt.build_monitor import Say
-from toolchain.engines.tensorrt.inspector import (
-    Layer,
-    asked_dtypes,
-    compare_precision,
-    count_layers,
-    read_layers,
-    read_log,
-    require_precision,
-)
+from toolchain.engines.tensorrt.inspector import read_layers, read_log
 from toolchain.engines.tensorrt.library import Library
 from toolchain.errors import EngineError
 
@@ -37,7 +30,7 @@ def report(library: Library, model: ir.Model, plan: Path, logger: Any, graph: Pa
     else:
         activation_bytes, layers = _of_the_engine(library.module(), model, plan, logger, graph, say)
     precision = compare_precision(asked_dtypes(model), layers)
-    require_precision(precision, graph)
+    require_precision(precision, graph, "TensorRT")
     if precision.asked and (not precision.named or precision.opaque):
         say({"warning": "TensorRT's inspector tells no types of the graph's nodes; the precision is not verified"})
     return {"activation_bytes": activation_bytes, "precision": precision.to_json(), "layers": count_layers(layers)}

@@ -1,0 +1,1 @@
+"""OpenVINO on CPUs, and on Intel's GPUs and NPUs."""

@@ -1,0 +1,169 @@
+"""Engines of OpenVINO: models compiled for this device and exported without their weights, which lie in files beside.
+
+An exported model has its graph transformations behind it; kernels are made, and weights brought into their layouts,
+when it is opened. It points into the weight file by offset, so that all buckets share that file and its pages. Each
+opened bucket holds its own copy of the weights in the layout of its kernels, as it does in ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain.engines.layers import (
+    Layer,
+    asked_dtypes,
+    compare_precision,
+    count_layers,
+    require_precision,
+)
+from toolchain.engines.openvino.compiled import BLOB, BLOB_DIGEST, WEIGHT_BYTES, WEIGHTS, explained, settings
+from toolchain.engines.openvino.device import core, has_device, lacks, missing_device, openvino_device
+from toolchain.engines.openvino.prepare import prepare, prepare_quantized
+from toolchain.errors import EngineError
+from toolchain.recipe.options import OpenVinoOptions
+from toolchain.store.facts import ENGINE_FACTS
+from toolchain.store.files import file_digest
+from toolchain.store.links import link_file
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from toolchain.recipe import Quantize
+
+EXECUTED = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i8": "int8", "u8": "int8"}
+"""Types of executed layers, by OpenVINO's names."""
+UNCOUNTED = frozenset({"Input", "Output", "Const"})
+
+
+class OpenVinoBuilder:
+    """`Builder` of the backend `openvino`."""
+
+    name = "openvino"
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    run_options: tuple[str, ...] = ("threads", "pin_threads", "tensor_parallel")
+
+    def device(self) -> dict[str, Any]:
+        """The CPU's instruction set and the version of OpenVINO. Raises EngineError without OpenVINO."""
+        return openvino_device()
+
+    def problems(self, options: OpenVinoOptions) -> list[str]:
+        """A device that is not here."""
+        try:
+            missing = not has_device(options.device)
+        except EngineError:  # without OpenVINO nothing is known of devices, and nothing is built
+            return []
+        return [f"device: {missing_device(options.device)}"] if missing else []
+
+    def refuses_dtype(self, dtype: str, options: OpenVinoOptions) -> str | None:
+        """Of a type that the device computes by widening it, which is slower than float32."""
+        try:
+            return lacks(options.device, dtype)
+        except EngineError:
+            return None
+
+    def refuses_quantized(self, quantize: Quantize, options: OpenVinoOptions) -> str | None:
+        """Not supported yet."""
+        return f"{self.name} cannot run quantised weights (expected onnxruntime, tensorrt or tensorrt_rtx)"
+
+    def warning(self, quantize: Quantize) -> str | None:
+        """None."""
+        return None
+
+    prepare = staticmethod(prepare)
+    prepare_quantized = staticmethod(prepare_quantized)
+
+    def merges(self, options: OpenVinoOptions) -> bool:
+        """No: each bucket has a graph with static shapes."""
+        return False
+
+    def reads_weights(self, options: OpenVinoOptions) -> bool:
+        """Yes: weight files are mapped when an engine is opened."""
+        return True
+
+    def packer(self, options: OpenVinoOptions) -> None:
+        """None: OpenVINO brings weights into the layouts of its kernels when it opens an engine."""
+        return
+
+    def build(
+        self,
+        graph: Path,
+        weights: Mapping[str, Path],
+        out: Path,
+        options: OpenVinoOptions,
+        progress: Callable[[str, float | None], None] = lambda phase, share: None,
+    ) -> None:
+        """Writes `model.blob` and `engine.json`. Raises EngineError and WeightsError, EngineError also where a layer
+        computes in float32 what the graph has in less."""
+        import onnx_ir as ir
+
+        from toolchain.engines.openvino.memory import memory_facts
+
+        model = ir.load(graph)
+        compiled = _compiled(model, weights["weights"], out, options, graph, progress)
+        layers = executed_layers(compiled)
+        precision = compare_precision(asked_dtypes(model), layers)
+        require_precision(precision, graph, "OpenVINO")
+        progress("export", None)
+        _export(compiled, out / BLOB)
+        facts = {
+            BLOB_DIGEST: file_digest(out / BLOB),
+            WEIGHT_BYTES: weights["weights"].stat().st_size,
+            **memory_facts(compiled, weights["weights"].stat().st_size),
+            "precision": precision.to_json(),
+            "layers": count_layers(layers),
+        }
+        (out / ENGINE_FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _compiled(
+    model: ir.Model,
+    weights: Path,
+    out: Path,
+    options: OpenVinoOptions,
+    graph: Path,
+    progress: Callable[[str, float | None], None],
+) -> Any:
+    """A graph, compiled with its weights. EngineError for one that OpenVINO does not take."""
+    import onnx_ir as ir
+
+    from toolchain.weights.external import attach_weights
+    from toolchain.weights.mapped import read_header
+
+    if not has_device(options.device):
+        raise missing_device(options.device)
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+        # OpenVINO follows no path out of the graph's folder.
+        link_file(weights.resolve(), Path(scratch) / WEIGHTS)
+        attach_weights(model, read_header(weights), WEIGHTS, scratch)
+        ir.save(model, Path(scratch) / graph.name)
+        progress("compile", None)
+        try:
+            return core().compile_model(str(Path(scratch) / graph.name), options.device, settings(options))
+        except RuntimeError as error:
+            raise EngineError("OpenVINO cannot compile the graph", where=graph, got=explained(error)) from error
+
+
+def _export(compiled: Any, path: Path) -> None:
+    try:
+        exported = compiled.export_model()
+    except RuntimeError as error:
+        raise EngineError("OpenVINO cannot export the engine", where=path, got=explained(error)) from error
+    path.write_bytes(exported.getvalue() if hasattr(exported, "getvalue") else exported)
+
+
+def executed_layers(compiled: Any) -> list[Layer]:
+    """The layers of a compiled model, with the graph's nodes that each stands for."""
+    layers = []
+    for operator in compiled.get_runtime_model().get_ordered_ops():
+        about = {key: str(value.value) for key, value in operator.get_rt_info().items()}
+        kind = about.get("layerType", "")
+        if kind in UNCOUNTED:
+            continue
+        dtype = EXECUTED.get(about.get("runtimePrecision", ""))
+        nodes = tuple(about.get("originalLayersNames", "").split(","))
+        layers.append(Layer(operator.get_friendly_name(), kind, frozenset({dtype} if dtype else ()), nodes))
+    return layers

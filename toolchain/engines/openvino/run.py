@@ -1,0 +1,151 @@
+"""Engines of OpenVINO, opened: compiled models over mapped weight files, launched on the runtime's own buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolchain.engines.buffers import HostMemory, check_buffer
+from toolchain.engines.openvino.compiled import BLOB, BLOB_DIGEST, WEIGHT_BYTES, explained, settings
+from toolchain.engines.openvino.device import EXTRA, core, has_device, missing_device, openvino_device
+from toolchain.errors import EngineError
+from toolchain.recipe.options import OpenVinoOptions
+from toolchain.signature import GraphSpec, TensorSpec
+from toolchain.store.facts import ENGINE_FACTS, read_facts
+from toolchain.store.files import file_digest
+
+
+class OpenVinoRunner:
+    """`Runner` of the backend `openvino`."""
+
+    name = "openvino"
+
+    def available(self) -> str | None:
+        """Why OpenVINO cannot run here, or None."""
+        try:
+            core()
+        except EngineError as error:
+            return f"{error.what}{f': {error.got}' if error.got else ''} ({EXTRA})"
+        return None
+
+    def refuse(self, built_on: Mapping[str, Any], options: OpenVinoOptions) -> str | None:
+        """Why engines of another version of OpenVINO or for another device cannot run here, or None."""
+        here, kind = openvino_device(), options.device.lower()
+        if not has_device(options.device):
+            return f"OpenVINO finds no {options.device} here (only {', '.join(core().available_devices)})"
+        for field in ("openvino", kind):
+            if built_on.get(field) != here[field]:
+                what = "with openvino" if field == "openvino" else "on"
+                return f"built {what} {built_on.get(field)}, this machine has {here[field]}"
+        return None
+
+    def install(self, built_on: Mapping[str, Any]) -> str | None:
+        """The pip command for the version that built the engines; None where that would not open them."""
+        built = built_on.get("openvino")
+        try:
+            here = openvino_device()
+        except EngineError:
+            return f"pip install openvino=={built}"
+        other = here["openvino"] != built and here["cpu"] == built_on.get("cpu")
+        return f"pip install openvino=={built}" if other else None
+
+    def memory(self, folders: Sequence[Path], options: OpenVinoOptions, open_buckets: int | None = None) -> HostMemory:
+        """Host memory."""
+        return HostMemory()
+
+    def open(
+        self,
+        folder: Path,
+        weights: Mapping[str, Path],
+        spec: GraphSpec,
+        options: OpenVinoOptions,
+        memory: HostMemory,
+        *,
+        profile: bool = False,
+    ) -> OpenVinoEngine:
+        """Opens an engine; with `profile` its launches are timed by operator. Raises EngineError."""
+        if not has_device(options.device):
+            raise missing_device(options.device)
+        blob = _checked_blob(folder, weights["weights"])
+        properties = settings(options) | {"WEIGHTS_PATH": str(weights["weights"].resolve())}
+        properties |= {"PERF_COUNT": "YES"} if profile else {}
+        try:
+            compiled = core().import_model(blob, options.device, properties)
+        except RuntimeError as error:
+            raise EngineError("OpenVINO cannot open the engine", where=folder, got=explained(error)) from error
+        return OpenVinoEngine(compiled, spec, folder)
+
+
+def _checked_blob(folder: Path, weights: Path) -> bytes:
+    """An exported model, as it was built. EngineError otherwise: OpenVINO reads past the end of what was cut off."""
+    facts, path = read_facts(folder / ENGINE_FACTS), folder / BLOB
+    hint = "build the bundle again, or copy it again from where it is whole"
+    try:
+        digest, size, blob = file_digest(path), weights.stat().st_size, path.read_bytes()
+    except OSError as error:
+        raise EngineError("an engine's file cannot be read", where=folder, got=error, hint=hint) from error
+    if digest != facts.get(BLOB_DIGEST):
+        expected = f"sha256 {facts.get(BLOB_DIGEST)}"
+        raise EngineError("an engine is not as it was built", where=path, expected=expected, got=digest, hint=hint)
+    if size != facts.get(WEIGHT_BYTES):
+        expected, got = f"{facts.get(WEIGHT_BYTES)} bytes", f"{size} bytes"
+        raise EngineError("a weight file is not the engine's", where=weights, expected=expected, got=got, hint=hint)
+    return blob
+
+
+class OpenVinoEngine:
+    """A compiled model with static shapes, launched through requests on host memory."""
+
+    def __init__(self, compiled: Any, spec: GraphSpec, folder: Path) -> None:
+        """Takes the model over. Raises EngineError where it has another signature than `spec`."""
+        self.spec = spec
+        self._compiled = compiled
+        self._folder = folder
+        self._requests: list[Any] = []
+        self._check_signature()
+
+    def bind(self, buffers: Mapping[str, Any]) -> Callable[[], None]:
+        """A launch on these arrays. Raises EngineError for one that is missing or does not fit."""
+        import openvino
+
+        request = self._compiled.create_infer_request()
+        for tensor in self.spec.inputs:
+            array = self._checked(tensor, buffers.get(tensor.name))
+            request.set_tensor(tensor.name, openvino.Tensor(array, shared_memory=True))
+        for tensor in self.spec.outputs:
+            if tensor.name in buffers:
+                array = self._checked(tensor, buffers[tensor.name])
+                request.set_tensor(tensor.name, openvino.Tensor(array, shared_memory=True))
+        self._requests.append(request)
+
+        def launch() -> None:
+            request.start_async()  # not `infer`, which takes inputs and collects outputs into a dictionary
+            request.wait()
+
+        return launch
+
+    def close(self) -> None:
+        """Frees the model and its requests."""
+        self._requests = []
+        self._compiled = None
+
+    def _checked(self, tensor: TensorSpec, array: NDArray[Any] | None) -> NDArray[Any]:
+        contiguous = array is not None and array.flags.c_contiguous
+        return check_buffer(tensor, array, self._folder, also="contiguous", fits=contiguous)
+
+    def _check_signature(self) -> None:
+        for side, tensors in (("inputs", self.spec.inputs), ("outputs", self.spec.outputs)):
+            ports = getattr(self._compiled, side)
+            got = [(p.any_name, str(np.dtype(p.element_type.to_dtype())), tuple(p.shape)) for p in ports]
+            expected = [(t.name, t.dtype, t.shape) for t in tensors]
+            if sorted(got) != sorted(expected):
+                raise EngineError(
+                    f"the engine has other {side} than its manifest says",
+                    where=self._folder,
+                    expected=expected,
+                    got=got,
+                )
