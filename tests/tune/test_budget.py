@@ -54,6 +54,10 @@ def test_what_is_missed_is_told() -> None:
         "psnr_db 27.25, at least 28",
         "ssim nan, at least 0.9",
     ]
+    # Just below 1 every digit counts; what was not measured is not missed.
+    near = parse_budgets(["cosine>=0.9999999", "psnr_db>=30"])
+    assert near.missed({"cosine": 0.9999995}) == ["cosine 0.9999995, at least 0.9999999"]
+    assert str(near) == "cosine >= 0.9999999, psnr_db >= 30"
 
 
 def test_pictures_are_summed_up() -> None:

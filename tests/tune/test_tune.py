@@ -13,6 +13,7 @@ import toolchain
 from tests.test_cli import run, run_json
 from toolchain.recipe import Recipe, load_recipe
 from toolchain.store.artifacts import Store
+from toolchain.tune.limits import Checked
 from toolchain.tune.references import References
 from toolchain.tune.simulation import Simulation
 
@@ -176,6 +177,24 @@ def test_a_budget_that_cannot_be_kept(recipe: Path, tiny_model: Path, store: Pat
     assert re.match(r"psnr_db \d+\.?\d*, median_psnr_db .* quantised, the best of \d+ candidates$", document["got"])
     assert "exclude more in the recipe" in document["hint"]
     assert not (tmp_path / "t.toml").exists()
+
+
+def test_what_the_check_misses_excludes_more(
+    recipe: Path, tiny_model: Path, store: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every limit that is written is one that the recipe's own check keeps, SSIM too."""
+    asked: list[str] = []
+
+    def failing(recipe: Recipe, *_: Any) -> Checked:
+        asked.append(recipe.name)
+        return Checked((70.0,), (0.97,), {})
+
+    monkeypatch.setattr("toolchain.tune.run.check", failing)
+    given = arguments(recipe, tiny_model, store, tmp_path / "t.toml", "psnr_db>=30", "ssim>=0.98")
+    document = run_json(*given, "--by", "block", code=3)["error"]
+    assert len(asked) > 1
+    last = r"\d+ of \d+ excluded: in the recipe's check, against diffusers, ssim 0\.97, at least 0\.98"
+    assert re.fullmatch(last, document["got"])
 
 
 PLAIN = RECIPE.split("[components", 1)[0]

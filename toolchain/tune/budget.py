@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from toolchain.check.report import show
 from toolchain.errors import UsageError
 
 METRICS = {
@@ -29,15 +30,15 @@ class Budget:
     limits: Mapping[str, float]
 
     def missed(self, measured: Mapping[str, float]) -> list[str]:
-        """A line for each limit that is not kept; NaN keeps none."""
+        """A line for each limit that is not kept, of the metrics that were measured; NaN keeps none."""
         return [
-            f"{name} {measured[name]:.5g}, at least {limit:g}"
+            f"{name} {show(measured[name])}, at least {limit:.9g}"
             for name, limit in self.limits.items()
-            if not measured[name] >= limit
+            if name in measured and not measured[name] >= limit
         ]
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} >= {limit:g}" for name, limit in self.limits.items())
+        return ", ".join(f"{name} >= {limit:.9g}" for name, limit in self.limits.items())
 
 
 def parse_budgets(texts: Sequence[str]) -> Budget:

@@ -33,6 +33,11 @@ class Checked:
     ssim: tuple[float, ...]
     components: Mapping[str, Mapping[str, float]]
 
+    @property
+    def summary(self) -> dict[str, float]:
+        """The metrics of budgets that are limits of a recipe's check too."""
+        return {"psnr_db": min(self.psnr_db), "ssim": min(self.ssim)}
+
 
 def check(recipe: Recipe, source: ModelSource, kept: Kept, progress: Callable[[str], None]) -> Checked:
     """Builds a recipe with all its buckets and checks it, once. Raises what both raise."""
@@ -71,7 +76,7 @@ def gated(recipe: Recipe, checked: Checked, budget: Mapping[str, float]) -> Reci
     """The recipe with limits that it keeps: of pictures the budget's, of quantised components what was measured."""
     quantised = [name for name, part in recipe.components.items() if part.quantize is not None]
     limits = {name: _tolerance(checked.components[name]) for name in quantised if name in checked.components}
-    least_psnr, least_ssim = min(checked.psnr_db), min(checked.ssim)
+    least_psnr, least_ssim = checked.summary["psnr_db"], checked.summary["ssim"]
     psnr = budget.get("psnr_db", max(math.floor(min(least_psnr, 99.0) - 1), 1.0))
     ssim = budget.get("ssim", min(recipe.check.ssim, max(math.floor(100 * least_ssim - 1), 1) / 100))
     components = {**recipe.check.components, **limits}

@@ -38,7 +38,7 @@ def _overflows(tuned: Tuned) -> Html:
 
 
 def _verdict(tuned: Tuned, chosen: Point) -> Html:
-    budget = ", ".join(f"{name} at least {limit:g}" for name, limit in tuned.budget.items())
+    budget = ", ".join(f"{name} at least {limit:.9g}" for name, limit in tuned.budget.items())
     left = f"{chosen.excluded} of {len(tuned.units)} layers or blocks are left as they are"
     assert tuned.held_out is not None
     lines = [

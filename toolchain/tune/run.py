@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from toolchain.builder.plan import Plan, execute, make_plan
+from toolchain.check.report import show
 from toolchain.engines.runners import runner_of
 from toolchain.errors import BudgetError, EngineError, UsageError
 from toolchain.models.source import ModelSource
@@ -187,41 +188,42 @@ def _search(candidates: Candidates, job: Job) -> tuple[Point, Measured, Checked]
         return not job.budget.missed(candidates.point(excluded).measured.summary)
 
     excluded = largest_passing(candidates.order.points(), passes)
-    step = 1
+    step, missed = 1, None
     while excluded is not None:
         verified = _verified(candidates, job, excluded)
-        if verified is not None:
+        if not isinstance(verified, str):
             return candidates.point(excluded), *verified
+        missed = f"{excluded} of {len(candidates.order.units)} excluded: {verified}"
+        job.progress(missed)
         following, step = min(excluded + step, candidates.order.most_excluded), 2 * step
         excluded = following if following > excluded and passes(following) else None
-    raise _too_small(candidates, job)
+    raise _too_small(candidates, job, missed)
 
 
-def _verified(candidates: Candidates, job: Job, excluded: int) -> tuple[Measured, Checked] | None:
-    """None for a candidate that misses the budget with other seeds, or in the recipe's check."""
+def _verified(candidates: Candidates, job: Job, excluded: int) -> tuple[Measured, Checked] | str:
+    """What a candidate misses with other seeds, or in the recipe's check, where it does not keep the budget there."""
     other = Request(job.request.prompts, tuple((seed + HELD_OUT) % 2**64 for seed in job.request.seeds))
     held_out = candidates.held_out(excluded, other)
     missed = job.budget.missed(held_out.summary)
     if missed:
-        job.progress(f"{excluded} excluded: with other seeds {', '.join(missed)}")
-        return None
+        return f"with other seeds {', '.join(missed)}"
     recipe = replace(job.recipe, components=candidates.build(excluded).components)
     checked = check(recipe, job.source, candidates.drawings.kept, job.progress)
-    if min(checked.psnr_db) < job.budget.limits.get("psnr_db", 0.0):
-        job.progress(f"{excluded} excluded: {min(checked.psnr_db):.1f} dB against diffusers' pictures")
-        return None
-    return held_out, checked
+    missed = job.budget.missed(checked.summary)
+    return f"in the recipe's check, against diffusers, {', '.join(missed)}" if missed else (held_out, checked)
 
 
-def _too_small(candidates: Candidates, job: Job) -> BudgetError:
-    best = max(candidates.points(), key=lambda point: point.measured.summary["psnr_db"])
-    reached = ", ".join(f"{name} {value:.5g}" for name, value in best.measured.summary.items())
+def _too_small(candidates: Candidates, job: Job, missed: str | None) -> BudgetError:
+    """missed  what the last candidate misses that keeps the budget with the pictures of the search"""
+    first = next(iter(job.budget.limits))
+    best = max(candidates.points(), key=lambda point: point.measured.summary[first])
+    reached = ", ".join(f"{name} {show(value)}" for name, value in best.measured.summary.items())
     return BudgetError(
         f"the budget cannot be kept with {candidates.order.share(candidates.order.most_excluded):.0%} of the "
         "multiply-accumulates quantised",
         where=job.recipe.name,
         expected=job.budget,
-        got=f"{reached} with {best.share:.1%} quantised, the best of {len(candidates.points())} candidates",
+        got=missed or f"{reached} with {best.share:.1%} quantised, the best of {len(candidates.points())} candidates",
         hint="ask for less, or quantise less: exclude more in the recipe, or leave out the table of a component",
     )
 

@@ -30,7 +30,7 @@ def _reached(tuned: Tuned) -> str:
     assert tuned.chosen is not None
     assert tuned.held_out is not None
     ours, others = tuned.chosen.measured.summary, tuned.held_out.summary
-    budget = ", ".join(f"{name} >= {limit:g}" for name, limit in tuned.budget.items())
+    budget = ", ".join(f"{name} >= {limit:.9g}" for name, limit in tuned.budget.items())
     seeds = ", ".join(map(str, tuned.seeds))
     return (
         f"Budget {budget}. With {tuned.chosen.share:.1%} of a picture's multiply-accumulates quantised, "
