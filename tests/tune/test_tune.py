@@ -225,4 +225,8 @@ def test_what_cannot_be_tuned_is_told_before_any_work(
 def test_a_recipe_is_never_replaced(recipe: Path, tiny_model: Path, tmp_path: Path) -> None:
     given = arguments(recipe, tiny_model, tmp_path / "none", recipe, "psnr_db>=30")
     assert "the recipe file exists already" in run(*given, code=2).output
+    given = arguments(recipe, tiny_model, tmp_path / "none", tmp_path / "new.toml", "psnr_db>=30")
+    for page, said in ((recipe, "RECIPE and --html"), (tmp_path / "new.toml", "--output and --html")):
+        assert f"{said} name the same file" in run(*given, "--html", page, code=2).output
+    assert not (tmp_path / "new.toml").exists()
     assert recipe.read_text() == RECIPE

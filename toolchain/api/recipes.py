@@ -91,6 +91,9 @@ def tune_recipe(
 
     Raises UsageError for a budget or an output, BudgetError where no recipe keeps it, and what `build` raises.
     """
+    from toolchain.store.outputs import check_apart
     from toolchain.tune.command import tune_to_file
 
+    if isinstance(recipe, str | Path):
+        check_apart({"RECIPE": recipe, "--html": options.get("html")})
     return tune_to_file(load(recipe), model, Path(output), open_store(store), progress, **options)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from toolchain.errors import UsageError
@@ -34,5 +36,12 @@ def check_outputs(report: str | Path | None, html: str | Path | None) -> None:
     """`check_output` for the two files of a check, which must not be one. Raises UsageError."""
     check_output(report)
     check_output(html)
-    if report is not None and html is not None and Path(report).resolve() == Path(html).resolve():
-        raise UsageError("--report and --html name the same file", where=html, expected="two files")
+    check_apart({"--report": report, "--html": html})
+
+
+def check_apart(files: Mapping[str, str | Path | None]) -> None:
+    """Raises UsageError where one file is named twice; `files` are what names each -> its path, None where nothing."""
+    named = {name: Path(path).resolve() for name, path in files.items() if path is not None}
+    for (first, one), (second, other) in itertools.combinations(named.items(), 2):
+        if one == other:
+            raise UsageError(f"{first} and {second} name the same file", where=files[second], expected="two files")

@@ -12,7 +12,7 @@ from toolchain.errors import UsageError
 from toolchain.recipe import Recipe, parse_recipe
 from toolchain.store.artifacts import Store
 from toolchain.store.files import write_atomic
-from toolchain.store.outputs import check_new_file, check_output
+from toolchain.store.outputs import check_apart, check_new_file, check_output
 from toolchain.tune.budget import parse_budgets
 from toolchain.tune.page import render
 from toolchain.tune.pictures import Request
@@ -49,6 +49,7 @@ def tune_to_file(
         raise UsageError("layers are excluded one by one or by blocks", expected="layer or block", got=by)
     check_new_file(output)
     check_output(html)
+    check_apart({"--output": output, "--html": html})
     source = open_model(model, **origin, store=store.root)
     make_plan(recipe, source, store)  # what is wrong with the recipe is told first
     job = Job(recipe, source, store, limits, _request(recipe, prompts), by == "block", progress)
