@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +117,10 @@ def test_blocks_hold_the_same_layers(tiny_model: Path, store: Path, tmp_path: Pa
     for count in ("macs", "elements"):
         assert sum(getattr(u, count) for u in single.units) == sum(getattr(u, count) for u in blocks.units)
     assert single.fixed == blocks.fixed
+    for listing in (single, blocks):
+        names = [(u.component, f"{u.pattern}.") for u in listing.units]
+        enclosing = [a for a, b in itertools.permutations(names, 2) if a[0] == b[0] and b[1].startswith(a[1])]
+        assert enclosing == []  # excluding one must leave no layer of another
     more = list_layers(plan, searched(recipe), 6, blocks=False)
     by_name = {(u.component, u.pattern): u.macs for u in more.units}
     for unit in single.units:  # three evaluations, and one decoding

@@ -15,9 +15,10 @@ from toolchain.precision.stored import Form
 from toolchain.precision.weight_only import survey
 from toolchain.recipe import Quantize
 
-BLOCK = re.compile(r"(?:[^\d.][^.]*\.)+?\d+(?:\.[^\d.][^.]*\.\d+)?(?=\.|$)")
+BLOCK = re.compile(r"(?:[^.]+\.)?mid_block\.[^.]+\.\d+(?=\.|$)|(?:[^\d.][^.]*\.)+?\d+(?:\.[^\d.][^.]*\.\d+)?(?=\.|$)")
 """The leading part of a module's name up to its first number, or the second where one name lies between them:
-down_blocks.0.attentions.1, and transformer_blocks.3."""
+down_blocks.0.attentions.1, and transformer_blocks.3. There is one middle block, and so it has no number itself. No
+block may lie in another one: an entry of `quantize.exclude` leaves all that is in it."""
 
 
 @dataclass(frozen=True)
