@@ -93,12 +93,17 @@ def test_counted_work_tells_what_is_left(clock: dict[str, float], capsys: pytest
     with progress.working("measuring") as say:
         for kind in ("round", "picture"):
             for number in (1, 2, 3):
-                say(f"{kind} {number} of 5")
+                say(f"{kind} {number} of 5, {'abc'[number - 1]}")
                 clock["now"] += 10
+        clock["now"] += 3600
+        for number in (1, 2):
+            say(f"round {number} of 5")
+            clock["now"] += 20
     assert capsys.readouterr().err.splitlines() == [
         "measuring ...",
-        *("round 1 of 5 ...", "round 2 of 5, about 40 s left ...", "round 3 of 5, about 30 s left ..."),
-        *("picture 1 of 5 ...", "picture 2 of 5, about 40 s left ...", "picture 3 of 5, about 30 s left ..."),
+        *("round 1 of 5, a ...", "round 2 of 5, b, about 40 s left ...", "round 3 of 5, c, about 30 s left ..."),
+        *("picture 1 of 5, a ...", "picture 2 of 5, b, about 40 s left ...", "picture 3 of 5, c, about 30 s left ..."),
+        *("round 1 of 5 ...", "round 2 of 5, about 80 s left ..."),  # anew: what went before is not its own
     ]
 
 

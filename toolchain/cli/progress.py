@@ -158,16 +158,22 @@ def evaluations() -> Iterator[Evaluations]:
 def working(what: str) -> Iterator[Callable[[str], None]]:
     """For work of unknown length: yields a function to call with what is being done now. stdout as in `steps`.
 
-    A text with "3 of 8" in it is shown with the remaining time, estimated from those of its kind before it.
+    A text with "3 of 8" in it is shown with the remaining time, estimated from those of its kind before it: those that
+    begin alike, since the number was last a smaller one than before.
     """
-    began: dict[str, tuple[float, int]] = {}  # text around the numbers -> when its first came, and which that was
+    # Text before the numbers -> when its first came, which that was, and the last number.
+    began: dict[str, tuple[float, int, int]] = {}
 
     def with_time(text: str) -> str:
         match = COUNTED.search(text)
         if match is None:
             return text
         now, number, total = time.perf_counter(), int(match[1]), int(match[2])
-        since, first = began.setdefault(COUNTED.sub("", text), (now, number))
+        kind = text[: match.start()]
+        since, first, last = began.get(kind, (now, number, number))
+        if number < last:
+            since, first = now, number
+        began[kind] = since, first, number
         return text + left(now - since, (number - first) / max(total - first + 1, 1))
 
     with redirect_stdout(sys.stderr), _bar() as bar:
