@@ -12,6 +12,8 @@ import pytest
 
 from tests.check.page_samples import HOSTILE, RECIPE
 from tests.check.test_check_page_browser import CHROMIUM, DESKTOP, PHONE, Browser
+from tests.tiny import recipe_for
+from toolchain.recipe import Quantize
 from toolchain.tune.page import render
 from toolchain.tune.pictures import DRAWN, Measured
 from toolchain.tune.result import Overflow, Point, Trial, Tuned
@@ -60,6 +62,32 @@ def test_the_page_escapes_and_counts(tmp_path: Path) -> None:
     assert "values of up to 1.2e+05" in page
     assert "1.60 times as fast" in page
     assert "99.000" not in page  # equal pictures are infinite in words, and drawn at the edge
+
+
+def test_the_largest_ranges_may_be_what_was_chosen(tmp_path: Path) -> None:
+    """Where they draw better pictures, the chosen candidate equals the naive one and is still told apart."""
+    made = sample(tmp_path)
+    assert made.chosen is not None
+    made = replace(made, naive=(replace(made.points[0]), replace(made.chosen)))
+    page = render(made)
+    assert page.count('class="chosen"') == 2
+    assert page.rindex('class="chosen"') > page.rindex('class="naive"')
+    assert page.count('class="naive"') == 2 * 2
+    marks = [line.split()[-1] for line in made.lines() if line.startswith(("0 ", "2 "))]
+    assert marks == ["12.5", "scales", "chosen", "scales"]
+
+
+def test_the_options_that_were_taken_are_marked(tmp_path: Path) -> None:
+    recipe = recipe_for("denoiser", quantize=Quantize("int8", activations="int8"))
+    trials = tuple(Trial("denoiser", "ranges", value, error) for value, error in (("max", 2e-5), ("mean", 1e-5)))
+    page = render(replace(sample(tmp_path), recipe=recipe, trials=trials))
+    marks = re.findall(r"<td>(max|mean)</td><td[^>]*>\S+?</td><td>(taken)?</td>", page)
+    assert marks == [("max", "taken"), ("mean", "")]
+
+
+def test_without_overflow_that_is_said(tmp_path: Path) -> None:
+    plain = replace(sample(tmp_path), chosen=None, overflows=())
+    assert list(plain.lines()) == ["every value stays in the range of its type: the recipe is as it was"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on PATH")

@@ -45,8 +45,9 @@ def pareto(points: Sequence[Point], naive: Sequence[Point], chosen: Point) -> Ht
     for name, kind in (("psnr_db", "curve"), ("median_psnr_db", "curve median")):
         for a, b in itertools.pairwise(ordered):
             marks.append(element("line", x1=x(a), x2=x(b), y1=y(_db(a, name)), y2=y(_db(b, name)), class_=kind))
-        for point in sorted(every, key=lambda p: p is chosen):
-            kinds = "naive" if point in naive else "chosen" if point is chosen else None
+        candidates = [(p, "chosen" if p is chosen else None) for p in points]
+        # What was chosen comes last: it equals its naive one where the largest ranges and scales won.
+        for point, kinds in [*((p, "naive") for p in naive), *sorted(candidates, key=lambda c: c[0] is chosen)]:
             title = element("title", f"{point.share:.1%} quantised, {name}: {decibels(point.measured.summary[name])}")
             marks.append(element("circle", title, cx=x(point), cy=y(_db(point, name)), r=4, class_=kinds))
     label = f"PSNR of {len(points)} candidates over the share quantised, from {left:.0%} to {right:.0%}"

@@ -9,7 +9,7 @@ from toolchain.check.report import show
 from toolchain.check.style import STYLE
 from toolchain.tune import charts
 from toolchain.tune.pictures import Measured, Pixels
-from toolchain.tune.result import Point, Tuned, overflow_words
+from toolchain.tune.result import Point, Trial, Tuned, overflow_words
 
 BARS = 60
 """Layers with a bar; the others, which cost less, are in the table of all."""
@@ -54,7 +54,8 @@ def _verdict(tuned: Tuned, chosen: Point) -> Html:
 def _words(measured: Measured) -> str:
     summary = measured.summary
     least, median = decibels(summary["psnr_db"]), decibels(summary["median_psnr_db"])
-    return f"PSNR {least} at least, {median} in the median, SSIM {show(summary['ssim'])} at least"
+    text = f"PSNR {least} at least, {median} in the median, SSIM {show(summary['ssim'])} at least"
+    return text + (f", cosine {show(summary['cosine'])} at least" if "cosine" in summary else "")
 
 
 def _curve(tuned: Tuned, chosen: Point) -> Html:
@@ -94,10 +95,18 @@ def _layers(tuned: Tuned, chosen: Point) -> Html:
 
 
 def _options(tuned: Tuned) -> Html:
-    note = "Noise over signal of a component's output with everything quantised that can be; the least was taken."
-    rows = [[trial.component, trial.key, str(trial.value), f"{trial.error:.3g}"] for trial in tuned.trials]
-    listed = table(["component", "option", "value", "error"], rows, numbers=(3,))
+    note = (
+        "Noise over signal of a component's output with everything quantised that can be. The least of each option was "
+        "taken, unless the largest ranges and scales without smoothing draw better pictures."
+    )
+    rows = [[t.component, t.key, str(t.value), f"{t.error:.3g}", _taken(tuned, t)] for t in tuned.trials]
+    listed = table(["component", "option", "value", "error", ""], rows, numbers=(3,))
     return join(element("h2", "Options"), element("p", note, class_="note"), listed)
+
+
+def _taken(tuned: Tuned, trial: Trial) -> str:
+    quantize = tuned.recipe.component(trial.component).quantize
+    return "taken" if quantize is not None and getattr(quantize, trial.key) == trial.value else ""
 
 
 def _pictures(tuned: Tuned, chosen: Point, reference: Pixels) -> Html:

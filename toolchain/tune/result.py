@@ -124,10 +124,12 @@ class Tuned:
         for overflow in self.overflows:
             yield f"{overflow.component}: {overflow.kept}, {overflow_words(overflow)}"
         if self.chosen is None:
+            if not self.overflows:
+                yield "every value stays in the range of its type: the recipe is as it was"
             return
         for name, measured in self.alone.items():
             yield f"{name} alone: {_words(measured)}"
-        rows = [[str(p.excluded), f"{p.share:.1%}", *_cells(p), self._mark(p)] for p in self._curve()]
+        rows = [[str(p.excluded), f"{p.share:.1%}", *_cells(p), mark] for p, mark in self._curve()]
         head = ["excluded", "share", "PSNR dB least", "median", "SSIM least", "step ms", ""]
         yield from table(rows, head=head, indent="")
         assert self.held_out is not None
@@ -143,13 +145,11 @@ class Tuned:
         took = f"{self.chosen.measured.step_ms:.3g} ms a step, unquantised {self.reference_step_ms:.3g} ms"
         return f"{took}: {ratio:.2f} times as fast" if ratio > 1 else f"{took}: not faster on this machine"
 
-    def _curve(self) -> list[Point]:
-        return sorted([*self.points, *self.naive], key=lambda p: (p.excluded, p in self.naive))
-
-    def _mark(self, point: Point) -> str:
-        if point in self.naive:
-            return "largest ranges and scales"
-        return "chosen" if point is self.chosen else ""
+    def _curve(self) -> list[tuple[Point, str]]:
+        """What was drawn, and what it is. A candidate equals its naive one where the largest ranges and scales won."""
+        candidates = [(p, "chosen" if p is self.chosen else "") for p in self.points]
+        naive = [(p, "largest ranges and scales") for p in self.naive]
+        return sorted([*candidates, *naive], key=lambda row: row[0].excluded)
 
 
 def overflow_words(overflow: Overflow) -> str:
