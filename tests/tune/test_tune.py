@@ -193,7 +193,7 @@ def test_what_the_check_misses_excludes_more(
     given = arguments(recipe, tiny_model, store, tmp_path / "t.toml", "psnr_db>=30", "ssim>=0.98")
     document = run_json(*given, "--by", "block", code=3)["error"]
     assert len(asked) > 1
-    last = r"\d+ of \d+ excluded: in the recipe's check, against diffusers, ssim 0\.97, at least 0\.98"
+    last = r"with \d+ excluded, in the recipe's check, against diffusers, ssim 0\.97, at least 0\.98"
     assert re.fullmatch(last, document["got"])
 
 
@@ -206,6 +206,7 @@ NARROW = '[components.vae_decoder]\ndtype = "float16"\n'
     [
         (PLAIN, (), 2, "the recipe has nothing that could be tuned"),
         (PLAIN + NARROW, ("--budget", "psnr_db>=30"), 2, "a budget is given, and the recipe quantises nothing"),
+        (PLAIN + NARROW, ("--budget", "psnr_db>=30"), 2, "hint: leave out --budget, and float16 alone is looked after"),
         (RECIPE, (), 2, "no budget is given"),
         (RECIPE, ("--budget", "speed>=2", "--budget", "lpips<=0.1"), 2, "speed is no metric"),
         (RECIPE.replace('"mid_block"', '"middle"'), ("--budget", "psnr_db>=30"), 2, "no module matches 'middle'"),
@@ -220,6 +221,16 @@ def test_what_cannot_be_tuned_is_told_before_any_work(
     assert said in run(*given, *more, code=code).output
     assert not (tmp_path / "new.toml").exists()
     assert not list(Store(tmp_path / "none").artifacts())
+
+
+def test_nothing_is_left_to_quantise(tiny_model: Path, store: Path, tmp_path: Path) -> None:
+    text = f'{PLAIN}[components.vae_decoder.quantize]\nweights = "int8"\nexclude = ["decoder.*"]\n'
+    (tmp_path / "bare.toml").write_text(text)
+    given = arguments(tmp_path / "bare.toml", tiny_model, store, tmp_path / "new.toml", "psnr_db>=30")
+    error = run_json(*given, code=2)["error"]
+    assert error["what"] == "nothing is left that could be quantised"
+    assert error["where"] == "bare: components.vae_decoder.quantize"
+    assert not (tmp_path / "new.toml").exists()
 
 
 def test_a_recipe_is_never_replaced(recipe: Path, tiny_model: Path, tmp_path: Path) -> None:

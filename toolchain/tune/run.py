@@ -33,6 +33,7 @@ TRAJECTORIES = 4
 """Prompts along whose trajectories layers are measured."""
 HELD_OUT = 10_000
 """What is added to the seeds for pictures that the search did not see."""
+EXPECTED_TABLE = "a table such as [components.denoiser.quantize]"
 VERSIONS = ("diffbuild", "torch", "diffusers")
 
 
@@ -63,11 +64,15 @@ def tune(job: Job) -> Tuned:
         raise UsageError(
             "the recipe has nothing that could be tuned",
             where=job.recipe.name,
-            expected=f'a component with dtype = "{NARROW}", or a table such as [components.denoiser.quantize]',
+            expected=f'a component with dtype = "{NARROW}", or {EXPECTED_TABLE}',
         )
     if bool(tables) != bool(job.budget.limits):
-        what = "no budget is given" if tables else "a budget is given, and the recipe quantises nothing"
-        raise UsageError(what, where=job.recipe.name, expected=EXPECTED, hint="--budget 'psnr_db>=35'")
+        if tables:
+            what, expected, hint = "no budget is given", EXPECTED, "--budget 'psnr_db>=35'"
+        else:
+            what, expected = "a budget is given, and the recipe quantises nothing", EXPECTED_TABLE
+            hint = f"leave out --budget, and {NARROW} alone is looked after"
+        raise UsageError(what, where=job.recipe.name, expected=expected, hint=hint)
     if tables:
         _require_runner(job.recipe)
     tuned = Tuned(
@@ -112,6 +117,12 @@ def _quantise(job: Job, tuned: Tuned, tables: Mapping[str, Quantize]) -> Tuned:
         if "cosine" in job.budget.limits:
             drawings.steps = lambda: references.feeds("denoiser")
         listing = list_layers(plan, tables, references.table.evaluations, blocks=job.blocks)
+        if not listing.units:
+            raise UsageError(
+                "nothing is left that could be quantised",
+                where=f"{job.recipe.name}: " + ", ".join(f"components.{name}.quantize" for name in tables),
+                expected="layers that are neither excluded nor too small, as `plan` counts them",
+            )
         inputs = calibrated(plan, recipe, tables, job.progress)
         sensitivity = Sensitivity(plan, references, inputs, kept, job.progress)
         tables, trials = _choose(sensitivity, tables, listing.units)
@@ -193,7 +204,7 @@ def _search(candidates: Candidates, job: Job) -> tuple[Point, Measured, Checked]
         verified = _verified(candidates, job, excluded)
         if not isinstance(verified, str):
             return candidates.point(excluded), *verified
-        missed = f"{excluded} of {len(candidates.order.units)} excluded: {verified}"
+        missed = f"with {excluded} excluded, {verified}"
         job.progress(missed)
         following, step = min(excluded + step, candidates.order.most_excluded), 2 * step
         excluded = following if following > excluded and passes(following) else None
@@ -206,7 +217,7 @@ def _verified(candidates: Candidates, job: Job, excluded: int) -> tuple[Measured
     held_out = candidates.held_out(excluded, other)
     missed = job.budget.missed(held_out.summary)
     if missed:
-        return f"with other seeds {', '.join(missed)}"
+        return f"and other seeds, {', '.join(missed)}"
     recipe = replace(job.recipe, components=candidates.build(excluded).components)
     checked = check(recipe, job.source, candidates.drawings.kept, job.progress)
     missed = job.budget.missed(checked.summary)
