@@ -233,6 +233,22 @@ def test_float8_for_targets_that_have_none(targets: str, got: str | None, tiny_m
     )
 
 
+@pytest.mark.parametrize("level", ["none", "same_compute_capability", "ampere_plus"])
+def test_float8_for_gpus_of_which_some_have_none(level: str, tiny_model: Path, tmp_path: Path) -> None:
+    table = f'[tensorrt]\nhardware_compatibility_level = "{level}"\n'
+    text = f"{quantized('denoiser', 'tensorrt', weights='float8')}\n{table}"
+    with pretended(FAKE_CUDA_CC="8.9", DIFFBUILD_CACHE=str(tmp_path)):
+        if level != "ampere_plus":
+            assert plan(tiny_model, tmp_path / "none", tmp_path, text).refused is None
+            return
+        with pytest.raises(RecipeError) as error:
+            plan(tiny_model, tmp_path / "none", tmp_path, text)
+    assert (
+        "components.denoiser.quantize: float8 came with 8.9, and tensorrt.hardware_compatibility_level is for 8.0 and "
+        'newer (expected "none" or "same_compute_capability"; got "ampere_plus")' in str(error.value)
+    )
+
+
 @pytest.mark.parametrize("capability", ["8.6", "8.9"])
 def test_float8_on_a_gpu(capability: str, tiny_model: Path, tmp_path: Path) -> None:
     with pretended(FAKE_CUDA_CC=capability, FAKE_CUDA_GPU="NVIDIA RTX A5000", DIFFBUILD_CACHE=str(tmp_path)):

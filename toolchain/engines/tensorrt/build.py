@@ -130,11 +130,17 @@ class TensorRtBuilder(PlanBuilder[TensorRtOptions]):
         return [f"build_route: TensorRT {version} has no build routes (expected 11.1 or newer)"]
 
     def refuses_quantized(self, quantize: Quantize, options: TensorRtOptions) -> str | None:
-        """A stripped plan, as refitting quantised weights was not tried; float8 on a GPU that has none."""
+        """A stripped plan, as refitting quantised weights was not tried; float8 on a GPU that has none, and for GPUs of
+        which the oldest have none."""
         if options.strip_plan:
             return "tensorrt.strip_plan fills in plain weights alone (expected false)"
         if quantize.weights != "float8":
             return None
+        if options.hardware_compatibility_level == "ampere_plus":
+            return (
+                f"float8 came with {FLOAT8}, and tensorrt.hardware_compatibility_level is for 8.0 and newer "
+                '(expected "none" or "same_compute_capability"; got "ampere_plus")'
+            )
         try:
             device = self.device()
         except EngineError:
