@@ -57,6 +57,8 @@ def test_the_page_escapes_and_counts(tmp_path: Path) -> None:
     assert "<script" not in page
     assert page.count("data:image/png") == 3 * 2
     assert page.count('class="bar') == 60
+    assert "Shown are the first 60." in page
+    assert "Shown are" not in render(replace(sample(tmp_path), units=sample(tmp_path).units[:60]))
     assert page.count('class="bar left"') == 2
     assert page.count("<circle") == 2 * (12 + 2)
     assert "values of up to 1.2e+05" in page

@@ -89,6 +89,8 @@ def _layers(tuned: Tuned, chosen: Point) -> Html:
     )
     rows = [[u.component, u.pattern, f"{u.error:.3g}", f"{u.macs:,}", f"{u.elements:,}"] for u in tuned.units]
     head = ["component", "layer or block", "squared error", "multiply-accumulates", "elements"]
+    if len(rows) > BARS:
+        note += f" Shown are the first {BARS}."
     every = element("details", element("summary", f"All {len(rows)}"), table(head, rows, numbers=(2, 3, 4)))
     intro = [element("h2", "Error by layer"), element("p", note, class_="note")]
     return join(*intro, charts.bars(tuned.units, chosen.excluded, BARS), every)
