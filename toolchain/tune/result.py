@@ -139,11 +139,12 @@ class Tuned:
         yield self.speed()
 
     def speed(self) -> str:
-        """How long a step takes against the unquantised engine's, in plain words."""
+        """How long a step took against the unquantised engine's, in plain words: another time, maybe another load."""
         assert self.chosen is not None
         ratio = self.reference_step_ms / self.chosen.measured.step_ms
         took = f"{self.chosen.measured.step_ms:.3g} ms a step, unquantised {self.reference_step_ms:.3g} ms"
-        return f"{took}: {ratio:.2f} times as fast" if ratio > 1 else f"{took}: not faster on this machine"
+        verdict = f"{ratio:.2f} times as fast" if ratio > 1 else "not faster on this machine"
+        return f"{took}: {verdict}, one drawn after the other (the gate of a build times both in turn)"
 
     def _curve(self) -> list[tuple[Point, str]]:
         """What was drawn, and what it is. A candidate equals its naive one where the largest ranges and scales won."""
