@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.parity import Build
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,6 +42,21 @@ def shared_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def store(shared_root: Path) -> Path:
     return shared_root / "store"
+
+
+@pytest.fixture(scope="session")
+def graphs_into(store: Path) -> Callable[[Path, Path, Path], None]:
+    """Puts the graphs of a recipe into a store of a test's own; they are exported in the shared one."""
+
+    def fill(own: Path, recipe: Path, model: Path) -> None:
+        import toolchain
+        from toolchain.builder.plan import execute
+
+        plan = toolchain.plan_build(recipe, str(model), store=store, graphs_only=True)
+        for graph in execute(plan, lambda *_: None).values():
+            shutil.copytree(graph.path, own / graph.stage / graph.key, dirs_exist_ok=True)
+
+    return fill
 
 
 @pytest.fixture(scope="session")

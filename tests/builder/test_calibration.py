@@ -285,10 +285,10 @@ def test_an_unquantised_build_shares_everything_but_the_watched_engines(tiny_mod
 
 def test_a_batch_draws_several_prompts_at_once(tiny_model: Path, store: Path) -> None:
     """In parts: three prompts are a batch of two, and one whose picture fills the other place as well."""
-    recipe = recipe_of(buckets=recipe_of().buckets[1:])
-    by_two = ranges_of(plan_of(recipe, tiny_model, store)).components
-    one = replace(recipe.buckets[0], batch=1)
-    by_one = ranges_of(plan_of(replace(recipe, buckets=(one,)), tiny_model, store)).components
+    recipe = recipe_of()
+    two = replace(recipe.buckets[0], batch=2)
+    by_two = ranges_of(plan_of(replace(recipe, buckets=(two,)), tiny_model, store)).components
+    by_one = ranges_of(plan_of(recipe, tiny_model, store)).components
     for component, ranges in by_one.items():
         for name, seen in ranges.items():
             np.testing.assert_allclose(by_two[component][name].peaks, seen.peaks, rtol=1e-3, atol=1e-4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,11 +197,12 @@ def test_without_the_gate_the_bundle_says_so(case: Case) -> None:
     assert case.cli("build")[0] == 3, "a bundle without a gate is not taken for one that passed"
 
 
-def test_engines_that_cannot_run_here_are_not_checked(case: Case) -> None:
+def test_engines_that_cannot_run_here_are_not_checked(case: Case, graphs_into: Callable[..., None]) -> None:
     """NVIDIA's own builder, on a machine without a GPU. Its engines are none for the stand-in of other tests."""
     real_trt()
     case.store = case.output.parent / "store"
     case.write(RECIPE.replace('family = "sd"', 'family = "sd"\nbackend = "tensorrt_rtx"'))
+    graphs_into(case.store, case.recipe, Path(case.model))
     code, answer, _ = case.cli("plan", "--json")
     assert code == 0
     assert answer["ungated"].startswith("its engines cannot run on this machine: ")
@@ -295,8 +296,11 @@ def test_the_result_is_covered_by_the_manifests_digest(case: Case) -> None:
         read_bundle(case.output)
 
 
-def test_time_is_compared_where_the_store_has_the_plain_engine(case: Case, tmp_path: Path) -> None:
+def test_time_is_compared_where_the_store_has_the_plain_engine(
+    case: Case, tmp_path: Path, graphs_into: Callable[..., None]
+) -> None:
     case.store = tmp_path / "store"
+    graphs_into(case.store, case.recipe, Path(case.model))
     gate = case.build().gate
     assert gate is not None
     assert gate["step_time"].keys() == {"text"}

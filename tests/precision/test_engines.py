@@ -227,7 +227,7 @@ def test_tensorrt_draws_the_same_picture(weights: str, build: Build, tiny_model:
         assert trt.violations == []
 
 
-def test_tensorrt_for_rtx_builds_a_bundle(tiny_model: Path, tmp_path: Path) -> None:
+def test_tensorrt_for_rtx_builds_a_bundle(tiny_model: Path, tmp_path: Path, graphs_into: Callable[..., None]) -> None:
     """NVIDIA's own builder, in a process of its own, over the weight file; two buckets share a plan. The stand-in of
     other tests must not find its engines, and so it has a store of its own."""
     real_trt()
@@ -236,6 +236,7 @@ def test_tensorrt_for_rtx_builds_a_bundle(tiny_model: Path, tmp_path: Path) -> N
     for dtype, weights in (("float16", "int8"), ("bfloat16", "int4"), ("bfloat16", "float8")):
         table = f'[components.denoiser]\ndtype = "{dtype}"\n{quantize_table("denoiser", weights)}'
         (tmp_path / "rtx.toml").write_text(text + table)
+        graphs_into(tmp_path / "store", tmp_path / "rtx.toml", tiny_model)
         bundle = toolchain.build(tmp_path / "rtx.toml", str(tiny_model), tmp_path / "bundle", store=tmp_path / "store")
         entry = bundle.engine("denoiser", bundle.buckets[0])
         facts = read_facts(bundle.path / entry.folder / "engine.json")

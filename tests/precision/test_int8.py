@@ -187,12 +187,14 @@ def test_a_warning_of_the_backend_is_logged(
     assert "components.denoiser.quantize: this CPU has no VNNI" in caplog.text
 
 
-def test_a_schedule_that_no_scheduler_has_is_told_before_any_export(tiny_model: Path, tmp_path: Path) -> None:
-    recipe, store = tmp_path / "tiny.toml", tmp_path / "store"
+def test_a_schedule_that_no_scheduler_has_is_told_before_any_export(
+    tiny_model: Path, store: Path, tmp_path: Path
+) -> None:
+    recipe, own = tmp_path / "tiny.toml", tmp_path / "store"
     recipe.write_text(TEXT.replace("[calibration]", '[calibration]\nscheduler = "ddim:spacing=leading"\nsteps = 1500'))
     with pytest.raises(DiffbuildError, match="1500"):
-        toolchain.build(recipe, str(tiny_model), tmp_path / "bundle", store=store)
-    assert "graph" not in {artifact.stage for artifact in api.list_artifacts(store).artifacts}
+        toolchain.build(recipe, str(tiny_model), tmp_path / "bundle", store=own)
+    assert "graph" not in {artifact.stage for artifact in api.list_artifacts(own).artifacts}
     recipe.write_text(TEXT.replace("[calibration]", '[calibration]\nscheduler = "ddim"'))
     bundle = toolchain.build(recipe, str(tiny_model), tmp_path / "bundle", store=store, gate=False)
     assert {name.split("/")[0] for name in bundle.samplers} == {"model"}  # and none that the calibration drew with
