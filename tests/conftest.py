@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import shutil
@@ -25,11 +26,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# What the tests and their libraries are made of stays: looking through it for garbage took a quarter of a run.
+gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    """What the tests and their libraries are made of stays: looking through it for garbage took a tenth of a run."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +70,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import make_sd
 
     return make_sd(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def family_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tiny model of a family, made once. Read only."""
+
+    @functools.cache
+    def made(family: str) -> Path:
+        from tests.families import MAKERS
+
+        return MAKERS[family](tmp_path_factory.mktemp(family) / "model")
+
+    return made
 
 
 @pytest.fixture

@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.families import MAKERS
 from tests.parity import diffusers_pipeline
 from tests.pretend import pretended
 from tests.test_cli import run, run_json
 from tests.tiny import make_sd
-from tests.tiny_flux import make_flux
-from tests.tiny_sd3 import make_sd3
-from tests.tiny_sdxl import make_sdxl
 from toolchain.builder import calibration
 from toolchain.builder.calibration import CALIBRATED
 from toolchain.builder.open_model import open_model
@@ -113,13 +111,10 @@ def test_ranges_are_those_of_diffusers_own_pictures(tiny_model: Path, store: Pat
             assert seen.largest("percentile=99.9") > 0
 
 
-MAKERS = {"sd": make_sd, "sdxl": make_sdxl, "sd3": make_sd3, "flux": make_flux}
-
-
 @pytest.mark.parametrize("family", MAKERS)
-def test_every_weight_has_a_range(family: str, store: Path, tmp_path: Path) -> None:
+def test_every_weight_has_a_range(family: str, store: Path, family_model: Callable[[str], Path]) -> None:
     scheduler = "model" if family in ("sd3", "flux") else "euler"
-    plan = plan_of(recipe_of(family, scheduler), MAKERS[family](tmp_path / "model"), store)
+    plan = plan_of(recipe_of(family, scheduler), family_model(family), store)
     found = ranges_of(plan)
     import onnx_ir as ir
 

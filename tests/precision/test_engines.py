@@ -11,16 +11,13 @@ import onnx_ir as ir
 import pytest
 
 import toolchain
+from tests.families import MAKERS
 from tests.graph.test_simplify import model, value
 from tests.parity import Build, least_psnr_db
 from tests.precision.test_rounding import write
 from tests.precision.test_weight_only import product, three_convolutions
 from tests.pretend import pretended
 from tests.rtx import Parsed, real_trt
-from tests.tiny import make_sd
-from tests.tiny_flux import make_flux
-from tests.tiny_sd3 import make_sd3
-from tests.tiny_sdxl import make_sdxl
 from toolchain import api
 from toolchain.cli.inspect import bundle_json, bundle_lines
 from toolchain.engines.buffers import HostMemory
@@ -162,7 +159,6 @@ def test_a_convolution_with_float8(level: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(y, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
-MAKERS: dict[str, Callable[[Path], Path]] = {"sd": make_sd, "sdxl": make_sdxl, "sd3": make_sd3, "flux": make_flux}
 PLAIN = """
 buckets = ["1x64x64"]
 [sampling]
@@ -180,9 +176,11 @@ SHARES = {"int8": 0.75, "int4": 0.95, "float8": 0.75}
 
 @pytest.mark.parametrize("weights", PSNR_DB)
 @pytest.mark.parametrize("family", MAKERS)
-def test_a_family_draws_nearly_the_same_with_less(weights: str, family: str, build: Build, tmp_path: Path) -> None:
+def test_a_family_draws_nearly_the_same_with_less(
+    weights: str, family: str, build: Build, family_model: Callable[[str], Path]
+) -> None:
     """Every component with weights in few bits, on a tiny model, whose random weights are harder than trained ones."""
-    folder = MAKERS[family](tmp_path / "model")
+    folder = family_model(family)
     plain = build(f"{family}-plain", folder, f'family = "{family}"\n{PLAIN}')
     tables = "".join(quantize_table(name, weights) for name in plain.bundle.engines)
     small = build(f"{family}-{weights}", folder, f'family = "{family}"\n{PLAIN}{tables}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 import toolchain
 from tests.engines.test_onnxruntime_memory import require_what_onnxruntime_does
+from tests.families import MAKERS
 from tests.parity import Build, least_psnr_db
-from tests.precision.test_engines import MAKERS, PLAIN
+from tests.precision.test_engines import PLAIN
 from toolchain import api
 from toolchain.cli.build import plan_lines
 from toolchain.cli.inspect import bundle_json, bundle_lines
@@ -40,9 +42,9 @@ def operators(bundle: toolchain.Bundle, component: str) -> list[str]:
 
 
 @pytest.mark.parametrize("family", MAKERS)
-def test_a_family_draws_nearly_the_same_in_int8(family: str, build: Build, tmp_path: Path) -> None:
+def test_a_family_draws_nearly_the_same_in_int8(family: str, build: Build, family_model: Callable[[str], Path]) -> None:
     """With smoothing, on a tiny model, whose random weights are harder than trained ones."""
-    folder = MAKERS[family](tmp_path / "model")
+    folder = family_model(family)
     plain = build(f"{family}-plain", folder, f'family = "{family}"\n{PLAIN}')
     text = f'family = "{family}"\n{PLAIN}{INT8}smoothing = 0.5\nscales = "mse"\n{CALIBRATION}'
     small = build(f"{family}-w8a8", folder, text)
@@ -58,9 +60,11 @@ def test_a_family_draws_nearly_the_same_in_int8(family: str, build: Build, tmp_p
 
 
 @pytest.mark.parametrize("family", ["sd", "flux"])
-def test_a_family_draws_nearly_the_same_in_float8(family: str, build: Build, tmp_path: Path) -> None:
+def test_a_family_draws_nearly_the_same_in_float8(
+    family: str, build: Build, family_model: Callable[[str], Path]
+) -> None:
     """ONNX Runtime rounds as a GPU would and computes in float32."""
-    folder = MAKERS[family](tmp_path / "model")
+    folder = family_model(family)
     plain = build(f"{family}-plain", folder, f'family = "{family}"\n{PLAIN}')
     pictures = [plain(["a red circle"] * 2, seed=[0, 1]).images]
     for activations in ("none", "float8"):

@@ -13,10 +13,7 @@ import pytest
 import torch
 
 import toolchain
-from tests.tiny import make_sd
-from tests.tiny_flux import make_flux
-from tests.tiny_sd3 import make_sd3
-from tests.tiny_sdxl import make_sdxl
+from tests.families import MAKERS
 from toolchain.builder.plan import make_plan
 from toolchain.engines.runners import runner_of
 from toolchain.models.hub import resolve_model
@@ -30,7 +27,6 @@ from toolchain.tune.pictures import build_ungated
 from toolchain.tune.references import References
 from toolchain.tune.simulation import carries, rounded
 
-MAKERS: dict[str, Callable[[Path], Path]] = {"sd": make_sd, "sdxl": make_sdxl, "sd3": make_sd3, "flux": make_flux}
 TEXT = """
 buckets = ["1x64x64"]
 [sampling]
@@ -68,8 +64,10 @@ CASES = [*((family, "") for family in MAKERS), ("sd", ROUNDED), ("flux", ROUNDED
 
 
 @pytest.mark.parametrize(("family", "options"), CASES)
-def test_a_simulation_is_what_the_engine_does(family: str, options: str, store: Path, tmp_path: Path) -> None:
-    model = MAKERS[family](tmp_path / "model")
+def test_a_simulation_is_what_the_engine_does(
+    family: str, options: str, store: Path, tmp_path: Path, family_model: Callable[[str], Path]
+) -> None:
+    model = family_model(family)
     calibrates = options in (ROUNDED, FLOAT8)
     if options in (BLOCKS, FLOAT8):  # of the denoiser
         text = TEXT.replace('weights = "int8"', options, 1)
