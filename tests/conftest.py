@@ -109,6 +109,19 @@ def tiny_bundle(tiny_model: Path, tiny_recipe: Path, store: Path, tmp_path_facto
     return output
 
 
+@pytest.fixture(scope="session")
+def openvino_bundle(tiny_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in one size, in float32 with OpenVINO. Read only."""
+    import toolchain
+    from tests.tiny import RECIPE
+
+    folder = tmp_path_factory.mktemp("openvino")
+    recipe = folder / "tiny-openvino.toml"
+    recipe.write_text('backend = "openvino"\n' + RECIPE.replace('["1x64x64", "2x64x96"]', '["1x64x64"]'))
+    toolchain.build(recipe, str(tiny_model), folder / "bundle", store=store)
+    return folder / "bundle"
+
+
 @pytest.fixture
 def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))

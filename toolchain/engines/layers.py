@@ -29,9 +29,6 @@ SPELLINGS = (
     ("float32", r"float|fp32"),
     ("int8", r"\bint8"),
 )
-ATTENTION = re.compile(r"_mha|_fmha|fused_?attention", re.IGNORECASE)
-"""What the name of a layer says that is a whole attention in one kernel."""
-
 OPAQUE = 10
 """Nodes for each layer, from where on layers stand for whole graphs."""
 
@@ -116,13 +113,13 @@ def dtype_in(text: str) -> str | None:
     return next((name for name, spelling in SPELLINGS if re.search(spelling, text, re.IGNORECASE)), None)
 
 
-def count_layers(layers: list[Layer]) -> dict[str, Any]:
+def count_layers(layers: list[Layer], fused_attention: int) -> dict[str, Any]:
     """For people: how many layers of each kind compute in which type, and how many are a whole attention."""
     kinds: dict[str, Counter[str]] = {}
     for layer in layers:
         kinds.setdefault(layer.kind, Counter())[layer.computes_in] += 1
-    attention = sum(bool(ATTENTION.search(layer.name)) for layer in layers)
-    return {"fused_attention": attention, "kinds": {kind: dict(counts) for kind, counts in sorted(kinds.items())}}
+    listed = {kind: dict(counts) for kind, counts in sorted(kinds.items())}
+    return {"fused_attention": fused_attention, "kinds": listed}
 
 
 def compare_precision(asked: Mapping[str, str], layers: list[Layer]) -> Precision:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ from toolchain.errors import EngineError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+ATTENTION = re.compile(r"_mha|_fmha|fused_?attention", re.IGNORECASE)
+"""What the name of a layer says that is a whole attention in one kernel."""
+
 
 def report(library: Library, model: ir.Model, plan: Path, logger: Any, graph: Path, say: Say) -> dict[str, Any]:
     """What engine.json says of a plan. EngineError where it cannot be opened, or computes in other types than its graph
@@ -33,7 +37,8 @@ def report(library: Library, model: ir.Model, plan: Path, logger: Any, graph: Pa
     require_precision(precision, graph, "TensorRT")
     if precision.asked and (not precision.named or precision.opaque):
         say({"warning": "TensorRT's inspector tells no types of the graph's nodes; the precision is not verified"})
-    return {"activation_bytes": activation_bytes, "precision": precision.to_json(), "layers": count_layers(layers)}
+    counts = count_layers(layers, sum(bool(ATTENTION.search(layer.name)) for layer in layers))
+    return {"activation_bytes": activation_bytes, "precision": precision.to_json(), "layers": counts}
 
 
 def _of_the_log(logger: Any, graph: Path) -> tuple[int, list[Layer]]:
