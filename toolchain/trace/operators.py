@@ -1,7 +1,8 @@
-"""What ONNX Runtime's profiler says of an engine: how long each operator of each launch took."""
+"""How long each operator of each launch of an engine took, as ONNX Runtime's profiler and OpenVINO's counters say."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +57,24 @@ def read_profile(path: Path) -> list[Launch]:
             index += 1
         read.append(Launch(float(launch["dur"]), tuple(operators)))
     return read
+
+
+def share_out(operators: Sequence[tuple[str, str, float, str]], durations_us: Sequence[float]) -> list[Launch]:
+    """Launches of these durations, each with the same operators, one after another.
+
+    operators  name, kind, mean microseconds over the launches, shapes
+
+    In a launch that is shorter or longer than the mean, so is every operator.
+    """
+    mean = sum(durations_us) / len(durations_us)
+    launches = []
+    for duration in durations_us:
+        scale = duration / max(mean, sum(us for _, _, us, _ in operators))
+        ends = list(itertools.accumulate(us * scale for _, _, us, _ in operators))
+        times = zip([0.0, *ends], ends, strict=False)
+        listed = [Operator(n, kind, *when, shapes) for (n, kind, _, shapes), when in zip(operators, times, strict=True)]
+        launches.append(Launch(duration, tuple(listed)))
+    return launches
 
 
 def _start(event: dict[str, Any]) -> float:

@@ -21,10 +21,8 @@ from toolchain.runtime.observer import Observer
 from toolchain.runtime.pipeline import Pipeline
 from toolchain.runtime.result import Result
 from toolchain.trace.operators import Launch
-from toolchain.trace.profiler import Profiler
+from toolchain.trace.profiler import PROFILERS, Call, Profiler
 from toolchain.trace.timeline import Span, Trace
-
-PROFILED = "onnxruntime"
 
 
 def trace(bundle: Bundle, request: Mapping[str, Any], *, operators: bool = False) -> Trace:
@@ -33,29 +31,39 @@ def trace(bundle: Bundle, request: Mapping[str, Any], *, operators: bool = False
     request    what a pipeline is called with
     operators  profile the engines as well, which makes each operator some microseconds slower
 
-    Raises UsageError for operators of another backend than ONNX Runtime on the CPU, and what a pipeline raises.
+    Raises UsageError for operators of engines that do not run on the CPU, and what a pipeline raises.
     """
-    if operators and bundle.backend != PROFILED:
-        raise UsageError(
-            "operators are profiled only for engines that ONNX Runtime runs on the CPU",
-            where=bundle.path,
-            got=bundle.backend,
-            hint="on a GPU: nsys profile diffbuild trace ..., which shows kernels below the ranges of each engine",
-        )
     with tempfile.TemporaryDirectory(prefix="diffbuild-trace-") as scratch:
-        profiler = Profiler(bundle, Path(scratch)) if operators else None
+        profiler = _profiler(bundle, Path(scratch)) if operators else None
         recorder = _Recorder()
         pipe = Pipeline(bundle, warm_up=False, open_buckets=1, observer=recorder, backend=profiler)
         recorder.attach(pipe.memory)
         try:
             pipe(**request, callback=lambda progress: False)  # one evaluation is enough of a warm-up
             pipe.forget_prompts()
+            if profiler is not None:
+                profiler.begin()
             with recorder.recording():
                 result = pipe(**request)
-            profiles = profiler.launches() if profiler else {}
+            profiles = profiler.launches(recorder.calls()) if profiler is not None else {}
             return _trace(bundle, result, recorder, profiles)
         finally:
             pipe.close()
+
+
+def _profiler(bundle: Bundle, scratch: Path) -> Profiler:
+    """What opens a bundle's engines with a profile. Raises UsageError for engines of another device than the CPU."""
+    device = bundle.recipe.openvino.device if bundle.backend == "openvino" else "CPU"
+    if bundle.backend not in PROFILERS or device != "CPU":
+        hint = "on an NVIDIA GPU: nsys profile diffbuild trace ..., which shows kernels below each engine's ranges"
+        raise UsageError(
+            "operators are profiled only for engines that run on the CPU",
+            where=bundle.path,
+            expected=f"a bundle of {' or '.join(PROFILERS)}",
+            got=bundle.backend + (f' with device = "{device}"' if device != "CPU" else ""),
+            hint=None if bundle.backend in PROFILERS else hint,
+        )
+    return PROFILERS[bundle.backend](bundle, scratch)
 
 
 @dataclass(frozen=True)
@@ -127,20 +135,25 @@ class _Recorder(Observer):
         first, last = (self.memory.elapsed_ms(self.zero, mark) for mark in scope.marks)
         return first, last
 
+    def calls(self) -> dict[str, list[Call]]:
+        """Engine -> its launches that were recorded."""
+        calls: dict[str, list[Call]] = {}
+        for scope in self.scopes:
+            if scope.kind == "engine":
+                start, end = self.between(scope)
+                calls.setdefault(scope.name, []).append(Call(scope.number, (end - start) * 1e3))
+        return calls
+
 
 def _trace(bundle: Bundle, result: Result, recorder: _Recorder, profiles: Mapping[str, Sequence[Launch]]) -> Trace:
-    calls = [scope for scope in recorder.scopes if scope.kind == "engine"]
-    spans = [*_spans(recorder), *_operators(recorder, calls, profiles)]
-    launches = {
-        name: tuple(profile[call.number] for call in calls if call.name == name) for name, profile in profiles.items()
-    }
+    spans = [*_spans(recorder), *_operators(recorder, profiles)]
     request = result.request
     about = {"prompt": request.prompts[0], "seed": request.seeds[0], "scheduler": request.scheduler}
     return Trace(
         name=f"{bundle.recipe.name} ({bundle.backend})",
         about={**about, "steps": request.steps, "size": f"{request.size[0]}x{request.size[1]}"},
         spans=tuple(sorted(spans, key=lambda s: (s.track, s.when_ms[0], -s.when_ms[1]))),
-        launches={name: recorded for name, recorded in launches.items() if recorded},
+        launches={name: tuple(launches) for name, launches in profiles.items()},
         nvtx=recorder.nvtx,
     )
 
@@ -163,13 +176,10 @@ def _spans(recorder: _Recorder) -> Iterator[Span]:
             yield Span(f"launch {scope.name}", "launch", since(*scope.host), track=track)
 
 
-def _operators(
-    recorder: _Recorder, calls: Sequence[_Scope], profiles: Mapping[str, Sequence[Launch]]
-) -> Iterator[Span]:
-    for call in calls:
-        if call.name not in profiles:
-            continue
-        launch = profiles[call.name][call.number]
+def _operators(recorder: _Recorder, profiles: Mapping[str, Sequence[Launch]]) -> Iterator[Span]:
+    waiting = {name: iter(launches) for name, launches in profiles.items()}
+    for call in (scope for scope in recorder.scopes if scope.kind == "engine" and waiting):
+        launch = next(waiting[call.name])
         start, end = recorder.between(call)
         # The profiler's clock is its own. What lies around its launch in ours is Python's, half before, half after.
         start += max((end - start) - launch.duration_us / 1e3, 0.0) / 2

@@ -15,7 +15,7 @@ from toolchain.store.plain_json import encode
 from toolchain.terminal import table
 from toolchain.trace.operators import Launch, most_expensive
 
-TRACKS = {"pipeline": "pipeline", "host": "host: launches and tokenizers", "operators": "ONNX Runtime operators"}
+TRACKS = {"pipeline": "pipeline", "host": "host: launches and tokenizers", "operators": "operators"}
 
 
 @dataclass(frozen=True)
