@@ -96,7 +96,7 @@ _NAMES = {
         engines.openvino.memory engines.openvino.prepare graph.opset graph.placeholder weights.external weights.mapped
     """,
     "engines.openvino.prepare": """
-        engines.openvino.prepare graph.opset
+        engines.openvino.prepare graph.opset graph.placeholder
     """,
     "engines.tensorrt.build": """
         cuda.driver engines.layers engines.tensorrt.build engines.tensorrt.build_memory engines.tensorrt.build_monitor

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.engines.layers import (
+    SHORT,
     Layer,
     asked_dtypes,
     compare_precision,
@@ -26,7 +27,7 @@ from toolchain.engines.openvino.prepare import prepare, prepare_quantized
 from toolchain.errors import EngineError
 from toolchain.recipe.options import OpenVinoOptions
 from toolchain.store.facts import ENGINE_FACTS
-from toolchain.store.files import file_digest
+from toolchain.store.files import file_digest, some
 from toolchain.store.links import link_file
 
 if TYPE_CHECKING:
@@ -98,8 +99,8 @@ class OpenVinoBuilder:
         options: OpenVinoOptions,
         progress: Callable[[str, float | None], None] = lambda phase, share: None,
     ) -> None:
-        """Writes `model.blob` and `engine.json`. Raises EngineError and WeightsError, EngineError also where a layer
-        computes in float32 what the graph has in less."""
+        """Writes `model.blob` and `engine.json`. Raises EngineError and WeightsError, EngineError also where layers
+        compute in another type than the graph has."""
         import onnx_ir as ir
 
         from toolchain.engines.openvino.memory import memory_facts
@@ -107,8 +108,10 @@ class OpenVinoBuilder:
         model = ir.load(graph)
         compiled = _compiled(model, weights["weights"], out, options, graph, progress)
         layers = executed_layers(compiled)
-        precision = compare_precision(asked_dtypes(model), layers)
+        asked = asked_dtypes(model)
+        precision = compare_precision(asked, layers)
         require_precision(precision, graph, "OpenVINO")
+        _require_float32(asked, layers, graph)
         progress("export", None)
         _export(compiled, out / BLOB)
         facts = {
@@ -155,6 +158,21 @@ def _export(compiled: Any, path: Path) -> None:
     except RuntimeError as error:
         raise EngineError("OpenVINO cannot export the engine", where=path, got=explained(error)) from error
     path.write_bytes(exported.getvalue() if hasattr(exported, "getvalue") else exported)
+
+
+def _require_float32(asked: Mapping[str, str], layers: list[Layer], where: Path) -> None:
+    """EngineError for nodes that the graph has in float32 and that are computed in less: OpenVINO rounds to bfloat16
+    what it is not told to leave, and says nothing."""
+    wide = {node for node, dtype in asked.items() if dtype == "float32"}
+    rounded = sorted({node for layer in layers if layer.dtypes & SHORT for node in layer.nodes} & wide)
+    if rounded:
+        raise EngineError(
+            "OpenVINO built the engine in another precision than the graph's float32",
+            where=where,
+            expected=f"{len(wide)} convolutions and products in float32",
+            got=f"{len(rounded)} in less: {some(rounded)}",
+            hint="do not use this version of OpenVINO for the recipe",
+        )
 
 
 def executed_layers(compiled: Any) -> list[Layer]:

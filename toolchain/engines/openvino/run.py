@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from toolchain.errors import EngineError
 from toolchain.recipe.options import OpenVinoOptions
 from toolchain.signature import GraphSpec, TensorSpec
 from toolchain.store.facts import ENGINE_FACTS, read_facts
-from toolchain.store.files import file_digest
 
 
 class OpenVinoRunner:
@@ -86,9 +86,10 @@ def _checked_blob(folder: Path, weights: Path) -> bytes:
     facts, path = read_facts(folder / ENGINE_FACTS), folder / BLOB
     hint = "build the bundle again, or copy it again from where it is whole"
     try:
-        digest, size, blob = file_digest(path), weights.stat().st_size, path.read_bytes()
+        size, blob = weights.stat().st_size, path.read_bytes()
     except OSError as error:
         raise EngineError("an engine's file cannot be read", where=folder, got=error, hint=hint) from error
+    digest = hashlib.sha256(blob).hexdigest()
     if digest != facts.get(BLOB_DIGEST):
         expected = f"sha256 {facts.get(BLOB_DIGEST)}"
         raise EngineError("an engine is not as it was built", where=path, expected=expected, got=digest, hint=hint)
@@ -165,7 +166,9 @@ class OpenVinoEngine:
     def _check_signature(self) -> None:
         for side, tensors in (("inputs", self.spec.inputs), ("outputs", self.spec.outputs)):
             ports = getattr(self._compiled, side)
-            got = [(p.any_name, str(np.dtype(p.element_type.to_dtype())), tuple(p.shape)) for p in ports]
+            names = [next((t.name for t in tensors if t.name in p.names), p.any_name) for p in ports]  # of several
+            dtypes = [str(np.dtype(p.element_type.to_dtype())) for p in ports]
+            got = [(name, dtype, tuple(p.shape)) for name, dtype, p in zip(names, dtypes, ports, strict=True)]
             expected = [(t.name, t.dtype, t.shape) for t in tensors]
             if sorted(got) != sorted(expected):
                 raise EngineError(
