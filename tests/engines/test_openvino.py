@@ -17,6 +17,7 @@ import torch
 
 import toolchain
 from tests.graph.test_simplify import constant, model, value
+from tests.openvino_here import BFLOAT16, has_bfloat16, need_bfloat16
 from tests.tiny import RECIPE, recipe_for
 from toolchain.engines.buffers import HostMemory
 from toolchain.engines.cpu import physical_cores
@@ -24,7 +25,6 @@ from toolchain.engines.layers import Layer
 from toolchain.engines.openvino import build as openvino_build
 from toolchain.engines.openvino.build import OpenVinoBuilder, executed_layers
 from toolchain.engines.openvino.compiled import settings
-from toolchain.engines.openvino.device import lacks
 from toolchain.engines.openvino.run import OpenVinoRunner
 from toolchain.errors import EngineError
 from toolchain.export.capture import capture
@@ -43,8 +43,6 @@ BUCKET = Bucket(1, 64, 64)
 VAE = MODELS["sd"].component("vae_decoder")
 BUILDER, RUNNER = OpenVinoBuilder(), OpenVinoRunner()
 ONE_THREAD = OpenVinoOptions(threads=1)
-HAS_BFLOAT16 = lacks("CPU", "bfloat16") is None
-BFLOAT16 = pytest.param("bfloat16", marks=pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no bfloat16"))
 
 
 class Prepared(NamedTuple):
@@ -268,7 +266,7 @@ ROUNDING = [{"INFERENCE_PRECISION_HINT": "bf16"}, {"EXECUTION_MODE_HINT": "PERFO
 """With these OpenVINO computes a graph of float32 in bfloat16; no property widens one of bfloat16."""
 
 
-@pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no bfloat16")
+@need_bfloat16
 @pytest.mark.parametrize("properties", ROUNDING)
 @pytest.mark.parametrize("prepared", ["float32"], indirect=True)
 def test_less_than_the_graph_has_fails_the_build(
@@ -299,35 +297,38 @@ def test_more_than_the_graph_has_fails_the_build(
 
 
 @pytest.fixture(scope="module")
-def short_bundle(tiny_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> toolchain.Bundle:
-    """The tiny model with its denoiser in bfloat16, for two buckets. Read only."""
-    if not HAS_BFLOAT16:
+def short_bundle(tiny_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with its denoiser in bfloat16, for two buckets."""
+    if not has_bfloat16():
         pytest.skip("this CPU has no bfloat16")
     folder = tmp_path_factory.mktemp("short")
-    path = folder / "short.toml"
-    path.write_text(f'backend = "openvino"\nwithout = ["vae_encoder"]\n{RECIPE}\n[components.denoiser]\ndtype = "bfloat16"\n')
-    return toolchain.build(path, str(tiny_model), folder / "bundle", store=store)
+    components = '[components.denoiser]\ndtype = "bfloat16"\n'
+    (folder / "tiny.toml").write_text(f'backend = "openvino"\nwithout = ["vae_encoder"]\n{RECIPE}\n{components}')
+    toolchain.build(folder / "tiny.toml", str(tiny_model), folder / "bundle", store=store)
+    return folder / "bundle"
 
 
 FOLDED = {"text_encoder": ["embeddings.position_embedding.weight"]}
 """What a graph takes a constant part of, which OpenVINO works out."""
 
 
-def test_buckets_share_one_weight_file(short_bundle: toolchain.Bundle) -> None:
-    for component, entries in short_bundle.engines.items():
+def test_buckets_share_one_weight_file(short_bundle: Path) -> None:
+    bundle = toolchain.read_bundle(short_bundle)
+    for component, entries in bundle.engines.items():
         weights = f"engines/{component}/weights.safetensors"
         assert {name for entry in entries.values() for name in entry.weights.values()} == {weights}
         for entry in entries.values():
-            blob = short_bundle.path / entry.folder / "model.blob"
-            assert inside(blob, short_bundle.path / weights) == FOLDED.get(component, [])
+            blob = bundle.path / entry.folder / "model.blob"
+            assert inside(blob, bundle.path / weights) == FOLDED.get(component, [])
 
 
-def test_the_sampler_stays_in_float32(short_bundle: toolchain.Bundle) -> None:
+def test_the_sampler_stays_in_float32(short_bundle: Path) -> None:
     """All that the executed model does between the state, the last layer of the network, and the next state."""
-    entry = short_bundle.engine("denoiser", BUCKET)
-    assert engine_facts(short_bundle.path / entry.folder)["precision"]["asked"].keys() == {"bfloat16"}
+    bundle = toolchain.read_bundle(short_bundle)
+    entry = bundle.engine("denoiser", BUCKET)
+    assert engine_facts(bundle.path / entry.folder)["precision"]["asked"].keys() == {"bfloat16"}
     assert {t.dtype for t in (*entry.spec.inputs, *entry.spec.outputs)} == {"float32", "int64"}
-    engine: Any = open_engine(short_bundle, RUNNER, "denoiser", BUCKET, HostMemory())
+    engine: Any = open_engine(bundle, RUNNER, "denoiser", BUCKET, HostMemory())
     operators = engine._compiled.get_runtime_model().get_ordered_ops()
     waiting = [o for o in operators if o.get_friendly_name().startswith("next_state")]
     executed: dict[str, tuple[str, str]] = {}
