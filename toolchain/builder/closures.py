@@ -48,8 +48,8 @@ _NAMES = {
         engines.onnxruntime.package engines.onnxruntime.prepare engines.onnxruntime.run engines.onnxruntime.session
         engines.onnxruntime_cuda.build engines.onnxruntime_cuda.prepare engines.onnxruntime_cuda.provider
         engines.onnxruntime_cuda.run engines.openvino.build engines.openvino.compiled engines.openvino.device
-        engines.openvino.memory engines.openvino.prepare engines.openvino.run engines.runners engines.tensorrt.build
-        engines.tensorrt.build_memory engines.tensorrt.build_monitor engines.tensorrt.build_plan
+        engines.openvino.integer engines.openvino.memory engines.openvino.prepare engines.openvino.run engines.runners
+        engines.tensorrt.build engines.tensorrt.build_memory engines.tensorrt.build_monitor engines.tensorrt.build_plan
         engines.tensorrt.build_summary engines.tensorrt.builder_process engines.tensorrt.device engines.tensorrt.engine
         engines.tensorrt.inspector engines.tensorrt.layout engines.tensorrt.library engines.tensorrt.network
         engines.tensorrt.open_plan engines.tensorrt.plan_file engines.tensorrt.prepare engines.tensorrt.rtx_runtime
@@ -93,10 +93,12 @@ _NAMES = {
     """,
     "engines.openvino.build": """
         engines.cpu engines.layers engines.openvino.build engines.openvino.compiled engines.openvino.device
-        engines.openvino.memory engines.openvino.prepare graph.opset graph.placeholder weights.external weights.mapped
+        engines.openvino.integer engines.openvino.memory engines.openvino.prepare graph.insert graph.opset
+        graph.placeholder graph.transpose precision.activations precision.stored weights.external weights.mapped
     """,
     "engines.openvino.prepare": """
-        engines.openvino.prepare graph.opset graph.placeholder
+        engines.openvino.integer engines.openvino.prepare graph.insert graph.opset graph.placeholder graph.transpose
+        precision.activations precision.stored
     """,
     "engines.tensorrt.build": """
         cuda.driver engines.layers engines.tensorrt.build engines.tensorrt.build_memory engines.tensorrt.build_monitor

@@ -33,6 +33,11 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line.split() for line in lines if line.startswith("flags")), ()))
 
 
+def saturates_int8() -> bool:
+    """Whether sums of two products of uint8 and int8 are cut off at sixteen bits, as on x86 without VNNI."""
+    return cpu_architecture() == "x86_64" and not cpu_flags() & {"avx512_vnni", "avx_vnni"}
+
+
 def physical_cores() -> int:
     """Cores that this process may use, without counting hyper-threads."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)

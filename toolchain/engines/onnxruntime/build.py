@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.engines.cpu import cpu_features, physical_cores
-from toolchain.engines.onnxruntime.device import cpu_device, saturates_int8
+from toolchain.engines.cpu import cpu_features, physical_cores, saturates_int8
+from toolchain.engines.onnxruntime.device import cpu_device
 from toolchain.engines.onnxruntime.optimize import (
     content_of,
     initializers,

@@ -8,11 +8,13 @@ opened bucket holds its own copy of the weights in the layout of its kernels, as
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolchain.engines.cpu import saturates_int8
 from toolchain.engines.layers import (
     SHORT,
     Layer,
@@ -40,6 +42,9 @@ EXECUTED = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i8": "int8"
 UNCOUNTED = frozenset({"Input", "Output", "Const"})
 PRODUCTS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
 """Layers of which bytes are numbers; elsewhere they may be truth values, or the pixels of a picture."""
+
+ADDED = re.compile(r"(/DequantizationMultiply|/WithoutBiases)$")
+"""What OpenVINO appends to the name of a node that it splits in two."""
 
 
 class OpenVinoBuilder:
@@ -69,11 +74,19 @@ class OpenVinoBuilder:
             return None
 
     def refuses_quantized(self, quantize: Quantize, options: OpenVinoOptions) -> str | None:
-        """Not supported yet."""
-        return f"{self.name} cannot run quantised weights (expected onnxruntime, tensorrt or tensorrt_rtx)"
+        """float8, which it would widen; on other devices than the CPU nothing of it was tried."""
+        if quantize.weights == "float8":
+            return f"{self.name} has no products in float8 (expected int8 or int4)"
+        if options.device != "CPU":
+            return f"{self.name} runs quantised weights on the CPU alone (expected no quantisation, or device = CPU)"
+        return None
 
     def warning(self, quantize: Quantize) -> str | None:
-        """None."""
+        """Of convolutions whose weights alone are quantised, and of a CPU whose integer kernels saturate."""
+        if quantize.activations == "none":
+            return "OpenVINO widens the weights of convolutions into each engine file; products keep them as they are"
+        if saturates_int8():
+            return "this CPU has no VNNI: its products in int8 saturate, which check shows, and are hardly faster"
         return None
 
     prepare = staticmethod(prepare)
@@ -112,13 +125,14 @@ class OpenVinoBuilder:
         precision = compare_precision(asked, layers)
         require_precision(precision, graph, "OpenVINO")
         _require_float32(asked, layers, graph)
+        integers = _integer_products(model, layers, graph)
         progress("export", None)
         _export(compiled, out / BLOB)
         facts = {
             BLOB_DIGEST: file_digest(out / BLOB),
             WEIGHT_BYTES: weights["weights"].stat().st_size,
             **memory_facts(compiled, weights["weights"].stat().st_size),
-            "precision": precision.to_json(),
+            "precision": precision.to_json() | integers,
             "layers": count_layers(layers, fused_attention(model, layers)),
         }
         (out / ENGINE_FACTS).write_text(json.dumps(facts, indent=1) + "\n")
@@ -175,6 +189,32 @@ def _require_float32(asked: Mapping[str, str], layers: list[Layer], where: Path)
         )
 
 
+def _integer_products(model: ir.Model, layers: list[Layer], where: Path) -> dict[str, Any]:
+    """How many products of rounded activations and weights there are, and which are not computed in int8; empty where
+    there are none. EngineError where more than half of them are not."""
+    from toolchain.precision.activations import quantized_products
+
+    nodes = {str(node.name) for _, node in quantized_products(model, "int8") if _is_rounded(node.inputs[0])}
+    if not nodes:
+        return {}
+    wide = sorted(nodes - {node for layer in layers if "int8" in layer.dtypes for node in layer.nodes})
+    if 2 * len(wide) > len(nodes):
+        raise EngineError(
+            "OpenVINO does not compute in int8 what was quantised",
+            where=where,
+            expected=f"{len(nodes)} convolutions and products in int8",
+            got=f"{len(nodes) - len(wide)}; wider: {some(wide)}",
+            hint='quantise weights alone (activations = "none"), or use another version of OpenVINO',
+        )
+    return {"integer": {"asked": len(nodes), "wide": wide}}
+
+
+def _is_rounded(value: ir.Value | None) -> bool:
+    """Whether a value comes from a DequantizeLinear with a zero point, which activations have and weights lack."""
+    node = None if value is None else value.producer()
+    return node is not None and node.op_type == "DequantizeLinear" and len(node.inputs) == 3
+
+
 def executed_layers(compiled: Any) -> list[Layer]:
     """The layers of a compiled model, with the graph's nodes that each stands for."""
     layers = []
@@ -186,7 +226,7 @@ def executed_layers(compiled: Any) -> list[Layer]:
         dtype = EXECUTED.get(about.get("runtimePrecision", ""))
         if dtype == "int8" and kind not in PRODUCTS:
             dtype = None
-        nodes = tuple(about.get("originalLayersNames", "").split(","))
+        nodes = tuple(ADDED.sub("", name) for name in about.get("originalLayersNames", "").split(","))
         layers.append(Layer(operator.get_friendly_name(), kind, frozenset({dtype} if dtype else ()), nodes))
     return layers
 

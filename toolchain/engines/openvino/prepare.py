@@ -29,8 +29,10 @@ def prepare(graph: ir.Model) -> ir.Model:
 
 
 def prepare_quantized(graph: ir.Model) -> ir.Model:
-    """The graph itself: nothing is quantised for this backend."""
-    return graph
+    """The graph with its products in int8 as OpenVINO compiles them."""
+    from toolchain.engines.openvino.integer import in_float32
+
+    return in_float32(graph)
 
 
 def _without_ones(model: ir.Model) -> ir.Model:
