@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import toolchain
+from tests.parity import Build, least_psnr_db
 from toolchain.bundle.bundle import read_bundle
 from toolchain.errors import BundleError, RequestError, SamplerError
 from toolchain.runtime import pipeline, start
@@ -53,6 +54,27 @@ def test_one_open_bucket_draws_what_all_of_them_draw(pipe: toolchain.Pipeline, t
         assert np.array_equal(pixels(lean(PROMPT, seed=7, size=size)), expected)
         assert [(b.height, b.width) for b in lean._buckets] == [size]
     lean.close()
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_several_threads_draw_what_one_draws(threads: int, build: Build, tiny_model: Path, tiny_recipe: Path) -> None:
+    """As many as the recipe says, whatever the cores of the process."""
+    pictures, counts = [], []
+    for number in (1, threads):
+        text = f"{tiny_recipe.read_text()}\n[onnxruntime]\nthreads = {number}\n"
+        pipe = build("threads", tiny_model, text)
+        pictures.append(pixels(pipe(PROMPT, seed=7)))
+        counts.append(running_threads())
+        pipe.close()
+    assert least_psnr_db(*pictures) >= 60  # type: ignore[arg-type]
+    if sys.platform == "linux":
+        assert counts[1] - counts[0] >= threads - 1
+
+
+def running_threads() -> int:
+    """Of this process, those of the engines included; 0 where the system does not tell."""
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.is_dir() else 0
 
 
 def test_no_open_bucket_is_too_few(tiny_bundle: Path) -> None:
