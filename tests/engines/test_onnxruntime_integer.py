@@ -12,7 +12,7 @@ import pytest
 from tests.graph.test_simplify import model, ops, value, weight
 from tests.precision.test_engines import BUILDER, run
 from tests.precision.test_weight_only import product
-from toolchain.engines.onnxruntime import device
+from toolchain.engines import cpu
 from toolchain.engines.onnxruntime.integer import OFFSET, as_products
 from toolchain.engines.onnxruntime.integer_kernels import fuse_integer_products
 from toolchain.graph.placeholder import placeholder
@@ -201,7 +201,7 @@ def test_4_what_stays() -> None:
 def test_a_cpu_whose_sums_saturate_is_warned_of(
     flags: str, machine: str, saturates: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "_flags", lambda: frozenset(flags.split()))
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset(flags.split()))
     monkeypatch.setattr("platform.machine", lambda: machine)
     said = BUILDER.warning(Quantize("int8", activations="int8"))
     assert (said is not None and "no VNNI" in said) is saturates
