@@ -6,22 +6,27 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from toolchain.bench.openvino import plain_graphs
+from tests.tiny import recipe_for
 from toolchain.bench.page import page
+from toolchain.bench.rebuilt import for_openvino, rebuilt
 from toolchain.bench.results import BenchReport, ContenderResult, Spread, spread, summarize
 from toolchain.bench.run import _forecast_mb, bench, measure
 from toolchain.bench.worker import CONTENDERS, Parts
 from toolchain.bench.workload import workload
 from toolchain.bundle.bundle import read_bundle
 from toolchain.bundle.forecast import forecast
-from toolchain.check.report import Pair
 from toolchain.cli.main import cli
+from toolchain.engines.openvino.build import OpenVinoBuilder
+from toolchain.engines.openvino.device import openvino_device
 from toolchain.errors import BundleError, DiffbuildError, UsageError
+from toolchain.recipe import Calibration, ComponentRecipe, Quantize
+from toolchain.recipe.options import OnnxRuntimeOptions
 
 ROUNDS = [
     {"text_ms": 1.0, "denoise_ms": 10.0, "overhead_ms": 0.5, "total_ms": 11.5, "launches": 6.0},
@@ -161,30 +166,66 @@ def test_a_run_against_openvino(
     tiny_bundle: Path, tiny_model: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the same loop from the same noise: only the engine is another, and float32 rounds differently there."""
-    pytest.importorskip("openvino")
     monkeypatch.setenv("DIFFBUILD_STORE", str(store))
     found = measure(tiny_bundle, model=str(tiny_model), against=("openvino",), repeats=1)
     ours, theirs = found.contenders["diffbuild"], found.contenders["openvino"]
     assert theirs.counts["launches"] == ours.counts["launches"]
     assert theirs.stages["denoise_ms"].median > 0
+    assert theirs.start.keys() == ours.start.keys()
     likeness = found.likeness_db["openvino"]
     assert likeness is not None
     assert likeness >= 60
+    assert found.to_json()["precisions"] == {"diffbuild": "float32", "openvino": "float32"}
+    assert any(line.startswith("openvino (float32): ") for line in found.lines())
+    assert "its picture and ours: PSNR " in page(found)
+    assert "; it computes in float32" in page(found)
 
 
-def test_openvino_opens_none_of_the_bundles_engines(
-    bundle_copy: Path, tiny_model: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_openvino_is_built_from_the_same_graphs(
+    tiny_bundle: Path, tiny_model: Path, store: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("openvino")
-    monkeypatch.setenv("DIFFBUILD_STORE", str(store))
-    opened = read_bundle(bundle_copy)
-    work = vars(workload(opened, None, 1, None, 2))
-    _, ours = CONTENDERS["diffbuild"](str(bundle_copy), "", Parts())(work)
-    graphs = plain_graphs(opened, tiny_model, tmp_path / "graphs", lambda text: None)
-    for graph in (bundle_copy / "engines").rglob("graph.onnx"):
-        graph.unlink()
-    _, theirs = CONTENDERS["openvino"](str(bundle_copy), str(graphs), Parts())(work)
-    assert Pair(np.asarray(ours), np.asarray(theirs)).psnr_db >= 60
+    """What a build of the bundle left in the store is not made again; the second time nothing is."""
+    bundle = read_bundle(tiny_bundle)
+    first: list[str] = []
+    rebuilt(bundle, tiny_model, tmp_path / "first", first.append, store)
+    assert {text.split()[1] for text in first} <= {"weights", "engine"}
+    again: list[str] = []
+    against = rebuilt(bundle, tiny_model, tmp_path / "again", again.append, store)
+    assert (against.backend, against.buckets, again) == ("openvino", bundle.buckets, [])
+
+
+WIDENED = [
+    ({"dtype": "float16"}, (), {"dtype": "float32"}),
+    ({"dtype": "bfloat16", "keep_float32": ("conv_out",)}, ("float16",), {"dtype": "float32"}),
+    (
+        {"dtype": "bfloat16", "keep_float32": ("conv_out",)},
+        ("bfloat16",),
+        {"dtype": "bfloat16", "keep_float32": ("conv_out",)},
+    ),
+    ({"quantize": Quantize(weights="int8"), "tokens": 77}, (), {"tokens": 77}),
+]
+
+
+@pytest.mark.parametrize(("given", "short", "expected"), WIDENED)
+def test_what_openvino_cannot_do_is_widened(
+    given: dict[str, Any], short: tuple[str, ...], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`short` are the types below float32 in which the CPU computes."""
+
+    def refuses(self: object, what: object, options: object) -> str | None:
+        return None if what in ("float32", *short) else "not here"
+
+    monkeypatch.setattr(OpenVinoBuilder, "refuses_dtype", refuses)
+    monkeypatch.setattr(OpenVinoBuilder, "refuses_quantized", refuses)
+    recipe = replace(
+        recipe_for("denoiser", **given),
+        onnxruntime=OnnxRuntimeOptions(threads=3),
+        calibration=Calibration(("a prompt",)),
+    )
+    against = for_openvino(recipe)
+    assert against.component("denoiser") == ComponentRecipe(**expected)
+    assert (against.backend, against.openvino.threads, against.calibration) == ("openvino", 3, None)
+    assert for_openvino(replace(recipe, backend="tensorrt")).openvino.threads == 0
 
 
 def test_what_is_refused_before_anything_starts(
@@ -192,6 +233,10 @@ def test_what_is_refused_before_anything_starts(
 ) -> None:
     bundle = read_bundle(tiny_bundle)
     work = workload(bundle, None, 1, None, None)
+    with pytest.raises(UsageError, match="own backend is openvino"):
+        bench(
+            replace(bundle, backend="openvino", device=openvino_device()), work, against=("openvino",), model=tmp_path
+        )
     with pytest.raises(UsageError, match="needs the model"):
         bench(bundle, work, against=("diffusers",))
     with pytest.raises(UsageError, match="no engine was built for this size"):
@@ -199,7 +244,7 @@ def test_what_is_refused_before_anything_starts(
     with pytest.raises(BundleError, match="cannot run here"):
         bench(replace(bundle, device={**bundle.device, "cpu": "another"}), work)
     monkeypatch.setattr("toolchain.bench.run.find_spec", lambda name: None)
-    for name, extra in (("compile", "build"), ("openvino", "bench")):
+    for name, extra in (("compile", "build"), ("openvino", "openvino")):
         with pytest.raises(UsageError, match=rf"(?s)not installed.*diffbuild\[{extra}\]"):
             bench(bundle, work, against=(name,), model=tmp_path)
 

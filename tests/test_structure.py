@@ -40,7 +40,7 @@ OWNERS = {
     "transformers": {"models", "check"},
     "onnxscript": {"graph"},
     "huggingface_hub": {"models"},
-    "openvino": {"bench", "engines"},
+    "openvino": {"engines"},
     "click": {"cli", "terminal"},
     "cryptography": {"bundle"},
     "rich": {"cli"},

@@ -121,7 +121,7 @@ def trace_bundle(
     """Records one generation on a timeline and writes it as Chrome's trace events.
 
     prompt     None: the recipe's first
-    operators  profile the operators inside each engine as well; ONNX Runtime on the CPU alone
+    operators  profile the operators inside each engine as well; on the CPU alone
     options    as in `generate`
 
     Raises UsageError, BundleError and RequestError.

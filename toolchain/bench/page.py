@@ -79,6 +79,7 @@ def _verdicts(report: BenchReport) -> Html:
         ratio, same = spread(values), alike(report.likeness_db[name])
         times = element("b", f"{ratio.median:.2f} times")
         between = f" as long ({ratio.p10:.2f} to {ratio.p90:.2f}); its picture and ours: {same}"
+        between += f"; it computes in {report.precisions[name]}" if name in report.precisions else ""
         lines.append(element("li", element("b", name), " takes ", times, between))
     return element("ul", *lines) if lines else Html()
 

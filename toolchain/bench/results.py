@@ -56,6 +56,7 @@ class BenchReport:
     likeness_db  contender -> PSNR of its first picture against ours: infinite where they are equal, None where their
                  sizes differ
     sweeps       what was varied -> points
+    precisions   contender that is a bundle -> what it computes in, in words
     forecast_mb  by how much our memory, on a GPU the GPU's, should have grown, as far as the bundle knows
     pictures     contender -> its first picture, 8-bit [H, W, 3]; not in the JSON
     """
@@ -70,6 +71,7 @@ class BenchReport:
     ratios: Mapping[str, Sequence[float]]
     likeness_db: Mapping[str, float | None]
     sweeps: Mapping[str, Sequence[Mapping[str, Any]]]
+    precisions: Mapping[str, str] = field(default_factory=dict)
     forecast_mb: float | None = None
     pictures: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -106,7 +108,8 @@ class BenchReport:
             rate = images / total.median * 1e3
             memory = f", peak {result.peak_mb:.0f} MB" if result.peak_mb is not None else ""
             memory += f", on the GPU {result.gpu_mb:.0f} MB" if result.gpu_mb is not None else ""
-            yield f"{name}: {_ms(total)} a call, {rate:.2f} images/s{memory}"
+            computes = f" ({self.precisions[name]})" if name in self.precisions else ""
+            yield f"{name}{computes}: {_ms(total)} a call, {rate:.2f} images/s{memory}"
             yield "  " + ", ".join(f"{stage.removesuffix('_ms')} {_ms(s)}" for stage, s in result.stages.items())
             if "loop_overhead_ms" in result.counts:
                 share = result.counts["loop_overhead_ms"] / max(result.stages["denoise_ms"].median, 1e-9)

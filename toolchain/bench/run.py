@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.bench.contender import Contender
-from toolchain.bench.openvino import plain_graphs
+from toolchain.bench.rebuilt import OPENVINO, rebuilt
 from toolchain.bench.results import BenchReport, summarize
 from toolchain.bench.workload import Workload, workload
 from toolchain.builder.open_model import open_model
@@ -33,14 +33,13 @@ if TYPE_CHECKING:
     from toolchain.check.report import Pixels
 
 OURS = "diffbuild"
-OPENVINO = "openvino"
 AGAINST = {
     "diffusers": ("torch", "diffusers"),
     "compile": ("torch", "diffusers"),
     OPENVINO: ("openvino", "torch", "diffusers", "onnx_ir"),
 }
-"""Other contenders, and what they import: the diffusers pipeline in eager mode, the same with torch.compile, and the
-graphs of the bundle in OpenVINO."""
+"""Other contenders, and what they import: the diffusers pipeline in eager mode, the same with torch.compile, and a
+bundle of the same recipe with OpenVINO."""
 SWEEP_STEPS = (5, 10, 20, 40)
 VERSIONS = ("diffbuild", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "diffusers", "transformers")
 
@@ -85,21 +84,20 @@ def bench(
     """Measures a bundle, and the other contenders that it is compared with.
 
     model  the diffusers folder that the bundle was built from, for the other contenders
-    store  where the bundle was built, for its graphs; None: the default store
+    store  where the bundle was built, for its graphs, and where OpenVINO's engines are; None: the default store
 
     Raises UsageError for a contender that is not installed or has no model, BundleError for a bundle that cannot run
     here, DiffbuildError with a contender's output when it fails.
     """
     _refuse(bundle, against, model)
     with tempfile.TemporaryDirectory(prefix="diffbuild-bench-") as scratch:
-        contenders = []
+        contenders, bundles = [], {OURS: bundle}
+        if OPENVINO in against and model is not None:
+            bundles[OPENVINO] = rebuilt(bundle, model, Path(scratch) / OPENVINO, progress, store)
         try:
             for name in (OURS, *against):
-                given = model
-                if name == OPENVINO and model is not None:
-                    given = plain_graphs(bundle, model, Path(scratch) / "graphs", progress, store)
                 progress(f"starting {name}")
-                contenders.append(Contender(name, bundle.path, given, work, Path(scratch)))
+                contenders.append(Contender(name, bundles.get(name, bundle).path, model, work, Path(scratch)))
             rounds: list[dict[str, Any]] = []
             for number in range(repeats):
                 progress(f"round {number + 1} of {repeats}")
@@ -121,6 +119,7 @@ def bench(
         ratios={n: [r[n]["total_ms"] / r[OURS]["total_ms"] for r in rounds] for n in against},
         likeness_db={name: _psnr_db(pictures[OURS], pictures[name]) for name in against},
         sweeps=swept,
+        precisions={name: each.recipe.precisions for name, each in bundles.items()},
         forecast_mb=_forecast_mb(bundle, work),
         pictures=pictures,
     )
@@ -129,9 +128,16 @@ def bench(
 def _refuse(bundle: Bundle, against: tuple[str, ...], model: Path | None) -> None:
     usable_backend(bundle)
     for name in against:
+        if name == bundle.backend:
+            raise UsageError(
+                f"the bundle's own backend is {name}, which it cannot be measured against",
+                where=bundle.path,
+                expected=f"--against {' or '.join(other for other in AGAINST if other != name)}",
+                got=name,
+            )
         missing = [package for package in AGAINST[name] if find_spec(package) is None]
         if missing:
-            hint = f"pip install 'diffbuild[{'bench' if OPENVINO in missing else 'build'}]'"
+            hint = f"pip install 'diffbuild[{OPENVINO if OPENVINO in missing else 'build'}]'"
             raise UsageError(
                 f"{name} cannot be measured", expected=" and ".join(missing), got="not installed", hint=hint
             )

@@ -1,6 +1,6 @@
 """The inside of a contender: `python -m toolchain.bench.worker NAME BUNDLE MODEL PICTURE`.
 
-MODEL is the diffusers folder, or for OpenVINO the folder of the plain graphs.
+BUNDLE is the one that is measured, or for OpenVINO the one that stands against it; MODEL is the diffusers folder.
 Reads one workload per line, draws it, and answers with milliseconds by stage; null ends it. The first answer is the
 cold start by part.
 """
@@ -16,10 +16,7 @@ import json  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import TYPE_CHECKING, Any  # noqa: E402
-
-if TYPE_CHECKING:
-    from toolchain.engines.backend import Runner
+from typing import Any  # noqa: E402
 
 Stages = dict[str, float]
 Draw = Callable[[dict[str, Any]], tuple[Stages, Any]]
@@ -51,8 +48,8 @@ class Parts:
         self._last = now
 
 
-def diffbuild(bundle: str, _: str, parts: Parts, backend: Runner[Any] | None = None) -> Draw:
-    """The runtime; `backend` opens its engines in place of the bundle's own, whose files are then not verified."""
+def diffbuild(bundle: str, _: str, parts: Parts) -> Draw:
+    """The runtime."""
     from toolchain.bundle.bundle import read_bundle
     from toolchain.bundle.signing import admit
     from toolchain.runtime.engines import usable_backend
@@ -61,10 +58,9 @@ def diffbuild(bundle: str, _: str, parts: Parts, backend: Runner[Any] | None = N
     parts.done("imports_ms")
     opened = read_bundle(Path(bundle))
     parts.done("manifest_ms")
-    if backend is None:
-        opened = admit(opened)
-        parts.done("verify_ms")
-    usable_backend(opened, backend)  # imports the backend's library, whose memory is none of the engines'
+    opened = admit(opened)
+    parts.done("verify_ms")
+    usable_backend(opened)  # imports the backend's library, whose memory is none of the engines'
     parts.base_bytes = resident_bytes()[0]
     on_host = opened.device["kind"] == "cpu"  # elsewhere a launch returns before the work is done
     if not on_host:
@@ -73,7 +69,7 @@ def diffbuild(bundle: str, _: str, parts: Parts, backend: Runner[Any] | None = N
         parts.watch_gpu(free_memory_bytes)
     # A GPU may not hold every bucket: there the first picture opens what it needs.
     batches = len({bucket.batch for bucket in opened.buckets})
-    pipe = Pipeline(opened, warm_up=False, open_buckets=None if on_host else batches, backend=backend)
+    pipe = Pipeline(opened, warm_up=False, open_buckets=None if on_host else batches)
     if on_host:
         pipe.warm_up()
     parts.done("open_and_warm_up_ms")
@@ -182,21 +178,11 @@ def compile_(bundle: str, model: str, parts: Parts) -> Draw:
     return diffusers(bundle, model, parts, compiled=True)
 
 
-def openvino(bundle: str, graphs: str, parts: Parts) -> Draw:
-    """The runtime as it is, with OpenVINO in the place of the bundle's backend."""
-    import openvino  # noqa: F401
-
-    from toolchain.bench.openvino import OpenVino
-    from toolchain.bundle.bundle import read_bundle
-
-    return diffbuild(bundle, graphs, parts, OpenVino(read_bundle(Path(bundle)), Path(graphs)))
-
-
 CONTENDERS: dict[str, Callable[[str, str, Parts], Draw]] = {
     "diffbuild": diffbuild,
     "diffusers": diffusers,
     "compile": compile_,
-    "openvino": openvino,
+    "openvino": diffbuild,
 }
 
 

@@ -76,8 +76,8 @@ def check(bundle: Path, model: str, as_json: bool, **options: Any) -> None:
 def bench(bundle: Path, as_json: bool, **options: Any) -> None:
     """Measure where the time of a picture goes, and how long others take for the same one.
 
-    Others are diffusers, diffusers with torch.compile, and OpenVINO with the graphs that the bundle was built from.
-    Each contender runs in a process of its own, and they take turns, so that drift of the machine affects all alike.
+    Others are diffusers, diffusers with torch.compile, and OpenVINO with the same recipe, as far as it can. Each
+    contender runs in a process of its own, and they take turns, so that drift of the machine affects all alike.
     """
     with progress.working(f"measuring {bundle}") as say:
         measured = api.bench_bundle(bundle, progress=say, **options)

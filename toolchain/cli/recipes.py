@@ -22,7 +22,7 @@ from toolchain.terminal import table
 
 if TYPE_CHECKING:
     from toolchain.builder.starter import WrittenRecipe
-    from toolchain.recipe import ComponentRecipe, Recipe
+    from toolchain.recipe import Recipe
     from toolchain.recipe.shipped import ShippedRecipe
 
 BACKENDS = ("onnxruntime", "onnxruntime_cuda", "openvino", "tensorrt", "tensorrt_rtx")
@@ -88,21 +88,6 @@ def _runs_on(recipe: Recipe) -> str:
     return "CPU" if recipe.backend == "onnxruntime" else "NVIDIA GPU"
 
 
-def _precisions(recipe: Recipe) -> str:
-    """The denoiser's type, then what differs from it."""
-    usual = _precision(recipe.component("denoiser"))
-    others = [f"{name} {_precision(part)}" for name, part in recipe.components.items() if _precision(part) != usual]
-    return ", ".join([usual, *others])
-
-
-def _precision(component: ComponentRecipe) -> str:
-    table = component.quantize
-    if table is None:
-        return component.dtype
-    activations = "" if table.activations == "none" else f" x {table.activations}"
-    return f"{component.dtype} with {table.weights}{activations}"
-
-
 def _recipes_json(listed: Sequence[ShippedRecipe]) -> dict[str, Any]:
     entries = [{"about": s.about, "runs_on": _runs_on(s.recipe), **s.recipe.to_json()} for s in listed]
     return {"recipes": entries}
@@ -110,14 +95,14 @@ def _recipes_json(listed: Sequence[ShippedRecipe]) -> dict[str, Any]:
 
 def _recipes_lines(listed: Sequence[ShippedRecipe]) -> Iterator[str]:
     recipes = [entry.recipe for entry in listed]
-    rows = [[r.name, r.family, r.backend, _runs_on(r), _precisions(r)] for r in recipes]
+    rows = [[r.name, r.family, r.backend, _runs_on(r), r.precisions] for r in recipes]
     yield from table(rows, head=["recipe", "family", "backend", "runs on", "precision"], indent="")
     yield "next: diffbuild plan RECIPE --model DIR_OR_HUB_ID"
 
 
 def _init_lines(written: WrittenRecipe, model: str) -> Iterator[str]:
     path, recipe = written.path, written.recipe
-    facts = ", ".join([f"family {recipe.family}", recipe.backend, _precisions(recipe), str(recipe.buckets[0])])
+    facts = ", ".join([f"family {recipe.family}", recipe.backend, recipe.precisions, str(recipe.buckets[0])])
     yield f"{path}: {facts}; after {written.like}"
     yield f"next: diffbuild plan {path} --model {model}"
 

@@ -11,6 +11,7 @@ from toolchain.engines.openvino.build import OpenVinoBuilder
 from toolchain.engines.tensorrt.build import TensorRtBuilder
 from toolchain.engines.tensorrt_rtx.build import TensorRtRtxBuilder
 from toolchain.errors import UsageError
+from toolchain.recipe.options import BackendOptions
 
 BUILDERS: dict[str, Builder[Any]] = {
     "onnxruntime": OnnxRuntimeBuilder(),
@@ -26,3 +27,8 @@ def builder_of(backend: str) -> Builder[Any]:
     if backend not in BUILDERS:
         raise UsageError("unknown backend", expected=" or ".join(BUILDERS), got=backend, hint="diffbuild doctor")
     return BUILDERS[backend]
+
+
+def usable_dtypes(backend: Builder[Any], options: BackendOptions) -> tuple[str, ...]:
+    """Of the types of a backend, those in which the device of these options computes."""
+    return tuple(dtype for dtype in backend.dtypes if backend.refuses_dtype(dtype, options) is None)

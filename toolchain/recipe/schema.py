@@ -80,6 +80,14 @@ class ComponentRecipe:
     tokens: Whole = 0
     quantize: Quantize | None = None
 
+    @property
+    def precision(self) -> str:
+        """In words: its type, and that of its weights and activations where they are quantised."""
+        if self.quantize is None:
+            return self.dtype
+        activations = "" if self.quantize.activations == "none" else f" x {self.quantize.activations}"
+        return f"{self.dtype} with {self.quantize.weights}{activations}"
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -217,6 +225,13 @@ class Recipe:
             costs.append(COSTS[component.quantize.weights])
             costs += ["bfloat16"] if component.quantize.activations != "none" else []
         return self.check.components.get(name) or TOLERANCES[max(costs, key=list(TOLERANCES).index)]
+
+    @property
+    def precisions(self) -> str:
+        """In words: the denoiser's precision, then what differs from it."""
+        usual = self.component("denoiser").precision
+        others = [f"{name} {part.precision}" for name, part in self.components.items() if part.precision != usual]
+        return ", ".join([usual, *others])
 
     @property
     def quantizes(self) -> bool:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 from toolchain.builder.plan import Plan, execute, make_plan
 from toolchain.check.report import show
+from toolchain.engines.builders import usable_dtypes
 from toolchain.engines.runners import runner_of
 from toolchain.errors import BudgetError, EngineError, UsageError
 from toolchain.models.source import ModelSource
@@ -93,7 +94,7 @@ def tune(job: Job) -> Tuned:
 def _keep_whole(job: Job) -> tuple[Recipe, list[Overflow]]:
     """Measured anew with every call: it takes as long as a few pictures."""
     plan = make_plan(unquantised(_one_bucket(job.recipe)), job.source, job.store)
-    wide = "bfloat16" if "bfloat16" in plan.backend.dtypes else "float32"
+    wide = "bfloat16" if "bfloat16" in usable_dtypes(plan.backend, plan.options) else "float32"
     with closing(_references(job, plan)) as references:
         return keep_whole(job.recipe, references, wide, job.progress)
 

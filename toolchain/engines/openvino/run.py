@@ -181,8 +181,8 @@ class OpenVinoEngine:
 
 def _shapes(operator: Any) -> str:
     """Types and shapes of what goes in and comes out, such as "f32[2x4] -> bf16[2x8]"."""
-    ports = (operator.inputs(), operator.outputs())
-    described = (
-        [f"{p.get_element_type().get_type_name()}[{'x'.join(map(str, p.get_shape()))}]" for p in s] for s in ports
-    )
-    return " -> ".join(map(", ".join, described))
+    return " -> ".join(", ".join(map(_shape, ports)) for ports in (operator.inputs(), operator.outputs()))
+
+
+def _shape(port: Any) -> str:
+    return f"{port.get_element_type().get_type_name()}[{'x'.join(map(str, port.get_shape()))}]"
