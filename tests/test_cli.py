@@ -440,6 +440,8 @@ def test_doctor(tmp_path: Path) -> None:
         assert part in text
     document = run_json("doctor")
     assert document["works"] is True
+    recommended = document["recommended"]
+    assert f"recommended {recommended['backend']} in {recommended['dtype']}: this CPU" in " ".join(text.split())
     assert document["store"]["free_bytes"] > 0
     assert document["libraries"]["generate"]["numpy"]
 

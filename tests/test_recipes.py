@@ -28,8 +28,8 @@ from tests.tiny import make_sd
 from tests.tiny_flux import make_flux
 from tests.tiny_sd3 import make_sd3
 from tests.tiny_sdxl import make_sdxl
-from toolchain.builder.starter import best_backend
 from toolchain.cli.main import cli
+from toolchain.engines.recommend import best_backend
 from toolchain.engines.runners import RUNNERS
 from toolchain.errors import DiffbuildError
 from toolchain.recipe import Bucket, Recipe, load_recipe

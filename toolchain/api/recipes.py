@@ -38,7 +38,8 @@ def write_recipe(
     Raises ModelError, and UsageError for an output that exists already or cannot be written.
     """
     from toolchain.builder.open_model import open_model
-    from toolchain.builder.starter import WrittenRecipe, best_backend, write_starter
+    from toolchain.builder.starter import WrittenRecipe, write_starter
+    from toolchain.engines.recommend import best_backend
     from toolchain.store.files import write_atomic
     from toolchain.store.outputs import check_new_file
 

@@ -8,16 +8,13 @@ from typing import Any
 
 from toolchain.builder.plan import check_recipe
 from toolchain.engines.backend import Builder
-from toolchain.engines.builders import builder_of
-from toolchain.engines.runners import runner_of
+from toolchain.engines.builders import builder_of, usable_dtypes
 from toolchain.models.component import Family
 from toolchain.models.registry import family_for, family_of
 from toolchain.models.source import ModelSource
 from toolchain.recipe import Bucket, ComponentRecipe, Recipe, load_recipe, parse_recipe, shipped
 from toolchain.recipe.toml import toml
 
-BEST_FIRST = ("tensorrt", "tensorrt_rtx", "onnxruntime_cuda")
-"""Of those that run on a GPU."""
 SAMPLE_SIZE = 128
 """Latents along a side where a network's config names none: what diffusers' pipelines take then."""
 
@@ -40,11 +37,6 @@ class WrittenRecipe:
     like: str
 
 
-def best_backend() -> str:
-    """The fastest that runs here; the CPU's where none does, which every machine can have."""
-    return next((name for name in BEST_FIRST if runner_of(name).available() is None), "onnxruntime")
-
-
 def write_starter(source: ModelSource, backend: str, name: str) -> Starter:
     """A recipe called `name` for this model and backend, ready to build.
 
@@ -65,8 +57,7 @@ def write_starter(source: ModelSource, backend: str, name: str) -> Starter:
 def _data(like: Recipe, family: Family, backend: Builder[Any], source: ModelSource) -> dict[str, Any]:
     """`like` for another model and backend, without most of what is at its default."""
     lacking = [c.name for c in family.components if c.optional and not _has(source, c.folder)]
-    # On a CPU nothing is gained by less than float32; elsewhere a type that the backend lacks is widened.
-    dtypes = ("float32",) if backend.name == "onnxruntime" else backend.dtypes
+    dtypes = _dtypes(like, backend)
     components = {name: recipe for name, recipe in like.components.items() if name not in lacking}
     options, plain = like.options(backend.name), like.to_json()
     check = plain["check"]
@@ -106,14 +97,14 @@ def _distance(recipe: Recipe, family: Family, backend: Builder[Any], source: Mod
         return (True,)
     embedded = family.settings(source).embedded_guidance
     guided = recipe.classifier_free_guidance or embedded
-    on_cpu = backend.name == "onnxruntime"
+    usable = _dtypes(recipe, backend)
     dtypes = {component.dtype for component in recipe.components.values()} or {"float32"}
     return (
         False,
         recipe.quantizes,  # whose limits and exceptions were found on another model
         guided != (recipe.sampling.guidance > 0),  # a model that was distilled to draw without guidance
         recipe.backend != backend.name,
-        dtypes != {"float32"} if on_cpu else dtypes == {"float32"} or not dtypes <= {*backend.dtypes},
+        dtypes != {"float32"} if usable == ("float32",) else dtypes == {"float32"} or not dtypes <= {*usable},
         any(component.quantize is not None for component in recipe.components.values()),  # wants limits of its own
         native_bucket(family, source) not in recipe.buckets,
         recipe.name,
@@ -124,8 +115,16 @@ def _has(source: ModelSource, folder: str) -> bool:
     return source.index.get(folder) not in (None, [None, None])
 
 
+def _dtypes(like: Recipe, backend: Builder[Any]) -> tuple[str, ...]:
+    """What is worth computing in here: ONNX Runtime gains nothing on a CPU by less than float32."""
+    return ("float32",) if backend.name == "onnxruntime" else usable_dtypes(backend, like.options(backend.name))
+
+
 def _component(recipe: ComponentRecipe, dtypes: tuple[str, ...]) -> dict[str, Any]:
-    fitting = recipe if recipe.dtype in dtypes else ComponentRecipe(tokens=recipe.tokens)
+    """With another small type where its own is not to be had, which reaches as far as float32; or else with float32."""
+    fitting = recipe
+    if recipe.dtype not in dtypes:
+        fitting = ComponentRecipe("bfloat16" if "bfloat16" in dtypes else "float32", tokens=recipe.tokens)
     return {"dtype": fitting.dtype, **_changed(fitting, ComponentRecipe())}
 
 

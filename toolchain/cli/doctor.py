@@ -49,6 +49,7 @@ def doctor_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     state = "" if store["exists"] else ", not there yet"
     state += "" if store["writable"] else ", not writable"
     rows.append(["store", f"{store['path']}{state}, {megabytes(store['free_bytes'])} free"])
+    rows.append(["recommended", _recommendation_line(facts["recommended"])])
     yield from table(rows, indent="")
     for line in facts["advisories"]:
         yield f"warning: {line}"
@@ -56,6 +57,12 @@ def doctor_lines(facts: Mapping[str, Any]) -> Iterator[str]:
         yield "hint: pip install 'diffbuild[build]' installs what a build needs"
     if not facts["works"]:
         yield f"no backend can run here. hint: {EITHER}"
+
+
+def _recommendation_line(recommended: Mapping[str, Any]) -> str:
+    dtype, lacks = recommended["dtype"], recommended["lacks"]
+    what = recommended["backend"] + (f" in {dtype}" if dtype else "")
+    return f"{what}: {recommended['reason']}" + (f"; it cannot run yet: {lacks}" if lacks else "")
 
 
 def _backend_line(backend: Mapping[str, Any]) -> str:

@@ -85,6 +85,8 @@ def recipe_check(recipe: Path, model: str | None, as_json: bool, **origin: Any) 
 
 
 def _runs_on(recipe: Recipe) -> str:
+    if recipe.backend == "openvino":
+        return {"CPU": "CPU", "GPU": "Intel GPU", "NPU": "Intel NPU"}[recipe.openvino.device]
     return "CPU" if recipe.backend == "onnxruntime" else "NVIDIA GPU"
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ def examine(store: Path) -> dict[str, Any]:
     from toolchain.engines.builders import BUILDERS
     from toolchain.engines.cpu import cpu_features, physical_cores
     from toolchain.engines.onnxruntime.package import clash
+    from toolchain.engines.recommend import recommend
     from toolchain.engines.runners import RUNNERS
     from toolchain.engines.tensorrt.library import TENSORRT
     from toolchain.engines.tensorrt.run import advisory
@@ -48,6 +50,7 @@ def examine(store: Path) -> dict[str, Any]:
         "backends": {name: _backend(BUILDERS[name], reason) for name, reason in reasons.items()},
         "versions": {"diffbuild": _version("diffbuild"), "python": platform.python_version()},
         "libraries": libraries,
+        "recommended": asdict(recommend(has_gpu=bool(gpu_rows))),
         "missing": {use: _missing(versions) for use, versions in libraries.items()},
         "system": _system(),
         "cpu": {"features": cpu_features(), "physical_cores": physical_cores()},
