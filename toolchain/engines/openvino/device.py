@@ -5,6 +5,9 @@ openvino is imported when it is used: `diffbuild doctor` must be able to say tha
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 from toolchain.engines.cpu import cpu_architecture, cpu_features, cpu_flags
 from toolchain.errors import EngineError
 
+TELEMETRY = "openvino_telemetry"
 EXTRA = "pip install 'diffbuild[openvino]'"
 DECISIVE_FLAGS = ("avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "amx_int8")
 """Beyond `cpu_features`, what of a CPU decides OpenVINO's choice of kernels, which a compiled model holds in part."""
@@ -33,11 +37,27 @@ def core() -> Any:
     """OpenVINO's `Core`, which finds the devices once. EngineError where the library cannot be loaded."""
     installed_version()
     try:
-        import openvino
+        with _unreported():
+            import openvino
 
         return openvino.Core()
     except (ImportError, RuntimeError) as error:
         raise EngineError("OpenVINO cannot be loaded", got=error, hint=EXTRA) from error
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Keeps OpenVINO, which is imported inside, from its package `openvino_telemetry`. With it, it reports each import
+    and each conversion to Google Analytics, and leaves an identifier in the user's home. No option turns it off but a
+    file there. A program that imported it before has decided for itself."""
+    if "openvino" in sys.modules or TELEMETRY in sys.modules:
+        yield
+        return
+    sys.modules[TELEMETRY] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[TELEMETRY]
 
 
 @cache
