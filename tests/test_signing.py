@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,8 @@ import toolchain
 from tests.manifests import edit_manifest
 from tests.test_cli import modules_after, run, run_json
 from toolchain.bench.run import measure
+from toolchain.bundle.bundle import read_bundle
+from toolchain.bundle.signing import require_trusted
 from toolchain.errors import BundleError, SignatureError, UsageError
 from toolchain.runtime import pipeline
 
@@ -261,6 +263,20 @@ def test_the_environment_holds_for_all_who_open_engines(
 
 
 # --- without a key ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["GPU", "NPU"])
+def test_engines_of_openvino_for_no_cpu_may_be_machine_code(
+    device: str, openvino_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those for a CPU are graphs, whoever built them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "somebody else's"))
+    bundle = read_bundle(openvino_bundle)
+    assert not bundle.machine_code
+    assert require_trusted(bundle) is False
+    recipe = replace(bundle.recipe, openvino=replace(bundle.recipe.openvino, device=device))
+    with pytest.raises(SignatureError, match="machine code, and nobody vouches for it"):
+        require_trusted(replace(bundle, recipe=recipe))
 
 
 def test_verify_of_an_unsigned_bundle(bundle_copy: Path) -> None:

@@ -27,7 +27,7 @@ MANIFEST = "bundle.json"
 SIGNATURE = "bundle.sig"
 """The signature of the manifest, in a signed bundle: see `toolchain.bundle.signing`."""
 MACHINE_CODE = frozenset({"tensorrt", "tensorrt_rtx"})
-"""Backends whose engines are executable code: opening one runs it."""
+"""Backends whose engines are executable code, on whatever they run."""
 AGAIN = "build the bundle again, or copy it again from where it was built"
 ANY = "any"
 """Stands for the bucket of a component that is the same for all of them."""
@@ -90,6 +90,12 @@ class Bundle:
     def buckets(self) -> list[Bucket]:
         """The buckets that were built, in the recipe's order; the first is the default."""
         return [b for b in self.recipe.buckets if str(b) in self.engines["denoiser"]]
+
+    @property
+    def machine_code(self) -> bool:
+        """Whether its engines are executable code, so that opening one runs it. What OpenVINO exports for a CPU is a
+        graph, and what it exports for other devices may hold their kernels."""
+        return self.backend in MACHINE_CODE or (self.backend == "openvino" and self.recipe.openvino.device != "CPU")
 
     @property
     def default_guidance(self) -> float:

@@ -1,7 +1,8 @@
 """Which bundles this user built on this machine.
 
-A TensorRT engine is machine code: opening a bundle runs a program. Bundles that were built here are recorded in the
-user's cache folder by the sha256 of their manifests, which list the sha256 of every file. Any other needs a signature.
+An engine of TensorRT is machine code, and one of OpenVINO may be, if it is not for a CPU: opening a bundle runs a
+program. Bundles that were built here are recorded in the user's cache folder by the sha256 of their manifests, which
+list the sha256 of every file. Any other needs a signature.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 import os
 from pathlib import Path
 
-from toolchain.bundle.bundle import MACHINE_CODE, Bundle
+from toolchain.bundle.bundle import Bundle
 from toolchain.errors import StoreError
 from toolchain.store.files import write_atomic
 from toolchain.store.user_cache import cache_folder
@@ -20,7 +21,7 @@ log = logging.getLogger("toolchain")
 
 def note_built(bundle: Bundle) -> None:
     """Records that a bundle was built here, if its engines are machine code; a warning where that cannot be written."""
-    if bundle.backend not in MACHINE_CODE:
+    if not bundle.machine_code:
         return
     try:
         note = _note(bundle)

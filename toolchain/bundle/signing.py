@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolchain.bundle.bundle import MACHINE_CODE, MANIFEST, SIGNATURE, Bundle, read_bundle
+from toolchain.bundle.bundle import MANIFEST, SIGNATURE, Bundle, read_bundle
 from toolchain.bundle.provenance import built_here
 from toolchain.errors import BundleError, DiffbuildError, SignatureError, UsageError
 from toolchain.store.files import store_errors, write_atomic
@@ -141,7 +141,7 @@ def admit(bundle: Bundle, *, verify: bool = True, trust: str | Path | None = Non
     if verify:
         log.debug("comparing %d files of %s with their digests", len(bundle.files), bundle.path)
         bundle.verify()
-    elif bundle.backend in MACHINE_CODE:
+    elif bundle.machine_code:
         bundle.verify_engines()
     return replace(bundle, vouched=True)
 
@@ -156,7 +156,7 @@ def require_trusted(bundle: Bundle, trust: str | Path | None = None) -> bool:
     key = _trusted_key(trust)
     if key is not None:
         _require_signed(bundle.path, key, bundle.digest)
-    elif bundle.backend in MACHINE_CODE and not built_here(bundle):
+    elif bundle.machine_code and not built_here(bundle):
         raise SignatureError(
             "the bundle's engines are machine code, and nobody vouches for it",
             where=bundle.path,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from toolchain.bundle.bundle import ANY, MACHINE_CODE, Bundle
+from toolchain.bundle.bundle import ANY, Bundle
 from toolchain.bundle.signing import vouch
 from toolchain.engines.backend import Engine, Runner
 from toolchain.engines.buffers import Memory
@@ -33,7 +33,7 @@ def usable_backend(bundle: Bundle, backend: Runner[Any] | None = None) -> Runner
     if reason is not None:
         hint = backend.install(bundle.device) or otherwise
         raise BundleError("the bundle cannot run here", where=bundle.path, got=reason, hint=hint)
-    if bundle.backend in MACHINE_CODE and not bundle.vouched:
+    if bundle.machine_code and not bundle.vouched:
         vouch(bundle)
     return backend
 
