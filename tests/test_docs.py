@@ -17,7 +17,13 @@ import pytest
 import toolchain
 from toolchain.cli.main import cli
 from toolchain.recipe import Check, ComponentRecipe, Recipe, Sampling, Tolerance, load_recipe
-from toolchain.recipe.options import OnnxRuntimeCudaOptions, OnnxRuntimeOptions, TensorRtOptions, TensorRtRtxOptions
+from toolchain.recipe.options import (
+    OnnxRuntimeCudaOptions,
+    OnnxRuntimeOptions,
+    OpenVinoOptions,
+    TensorRtOptions,
+    TensorRtRtxOptions,
+)
 from toolchain.runtime.pipeline import Pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -136,6 +142,7 @@ KINDS = [
     Sampling,
     OnnxRuntimeOptions,
     OnnxRuntimeCudaOptions,
+    OpenVinoOptions,
     TensorRtOptions,
     TensorRtRtxOptions,
     Check,

@@ -301,7 +301,7 @@ max_error = true
 vae_decoder.cosin = 1
 """
 KEYS = "family, backend, buckets, classifier_free_guidance, without, components, sampling, safety, onnxruntime, "
-KEYS += "onnxruntime_cuda, tensorrt, tensorrt_rtx, calibration, check"
+KEYS += "onnxruntime_cuda, openvino, tensorrt, tensorrt_rtx, calibration, check"
 STEP_COUNT = 'a number of steps from 1, or a range such as "1-50"'
 SEED = "an integer from 0 to 2**64 - 1"
 MANY_LINES = [
