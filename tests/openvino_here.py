@@ -6,13 +6,17 @@ import sys
 from collections.abc import Iterable
 from importlib import metadata
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 from toolchain.engines import machine
 from toolchain.engines.cpu import cpu_flags
 from toolchain.engines.openvino import device
 from toolchain.errors import EngineError
+from toolchain.weights.mapped import read_header
 
 
 def has_bfloat16() -> bool:
@@ -25,6 +29,20 @@ def has_bfloat16() -> bool:
 
 need_bfloat16 = pytest.mark.skipif(not has_bfloat16(), reason="this CPU has no bfloat16")
 BFLOAT16 = pytest.param("bfloat16", marks=need_bfloat16)
+
+
+def copied_weights(blob: Path, weights: Path) -> list[str]:
+    """The weights of more than one axis that lie in an exported model: as they are, turned, or widened."""
+    data, stored, copied = blob.read_bytes(), weights.read_bytes(), []
+    for name, ref in read_header(weights).items():
+        if len(ref.shape) < 2 or ref.nbytes < 256:
+            continue
+        kind = np.dtype(ml_dtypes.bfloat16 if ref.dtype == "BF16" else np.float32)
+        array = np.frombuffer(stored, kind, ref.nbytes // kind.itemsize, ref.offset).reshape(ref.shape)
+        forms = (array, array.T, array.astype(np.float32), array.T.astype(np.float32))
+        if any(form.tobytes() in data for form in forms):
+            copied.append(name)
+    return copied
 
 
 class FakeCore:

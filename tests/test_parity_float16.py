@@ -29,6 +29,7 @@ TOKENS = {"sd3": {"max_sequence_length": 24}, "flux": {"max_sequence_length": 24
 LEAST_PSNR_DB = {"sd": 60.0, "sdxl": 58.0, "sd3": 56.0, "flux": 46.0}
 """Measured, the worse of both pictures: 63.9, 62.0, 59.9 and 49.7."""
 RECIPE = """\
+backend = "{backend}"
 family = "{family}"
 buckets = ["1x64x64"]
 classifier_free_guidance = {guided}
@@ -43,16 +44,21 @@ prompts = ["a"]
 """
 
 
-def recipe_of(family: str) -> str:
+def recipe_of(family: str, dtype: str = "float16", backend: str = "onnxruntime") -> str:
+    """All of a family in one type, as far as the type has the range for it."""
     from toolchain.models.registry import MODELS
 
     components = ""
     for component in MODELS[family].components:
-        wide = family == "sdxl" and component.name.startswith("vae")
-        own = f"tokens = 24\nkeep_float32 = {T5_WIDE}\n" if component.name == T5.get(family) else ""
-        components += f'[components.{component.name}]\ndtype = "{"float32" if wide else "float16"}"\n{own}'
+        narrow = dtype == "float16"
+        wide = narrow and family == "sdxl" and component.name.startswith("vae")
+        own = "tokens = 24\n" if component.name == T5.get(family) else ""
+        own += f"keep_float32 = {T5_WIDE}\n" if own and narrow else ""
+        components += f'[components.{component.name}]\ndtype = "{"float32" if wide else dtype}"\n{own}'
     guided = "false" if family == "flux" else "true"
-    return RECIPE.format(family=family, guided=guided, scheduler=SCHEDULERS[family], components=components)
+    return RECIPE.format(
+        backend=backend, family=family, guided=guided, scheduler=SCHEDULERS[family], components=components
+    )
 
 
 @pytest.mark.parametrize("family", MAKERS)

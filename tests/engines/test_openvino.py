@@ -17,7 +17,7 @@ import torch
 
 import toolchain
 from tests.graph.test_simplify import constant, model, value
-from tests.openvino_here import BFLOAT16, has_bfloat16, need_bfloat16
+from tests.openvino_here import BFLOAT16, copied_weights, has_bfloat16, need_bfloat16
 from tests.tiny import RECIPE, recipe_for
 from toolchain.engines.buffers import HostMemory
 from toolchain.engines.cpu import physical_cores
@@ -36,7 +36,6 @@ from toolchain.recipe.options import OpenVinoOptions
 from toolchain.runtime.engines import open_engine
 from toolchain.signature import GraphSpec, TensorSpec
 from toolchain.weights.derived import find_tensors, weight_uses, write_weights
-from toolchain.weights.mapped import read_header
 from toolchain.weights.safetensors import read_folder, write_safetensors
 
 BUCKET = Bucket(1, 64, 64)
@@ -175,23 +174,9 @@ def test_damaged_files(prepared: Prepared, name: str, damage: Any, message: str,
 # --- what an engine holds ---------------------------------------------------------------------------------------------
 
 
-def inside(blob: Path, weights: Path) -> list[str]:
-    """The weights of more than one axis that lie in an exported model: as they are, turned, or widened."""
-    data, stored, copied = blob.read_bytes(), weights.read_bytes(), []
-    for name, ref in read_header(weights).items():
-        if len(ref.shape) < 2 or ref.nbytes < 256:
-            continue
-        kind = np.dtype(ml_dtypes.bfloat16 if ref.dtype == "BF16" else np.float32)
-        array = np.frombuffer(stored, kind, ref.nbytes // kind.itemsize, ref.offset).reshape(ref.shape)
-        forms = (array, array.T, array.astype(np.float32), array.T.astype(np.float32))
-        if any(form.tobytes() in data for form in forms):
-            copied.append(name)
-    return copied
-
-
 def test_an_engine_holds_no_weight(prepared: Prepared) -> None:
     assert sorted(f.name for f in prepared.engine.iterdir()) == ["engine.json", "model.blob"]
-    assert inside(prepared.engine / "model.blob", prepared.weights["weights"]) == []
+    assert copied_weights(prepared.engine / "model.blob", prepared.weights["weights"]) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", BFLOAT16])
@@ -319,7 +304,7 @@ def test_buckets_share_one_weight_file(short_bundle: Path) -> None:
         assert {name for entry in entries.values() for name in entry.weights.values()} == {weights}
         for entry in entries.values():
             blob = bundle.path / entry.folder / "model.blob"
-            assert inside(blob, bundle.path / weights) == FOLDED.get(component, [])
+            assert copied_weights(blob, bundle.path / weights) == FOLDED.get(component, [])
 
 
 def test_the_sampler_stays_in_float32(short_bundle: Path) -> None:
