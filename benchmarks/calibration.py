@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from speed import SHAPES, half_width_recipe, write_half_width
+from speed import SHAPES, half_width_recipe, write_model
 
 import toolchain
 from toolchain.builder.open_model import open_model
@@ -93,7 +93,7 @@ def main() -> None:
                 recipe, model = load_recipe("shapes-fp32"), SHAPES
             else:
                 recipe, model = half_width_recipe(), scratch / "model"
-                write_half_width(model)
+                write_model(model)
             found = result[name] = measure(recipe, model, scratch, arguments.pictures)
             print(f"{name}: {found['plain_s']:.2f} s plain, {found['calibration_s']:.2f} s, {found['ratio']:.2f} times")
             arguments.output.write_text(encode(result) + "\n")

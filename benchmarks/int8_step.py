@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from speed import PROMPT, half_width_recipe, write_half_width
+from speed import PROMPT, half_width_recipe, write_model
 
 import toolchain
 from toolchain.builder.plan import make_plan
@@ -178,7 +178,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        write_half_width(model)
+        write_model(model)
         found = measure(model, Path(folder), arguments.repeats)
     arguments.output.write_text(encode({"machine": machine(), "sd15_half_width": found}) + "\n")
     print(found)

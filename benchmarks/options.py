@@ -21,7 +21,7 @@ from unittest import mock
 import numpy as np
 import onnx_ir as ir
 from export_scale import measured_on
-from speed import half_width_recipe, write_half_width
+from speed import half_width_recipe, write_model
 
 from toolchain.engines.buffers import HostMemory
 from toolchain.engines.onnxruntime import build as ort_build
@@ -106,7 +106,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        write_half_width(scratch / "model")
+        write_model(scratch / "model")
         engines, failed = {}, {}
         for number, (name, changes) in enumerate(VARIANTS.items()):
             try:

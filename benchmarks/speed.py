@@ -29,8 +29,12 @@ SHAPES = ROOT / "examples" / "shapes" / "model"
 PROMPT = "a red circle left of a blue square on a white background"
 
 
-def write_half_width(folder: Path) -> int:
-    """SD 1.5 with every width of its UNet halved; the text encoder and the VAE are its own. Returns the UNet's size."""
+HALF, WHOLE = (160, 320, 640, 640), (320, 640, 1280, 1280)
+"""Widths of the UNet's levels: half of SD 1.5's, and its own."""
+
+
+def write_model(folder: Path, widths: tuple[int, ...] = HALF) -> int:
+    """SD 1.5 with these widths of its UNet; the text encoder and the VAE are its own. Returns the UNet's size."""
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -51,7 +55,7 @@ def write_half_width(folder: Path) -> int:
         )
     )
     unet = UNet2DConditionModel(
-        sample_size=32, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(160, 320, 640, 640)
+        sample_size=32, cross_attention_dim=768, attention_head_dim=8, block_out_channels=widths
     )
     vae = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
@@ -110,7 +114,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         half = scratch / "model"
-        parameters = write_half_width(half)
+        parameters = write_model(half)
         found = measure(half_width_recipe(), half, scratch, against, arguments.repeats)
         result["sd15_half_width"] = {"unet_parameters": parameters, **found}
         shapes = load_recipe(ROOT / "recipes" / "shapes-fp32.toml")
