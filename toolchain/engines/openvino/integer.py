@@ -58,7 +58,9 @@ def _widen_product(node: ir.Node) -> None:
 def _widen_scaling(node: ir.Node) -> None:
     """2"""
     scaling = next((v.producer() for v in node.inputs if v is not None and not _is_constant(v)), None)
-    if scaling is None or scaling.op_type != "Mul" or len(scaling.outputs[0].uses()) != 1:
+    if scaling is None or scaling.op_type != "Mul":
+        return
+    if len(scaling.outputs[0].uses()) != 1 or scaling.outputs[0].is_graph_output():
         return
     if any(sum(map(_is_constant, part.inputs)) != 1 for part in (scaling, node)):
         return
