@@ -11,7 +11,15 @@ from transformers import CLIPTextModel
 
 from tests.test_cli import run, run_json
 from tests.tiny import make_vae
-from toolchain.recipe import load_recipe
+from toolchain.engines.openvino.build import OpenVinoBuilder
+from toolchain.models.hub import resolve_model
+from toolchain.recipe import Recipe, load_recipe, parse_recipe
+from toolchain.store.artifacts import Store
+from toolchain.tune.budget import Budget
+from toolchain.tune.pictures import Request
+from toolchain.tune.result import Overflow
+from toolchain.tune.run import Job
+from toolchain.tune.run import tune as tune_job
 
 WIDE = "decoder.mid_block.resnets.0"
 TEXT = """
@@ -86,3 +94,23 @@ def test_a_residual_stream_takes_the_whole_component(tiny_copy: Path, store: Pat
 def test_engines_for_another_machine_are_scanned_here(loud: Path, tmp_path: Path) -> None:
     document = tune(f'backend = "tensorrt"\n{TEXT}{DECODER}', loud, tmp_path / "store", tmp_path)
     assert [o["module"] for o in document["overflows"]] == [WIDE]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("short", "wide"), [({"float16", "bfloat16"}, "bfloat16"), ({"float16"}, "float32")])
+def test_what_is_kept_gets_a_type_that_the_device_has(
+    short: set[str], wide: str, tiny_model: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO has bfloat16, and a CPU may have float16 alone."""
+    refuses = lambda self, dtype, options: None if dtype in {"float32", *short} else "not here"  # noqa: E731
+    monkeypatch.setattr(OpenVinoBuilder, "refuses_dtype", refuses)
+    given: list[str] = []
+
+    def keep(recipe: Recipe, references: object, wide: str, progress: object) -> tuple[Recipe, list[Overflow]]:
+        given.append(wide)
+        return recipe, []
+
+    monkeypatch.setattr("toolchain.tune.run.keep_whole", keep)
+    recipe = parse_recipe('backend = "openvino"\n' + TEXT + DECODER, "tiny", "the test")
+    source = resolve_model(str(tiny_model))
+    tune_job(Job(recipe, source, Store(store), Budget({}), Request(("a",), (0,)), False, lambda text: None))
+    assert given == [wide]
