@@ -181,6 +181,12 @@ def test_a_run_against_openvino(
     assert "; it computes in float32" in page(found)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells resident memory")
+def test_memory_with_openvino_is_near_its_forecast(openvino_bundle: Path) -> None:
+    found = measure(openvino_bundle, repeats=2)
+    assert found.contenders["diffbuild"].grown_mb == pytest.approx(found.forecast_mb, rel=0.2)
+
+
 def test_openvino_is_built_from_the_same_graphs(
     tiny_bundle: Path, tiny_model: Path, store: Path, tmp_path: Path
 ) -> None:

@@ -20,6 +20,8 @@ from toolchain.store.facts import ENGINE_FACTS, read_facts
 
 RUNTIME_BYTES = 14 << 20
 """ONNX Runtime's library, the imaging library and the rest: Linux on x86-64, after their imports."""
+OPENVINO_BYTES = 30 << 20
+"""More where OpenVINO runs the engines: its plugin for the CPU is loaded with the first of them."""
 TOKENIZER_TIMES = 10
 """Resident bytes per byte of tokenizer.json: 36 MB for 49,408 words of CLIP, in 3.6 MB."""
 
@@ -122,7 +124,8 @@ def forecast(bundle: Bundle) -> Forecast:
     on_gpu = bundle.device.get("kind") == "cuda"
     files = [bundle.files.get(f"{folder}/tokenizer.json") for folder in bundle.tokenizers.values()]
     words = TOKENIZER_TIMES * sum(file.size for file in files if file is not None)
-    return Forecast(tuple(engines), tuple(unknown), on_gpu, 0 if on_gpu else RUNTIME_BYTES + words)
+    runtime = RUNTIME_BYTES + words + (OPENVINO_BYTES if bundle.backend == "openvino" else 0)
+    return Forecast(tuple(engines), tuple(unknown), on_gpu, 0 if on_gpu else runtime)
 
 
 def number_facts(path: Path) -> dict[str, int]:
