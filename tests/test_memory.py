@@ -19,7 +19,7 @@ import toolchain
 from tests.manifests import edit_manifest
 from toolchain.builder.forecast import planned
 from toolchain.builder.plan import Plan
-from toolchain.bundle.forecast import RUNTIME_BYTES, TOKENIZER_TIMES, EngineMemory, Forecast, forecast
+from toolchain.bundle.forecast import OPENVINO_BYTES, RUNTIME_BYTES, TOKENIZER_TIMES, EngineMemory, Forecast, forecast
 from toolchain.cli.main import cli
 from toolchain.store.artifacts import Store
 
@@ -87,6 +87,12 @@ def test_of_a_bundle(tiny_bundle: Path) -> None:
     assert decoder.built
     words = (tiny_bundle / bundle.tokenizers["text_encoder"] / "tokenizer.json").stat().st_size
     assert found.runtime == RUNTIME_BYTES + TOKENIZER_TIMES * words
+
+
+def test_openvinos_libraries_are_larger(openvino_bundle: Path) -> None:
+    bundle = toolchain.read_bundle(openvino_bundle)
+    words = (openvino_bundle / bundle.tokenizers["text_encoder"] / "tokenizer.json").stat().st_size
+    assert forecast(bundle).runtime == RUNTIME_BYTES + OPENVINO_BYTES + TOKENIZER_TIMES * words
 
 
 def test_inspect_tells_it(tiny_bundle: Path) -> None:

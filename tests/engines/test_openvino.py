@@ -25,6 +25,7 @@ from toolchain.engines.layers import Layer
 from toolchain.engines.openvino import build as openvino_build
 from toolchain.engines.openvino.build import OpenVinoBuilder, executed_layers
 from toolchain.engines.openvino.compiled import settings
+from toolchain.engines.openvino.memory import KERNEL_BYTES
 from toolchain.engines.openvino.run import OpenVinoRunner
 from toolchain.errors import EngineError
 from toolchain.export.capture import capture
@@ -36,6 +37,7 @@ from toolchain.recipe.options import OpenVinoOptions
 from toolchain.runtime.engines import open_engine
 from toolchain.signature import GraphSpec, TensorSpec
 from toolchain.weights.derived import find_tensors, weight_uses, write_weights
+from toolchain.weights.mapped import read_header
 from toolchain.weights.safetensors import read_folder, write_safetensors
 
 BUCKET = Bucket(1, 64, 64)
@@ -332,6 +334,23 @@ def test_the_sampler_stays_in_float32(short_bundle: Path) -> None:
     counts = Counter(dtype for _, dtype in executed.values())
     assert counts.keys() <= {"f32", "i32", "i64", "u8"}
     assert counts["f32"] >= 20
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_counted_from_what_is_executed(prepared: Prepared) -> None:
+    """All weights but biases and factors of norms are packed, in the type of the graph, channels by blocks."""
+    facts, size = engine_facts(prepared.engine), 2 if prepared.dtype == "bfloat16" else 4
+    header = read_header(prepared.weights["weights"])
+    assert facts["mapped_bytes"] == prepared.weights["weights"].stat().st_size
+    packed = sum(ref.nbytes for ref in header.values() if len(ref.shape) > 1)
+    assert packed <= facts["packed_bytes"] <= 1.05 * packed
+    # The largest layers: 16 channels at full size go in and out of the last blocks, with one beside them.
+    assert facts["activation_bytes"] == facts["arena_bytes"]
+    assert 2 * 16 * 64 * 64 * size <= facts["activation_bytes"] <= 4 * 16 * 64 * 64 * size
+    kinds = {kind: sum(counts.values()) for kind, counts in facts["layers"]["kinds"].items()}
+    assert facts["session_bytes"] == sum(KERNEL_BYTES.get(kind, 0) * count for kind, count in kinds.items())
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
