@@ -3,7 +3,7 @@
 What is cut: the sizes, to those that tiny models have, the list of sampler tables, all but four prompts and two steps
 of a calibration, and the gate, whose limits are for the model that a recipe is for. A recipe for ONNX Runtime draws,
 one for TensorRT draws on the pretended GPU, one for TensorRT for RTX is built by NVIDIA's own builder: no GPU, no
-picture.
+picture. What a recipe for OpenVINO executes in which type is read from the compiled model.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from click.testing import CliRunner
 
 import toolchain
 import toolchain.api
+from tests.openvino_here import has_bfloat16
 from tests.parity import random_images
 from tests.pretend import pretended
 from tests.rtx import real_trt
@@ -113,6 +114,17 @@ def require_precisions(bundle: toolchain.Bundle) -> None:
             assert sum(map(len, precision["wide"].values())) <= sum(asked.values()) // 4
 
 
+def require_executed(bundle: toolchain.Bundle) -> None:
+    """All convolutions and products with weights in their recipe's type."""
+    for component, entries in bundle.engines.items():
+        for entry in entries.values():
+            facts: Any = json.loads((bundle.path / entry.folder / "engine.json").read_text())
+            kinds = facts["layers"]["kinds"]
+            weighted = [kinds[name] for name in ("Convolution", "FullyConnected") if name in kinds]
+            assert weighted
+            assert all(counts.keys() == {bundle.recipe.component(component).dtype} for counts in weighted), component
+
+
 def require_few_bits(bundle: toolchain.Bundle) -> None:
     """Every component that its recipe quantises has such weights, and no other has."""
     quantized = toolchain.api.inspect_bundle(bundle.path).quantized
@@ -144,7 +156,12 @@ def test_a_recipe(path: Path, models: Callable[[Recipe], Path], store: Path, tmp
         require_precisions(bundle)
         require_few_bits(bundle)
     else:
+        if recipe.backend == "openvino" and not has_bfloat16():
+            pytest.skip("this CPU has no bfloat16")
         bundle = toolchain.build(recipe, model, tmp_path / "bundle", store=store, gate=False)
+        if recipe.backend == "openvino":
+            require_precisions(bundle)
+            require_executed(bundle)
         require_few_bits(bundle)
         require_picture(bundle)
 
@@ -235,7 +252,8 @@ def test_the_backend_is_the_fastest_that_runs_here(monkeypatch: pytest.MonkeyPat
 
 def test_the_kinds_of_backend_are_all_here() -> None:
     """A recipe for another backend would be built above as if it were for the CPU."""
-    assert {load_recipe(path).backend for path in RECIPES} == {"onnxruntime", "tensorrt", "tensorrt_rtx"}
+    kinds = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"}
+    assert {load_recipe(path).backend for path in RECIPES} == kinds
 
 
 def test_the_list_tells_what_is_quantised() -> None:

@@ -106,6 +106,7 @@ def _distance(recipe: Recipe, family: Family, backend: Builder[Any], source: Mod
         recipe.backend != backend.name,
         dtypes != {"float32"} if usable == ("float32",) else dtypes == {"float32"} or not dtypes <= {*usable},
         any(component.quantize is not None for component in recipe.components.values()),  # wants limits of its own
+        recipe.backend == "openvino",  # whose sizes are for a CPU; where it is wanted all others are further away
         native_bucket(family, source) not in recipe.buckets,
         recipe.name,
     )
