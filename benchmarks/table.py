@@ -244,6 +244,7 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
     "calibration": ("benchmarks/calibration.py", calibration),
     "quality_int4": ("benchmarks/quality.py", quality),
     "quality_int8": ("benchmarks/quality.py", quality),
+    "quality_bf16": ("benchmarks/quality.py", quality),
     "tuning": ("benchmarks/tuning.py", tuning),
     "shapes-score": ("examples/shapes/evaluate.py", score),
 }

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 import toolchain
+from tests.openvino_here import has_bfloat16
 from toolchain.bench.run import measure
 from toolchain.weights.mapped import read_header
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "shapes" / "model"
 sys.path.insert(0, str(ROOT / "examples" / "shapes"))
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells resident memory")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,23 @@ def test_linear_layers_in_int4_are_small(int4: toolchain.Bundle) -> None:
         assert nbytes <= 0.18 * 4 * 2 * sum(blocks.values())
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells resident memory")
+@pytest.fixture(scope="module")
+def short(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not has_bfloat16():
+        pytest.skip("this CPU has no bfloat16")
+    output = tmp_path_factory.mktemp("shapes-bf16") / "bundle"
+    toolchain.build(ROOT / "recipes" / "shapes-bf16-cpu.toml", str(MODEL), output, store=store)
+    return output
+
+
+def test_the_check_passes_in_bfloat16(short: Path) -> None:
+    report = toolchain.check_bundle(short, str(MODEL))
+    assert report.passed, "\n".join(report.lines())
+    assert min(p.psnr_db for p in report.pictures) >= 44  # 48.7
+    assert sum(file.size for file in toolchain.read_bundle(short).files.values()) < 20e6
+
+
+@needs_proc
 @pytest.mark.parametrize("batch", [1, 4])
 def test_memory_is_what_was_forecast(bundle: Path, int4: toolchain.Bundle, batch: int) -> None:
     """By how much a process grows that opens the bundle and draws; not all of it are engines."""
@@ -95,6 +113,13 @@ def test_memory_is_what_was_forecast(bundle: Path, int4: toolchain.Bundle, batch
         found = measure(path, repeats=1, batch=batch)
         assert found.contenders["diffbuild"].grown_mb == pytest.approx(found.forecast_mb, rel=0.15)
         assert found.memory is not None
+
+
+@needs_proc
+@pytest.mark.parametrize("batch", [1, 4])
+def test_memory_with_openvino_is_what_was_forecast(short: Path, batch: int) -> None:
+    found = measure(short, repeats=1, batch=batch)
+    assert found.contenders["diffbuild"].grown_mb == pytest.approx(found.forecast_mb, rel=0.15)
 
 
 @pytest.fixture(scope="module")
