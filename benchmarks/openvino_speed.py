@@ -50,7 +50,7 @@ def on_openvino(recipe: Recipe, name: str, dtype: str) -> Recipe:
 
 
 def recipes() -> dict[str, Recipe]:
-    """"openvino int8" has the denoiser and the VAE's decoder in int8, and bfloat16 around them."""
+    """ "openvino int8" has the denoiser and the VAE's decoder in int8, and bfloat16 around them."""
     plain = half_width_recipe()
     small = recipe_in_int8(plain, smoothing=0.5)
     small = replace(small, components=dict.fromkeys(("denoiser", "vae_decoder"), small.component("denoiser")))

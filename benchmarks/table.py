@@ -20,6 +20,11 @@ SPEED = {
     "shapes": "`shapes`, 20 steps with guidance",
 }
 OTHERS = {"diffusers": "diffusers", "compile": "torch.compile", "openvino": "OpenVINO on the same graphs"}
+OPENVINO = {
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "int8": "int8 (denoiser and decoder) and bfloat16",
+}
 PUBLISHED = {
     "sd15": "SD 1.5",
     "sdxl": "SDXL",
@@ -172,6 +177,33 @@ def int8_step(found: dict[str, Any]) -> Iterator[Row]:
     yield "&nbsp; its weight files; in float32", f"{small:.0f} MB; {large:.0f} MB, {small / large:.3f} of them"
 
 
+def openvino(found: dict[str, Any]) -> Iterator[Row]:
+    """Ratios are medians over rounds, in each of which all draw."""
+    measured = found["sd15_half_width"]
+    ratios = {name: statistics.median(rounds) for name, rounds in measured["ratios"].items()}
+    for name, title in OPENVINO.items():
+        seconds = measured["median_ms"][f"openvino {name}"]["total_ms"] / 1e3
+        others = (f"diffusers float32 / openvino {name}", f"diffusers bfloat16 / openvino {name}")
+        wide, short = (ratios[other] for other in others)
+        yield (
+            f"a picture, SD 1.5 at half width, with OpenVINO in {title}",
+            f"{seconds:.2f} s; diffusers in float32 {wide:.2f}, in bfloat16 {short:.2f}, ONNX Runtime in float32 "
+            f"{ratios[f'onnxruntime float32 / openvino {name}']:.2f} times as long",
+        )
+    step = found["sd15_real_step"]
+    seconds = statistics.median(step["seconds"]["openvino bfloat16"])
+    yield (
+        "one step of SD 1.5, random weights, 1x512x512, with OpenVINO in bfloat16",
+        f"{seconds:.2f} s, torch in float32 {statistics.median(step['ratios']):.2f} times as long",
+    )
+    start = found["shapes_start_to_png"]
+    late = statistics.median(start["ratios"]["openvino float32"])
+    yield (
+        "process start to PNG, `shapes`, with OpenVINO in float32",
+        f"{statistics.median(start['seconds']['openvino float32']):.2f} s, {late:.2f} times that of ONNX Runtime",
+    )
+
+
 def host_work(found: dict[str, Any]) -> Iterator[Row]:
     step, fresh = (found["steps"][kind]["us_per_step"] for kind in ("the same noise", "fresh noise in every step"))
     yield (
@@ -239,6 +271,7 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
     "rtx_build": ("benchmarks/rtx_build.py", rtx_builds),
     "rtx_quantized": ("benchmarks/rtx_build.py", rtx_builds),
     "int8_step": ("benchmarks/int8_step.py", int8_step),
+    "openvino": ("benchmarks/openvino_speed.py", openvino),
     "host_work": ("benchmarks/host_work.py", host_work),
     "quality": ("benchmarks/quality.py", quality),
     "calibration": ("benchmarks/calibration.py", calibration),
@@ -255,6 +288,7 @@ SUMMARY = (
     "process start to PNG, `shapes`, 20 steps",
     "a picture, `shapes`, 20 steps with guidance",
     "a picture, SD 1.5 at half width, random weights, 256x256, 10 steps with guidance",
+    "a picture, SD 1.5 at half width, with OpenVINO in bfloat16",
     "one step of SD 1.5, random weights, float32, 1x512x512",
     "picture against diffusers, float32, 27 schedulers, 20 steps",
     "second `build` of `shapes`, with nothing to do",

@@ -115,14 +115,19 @@ def require_precisions(bundle: toolchain.Bundle) -> None:
 
 
 def require_executed(bundle: toolchain.Bundle) -> None:
-    """All convolutions and products with weights in their recipe's type."""
+    """All convolutions and products with weights in their recipe's type, those that are rounded in int8."""
     for component, entries in bundle.engines.items():
         for entry in entries.values():
             facts: Any = json.loads((bundle.path / entry.folder / "engine.json").read_text())
             kinds = facts["layers"]["kinds"]
             weighted = [kinds[name] for name in ("Convolution", "FullyConnected") if name in kinds]
             assert weighted
-            assert all(counts.keys() == {bundle.recipe.component(component).dtype} for counts in weighted), component
+            recipe, integer = bundle.recipe.component(component), facts["precision"].get("integer")
+            rounded = recipe.quantize is not None and recipe.quantize.activations == "int8"
+            assert (integer is not None) == rounded, component
+            allowed = {recipe.dtype, *(["int8"] if rounded else [])}
+            assert all(counts.keys() <= allowed for counts in weighted), component
+            assert sum(counts.get("int8", 0) for counts in weighted) == (integer["asked"] if integer else 0)
 
 
 def require_few_bits(bundle: toolchain.Bundle) -> None:
