@@ -149,12 +149,12 @@ TARGETS = {"int8": (), "int4": (), "float8": ("SM89", "SM120")}
 def test_a_denoiser_with_weights_in_few_bits(graph: Graph, family: str, dtype: str, form: Form) -> None:
     exported = graph(family, "denoiser", dtype, True, 0)
     rtx, cpu = (BUILDERS[name] for name in ("tensorrt_rtx", "onnxruntime"))
-    quantized = rtx.prepare_quantized(quantize_weights(rtx.prepare(exported), (), form))
+    quantized = rtx.finish(quantize_weights(rtx.prepare(exported), (), form))
     assert dequantized_weights(quantized)
     check_types(quantized)
     assert refusals(quantized) == []
     if dtype != "bfloat16":
-        on_cpu = cpu.prepare_quantized(quantize_weights(cpu.prepare(exported), (), form))
+        on_cpu = cpu.finish(quantize_weights(cpu.prepare(exported), (), form))
         check_types(on_cpu)
         assert not (form.block and dequantized_weights(on_cpu))
         require_session(on_cpu)
@@ -168,7 +168,7 @@ def in_eight_bits(backend: str, exported: ir.Model, form: Form = FORMS[0]) -> ir
     """Weights and smoothed activations, as a build makes it of a graph."""
     builder = BUILDERS[backend]
     quantized = quantize_weights(builder.prepare(exported), (), form)
-    return builder.prepare_quantized(quantize_activations(quantized, smooth=True))
+    return builder.finish(quantize_activations(quantized, smooth=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

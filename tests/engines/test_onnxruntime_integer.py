@@ -49,7 +49,7 @@ def convolution(x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...], **at
 def in_int8(made: ir.Model) -> ir.Model:
     """As a build makes it of an exported graph."""
     quantized = quantize_weights(BUILDER.prepare(made), ())
-    return BUILDER.prepare_quantized(quantize_activations(quantized, smooth=False))
+    return BUILDER.finish(quantize_activations(quantized, smooth=False))
 
 
 def scaled(name: str) -> Changes:

@@ -125,7 +125,7 @@ def test_a_channel_of_outliers_costs_less_with_smoothing(flipped: bool, tmp_path
         (tmp_path / str(alpha)).mkdir()
         made = quantize_weights(BUILDER.prepare(product("MatMul", weight.shape, flipped=flipped)), ())
         changes = smoothed(made, tmp_path / str(alpha), {"linear.weight": weight}, data, alpha)
-        graph = BUILDER.prepare_quantized(quantize_activations(made, smooth=alpha > 0))
+        graph = BUILDER.finish(quantize_activations(made, smooth=alpha > 0))
         y, _ = run(tmp_path / str(alpha), graph, {"linear.weight": weight}, data, "all", changes)
         expected = data @ (weight.T if flipped else weight)
         # What the outliers contribute is exact either way: the error is held against what the others do.
@@ -174,7 +174,7 @@ def test_weights_of_a_file_are_multiplied_before_they_are_rounded(tmp_path: Path
     normalised = (data - data.mean(1, keepdims=True)) / data.std(1, keepdims=True)
     inputs = normalised * arrays["norm.weight"] + arrays["norm.bias"]
     changes = smoothed(made, tmp_path, arrays, inputs.astype(F32), 0.5)
-    graph = BUILDER.prepare_quantized(quantize_activations(made, smooth=True))
+    graph = BUILDER.finish(quantize_activations(made, smooth=True))
     found, _ = run(tmp_path, graph, arrays, data, "all", changes)
     assert 20 * np.log10(np.std(expected) / np.std(found - expected)) > 35
 

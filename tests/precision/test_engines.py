@@ -120,7 +120,7 @@ def test_a_product_with_int4_blocks(block: int, level: str, tmp_path: Path) -> N
     graph.graph.inputs[0].shape = ir.Shape((4, 128))
     graph.graph.outputs[0].shape = ir.Shape((4, 256))
     quantized = quantize_weights(BUILDER.prepare(graph), (), Form("int4", block))
-    y, size = run(tmp_path, BUILDER.prepare_quantized(quantized), {"linear.weight": weight}, x, level)
+    y, size = run(tmp_path, BUILDER.finish(quantized), {"linear.weight": weight}, x, level)
     np.testing.assert_allclose(y, x @ few_bits(weight, Stored("int4", (256, 128), 1, block)).T, rtol=1e-4, atol=1e-4)
     assert np.abs(y - x @ weight.T).max() > 1e-1
     assert size < (0.5 + 4 / block) * weight.size + 4000
@@ -136,7 +136,7 @@ def test_a_product_with_float8(level: str, tmp_path: Path) -> None:
     weight = generator.standard_normal((128, 64)).astype(F32)
     x = generator.standard_normal((4, 64)).astype(F32)
     graph = quantize_weights(BUILDER.prepare(product("MatMul", (128, 64), flipped=True)), (), Form("float8"))
-    y, size = run(tmp_path, BUILDER.prepare_quantized(graph), {"linear.weight": weight}, x, level)
+    y, size = run(tmp_path, BUILDER.finish(graph), {"linear.weight": weight}, x, level)
     np.testing.assert_allclose(y, x @ few_bits(weight, Stored("float8", (128, 64), 0)).T, rtol=1e-5, atol=1e-5)
     assert np.abs(y - x @ weight.T).max() > 1e-2
     assert size < 1.6 * weight.size

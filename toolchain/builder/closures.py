@@ -6,14 +6,14 @@ Held by tests/builder/test_closures.py, which also writes this file.
 _NAMES = {
     "builder.stages.calibration": """
         builder.stages.calibration builder.stages.weights graph.insert graph.opset graph.placeholder graph.transpose
-        graph.typed precision.activations precision.changes precision.collect precision.nbits precision.ranges
-        precision.rounding precision.stored precision.watch precision.weight_only weights.derived weights.mapped
-        weights.range_file weights.safetensors
+        graph.typed graph.upsample precision.activations precision.changes precision.collect precision.nbits
+        precision.ranges precision.rounding precision.stored precision.watch precision.weight_only weights.derived
+        weights.mapped weights.range_file weights.safetensors
     """,
     "builder.stages.engine": """
         builder.stages.engine builder.stages.weights graph.insert graph.opset graph.placeholder graph.transpose
-        graph.typed precision.activations precision.changes precision.nbits precision.ranges precision.rounding
-        precision.stored precision.weight_only weights.derived weights.mapped weights.safetensors
+        graph.typed graph.upsample precision.activations precision.changes precision.nbits precision.ranges
+        precision.rounding precision.stored precision.weight_only weights.derived weights.mapped weights.safetensors
     """,
     "builder.stages.graph": """
         builder.stages.graph export.capture graph graph.einsum graph.liveness graph.opset graph.parser_tables
@@ -34,7 +34,7 @@ _NAMES = {
         builder.stages.tokenizer models.tokenizers
     """,
     "builder.stages.weights": """
-        builder.stages.weights graph.insert graph.opset graph.placeholder graph.transpose graph.typed
+        builder.stages.weights graph.insert graph.opset graph.placeholder graph.transpose graph.typed graph.upsample
         precision.activations precision.changes precision.nbits precision.ranges precision.rounding precision.stored
         precision.weight_only weights.derived weights.mapped weights.safetensors
     """,
@@ -56,7 +56,7 @@ _NAMES = {
         engines.tensorrt.rtx_targets engines.tensorrt.run engines.tensorrt.runtime_cache engines.tensorrt.timing_cache
         engines.tensorrt_rtx.build engines.tensorrt_rtx.run graph.attention graph.bucket_choice graph.insert
         graph.liveness graph.opset graph.parser_rules graph.parser_tables graph.placeholder graph.profiles
-        graph.transpose models.checks models.component models.construct models.denoiser models.flux
+        graph.transpose graph.upsample models.checks models.component models.construct models.denoiser models.flux
         models.flux_components models.flux_step models.hub models.networks models.refusals models.registry models.safety
         models.safety_module models.sd models.sd3 models.sd3_components models.sd3_step models.sd_components
         models.sd_step models.sdxl models.sdxl_components models.sdxl_step models.single_file models.source models.step
@@ -72,9 +72,9 @@ _NAMES = {
         engines.cpu engines.onnxruntime.activations engines.onnxruntime.build engines.onnxruntime.device
         engines.onnxruntime.integer engines.onnxruntime.integer_kernels engines.onnxruntime.optimize
         engines.onnxruntime.order engines.onnxruntime.package engines.onnxruntime.prepare engines.onnxruntime.session
-        graph.attention graph.insert graph.liveness graph.opset graph.placeholder graph.transpose precision.activations
-        precision.changes precision.nbits precision.ranges precision.rounding precision.stored precision.weight_only
-        weights.derived weights.external weights.mapped weights.safetensors
+        graph.attention graph.insert graph.liveness graph.opset graph.placeholder graph.transpose graph.upsample
+        precision.activations precision.changes precision.nbits precision.ranges precision.rounding precision.stored
+        precision.weight_only weights.derived weights.external weights.mapped weights.safetensors
     """,
     "engines.onnxruntime.prepare": """
         engines.onnxruntime.integer engines.onnxruntime.prepare graph.insert graph.placeholder graph.transpose
@@ -84,9 +84,9 @@ _NAMES = {
         cuda.driver engines.onnxruntime.integer_kernels engines.onnxruntime.optimize engines.onnxruntime.order
         engines.onnxruntime.package engines.onnxruntime.session engines.onnxruntime_cuda.build
         engines.onnxruntime_cuda.prepare engines.onnxruntime_cuda.provider graph.attention graph.insert graph.opset
-        graph.placeholder graph.transpose precision.activations precision.changes precision.nbits precision.ranges
-        precision.rounding precision.stored precision.weight_only weights.derived weights.external weights.mapped
-        weights.safetensors
+        graph.placeholder graph.transpose graph.upsample precision.activations precision.changes precision.nbits
+        precision.ranges precision.rounding precision.stored precision.weight_only weights.derived weights.external
+        weights.mapped weights.safetensors
     """,
     "engines.onnxruntime_cuda.prepare": """
         engines.onnxruntime_cuda.prepare graph.placeholder graph.transpose
@@ -94,11 +94,12 @@ _NAMES = {
     "engines.openvino.build": """
         engines.cpu engines.layers engines.openvino.build engines.openvino.compiled engines.openvino.device
         engines.openvino.integer engines.openvino.memory engines.openvino.prepare graph.insert graph.opset
-        graph.placeholder graph.transpose precision.activations precision.stored weights.external weights.mapped
+        graph.placeholder graph.transpose graph.upsample precision.activations precision.stored weights.external
+        weights.mapped
     """,
     "engines.openvino.prepare": """
         engines.openvino.integer engines.openvino.prepare graph.insert graph.opset graph.placeholder graph.transpose
-        precision.activations precision.stored
+        graph.upsample precision.activations precision.stored
     """,
     "engines.tensorrt.build": """
         cuda.driver engines.layers engines.tensorrt.build engines.tensorrt.build_memory engines.tensorrt.build_monitor

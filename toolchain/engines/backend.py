@@ -59,8 +59,8 @@ class Builder(Protocol[Options]):
     def prepare(self, graph: ir.Model) -> ir.Model:
         """An exported graph in the form that `build` takes, with weights as this backend wants them."""
 
-    def prepare_quantized(self, graph: ir.Model) -> ir.Model:
-        """What `prepare` gave, now quantised, with the backend's own operators where it has better ones."""
+    def finish(self, graph: ir.Model) -> ir.Model:
+        """What `prepare` gave, quantised where it is, with better operators where the backend has some."""
 
     def merges(self, options: Options) -> bool:
         """Whether one engine serves all buckets of a component under these options, built from their merged graph."""

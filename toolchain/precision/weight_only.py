@@ -26,6 +26,7 @@ import onnx_ir as ir
 from toolchain.graph.opset import raise_opset
 from toolchain.graph.placeholder import add_weight, is_weight, static_shape
 from toolchain.graph.transpose import SUFFIX
+from toolchain.graph.upsample import SUFFIX as UPSAMPLED
 from toolchain.precision.stored import DTYPES, SCALES, Bits, Form, Stored
 
 BLOCKS_SINCE = 21
@@ -82,7 +83,7 @@ class _Weight:
     @property
     def name(self) -> str:
         """In the checkpoint."""
-        return str(self.value.name).removesuffix(SUFFIX)
+        return str(self.value.name).removesuffix(SUFFIX).removesuffix(UPSAMPLED)
 
 
 def survey(model: ir.Model, exclude: Sequence[str], form: Form = INT8) -> Survey:

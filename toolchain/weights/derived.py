@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from toolchain.errors import WeightsError
 from toolchain.graph.placeholder import is_weight, static_shape
 from toolchain.graph.transpose import SUFFIX
+from toolchain.graph.upsample import SUFFIX as UPSAMPLED
+from toolchain.graph.upsample import folded
 from toolchain.precision.activations import added_names
 from toolchain.precision.changes import NONE, Changes, Peaks
 from toolchain.precision.nbits import nbits_weights
@@ -63,7 +65,8 @@ TIED = {"encoder.embed_tokens.weight": "shared.weight", "shared.weight": "encode
 
 @dataclass(frozen=True)
 class WeightUse:
-    """An initializer of a graph: which checkpoint tensor it is, in which dtype, and whether transposed (2-D only).
+    """An initializer of a graph: which checkpoint tensor it is, in which dtype, and whether transposed (2-D only) or
+    folded, as a convolution after upsampling is.
 
     stored  how it lies in a weight file where it is quantised: then two initializers, its values and their scales,
             stand for it, and `dtype` is that of the scales
@@ -74,7 +77,15 @@ class WeightUse:
     dtype: str
     shape: tuple[int, ...]
     transposed: bool
+    folded: bool = False
     stored: Stored | None = None
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        """In the checkpoint."""
+        if self.folded:
+            return (self.shape[0] // 4, self.shape[1], 3, 3)
+        return self.shape[::-1] if self.transposed else self.shape
 
     @property
     def tensors(self) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -108,8 +119,9 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
 
 
 def _use(name: str, dtype: ir.DataType, shape: tuple[int, ...], stored: Stored | None) -> WeightUse:
-    key = name.removesuffix(SUFFIX)
-    return WeightUse(name, key, SAFETENSORS_DTYPES[dtype], shape, name.endswith(SUFFIX), stored)
+    key = name.removesuffix(SUFFIX).removesuffix(UPSAMPLED)
+    transposed, doubled = name.endswith(SUFFIX), name.endswith(UPSAMPLED)
+    return WeightUse(name, key, SAFETENSORS_DTYPES[dtype], shape, transposed, doubled, stored)
 
 
 def find_tensors(uses: Iterable[WeightUse], checkpoint: Mapping[str, TensorRef], where: Path) -> dict[str, TensorRef]:
@@ -126,7 +138,7 @@ def find_tensors(uses: Iterable[WeightUse], checkpoint: Mapping[str, TensorRef],
             problems.append(f"{use.key}: missing" + (f"; the nearest is {close[0]}" if close else ""))
             continue
         ref = checkpoint[key]
-        shape = use.shape[::-1] if use.transposed else use.shape
+        shape = use.source_shape
         # Old VAE checkpoints hold their attention projections as 1x1 convolutions.
         if ref.shape != shape and ref.shape != (*shape, 1, 1):
             problems.append(f"{key}: expected shape {list(shape)}, got {list(ref.shape)}")
@@ -212,7 +224,8 @@ def write_loaded(
             return _convert(array, use, where(use)).view(numpy_dtype(use.dtype))  # bfloat16 as bits, as files hold it
         weight = _convert(array, replace(use, dtype="F32"), where(use))
         largest = np.abs(weight).max(initial=0).reshape(1)
-        _convert(largest, replace(use, transposed=False), where(use))  # must fit the type that the scales widen it to
+        # It must fit the type that the scales widen it to.
+        _convert(largest, replace(use, transposed=False, folded=False), where(use))
         if factor is not None:
             weight = weight * np.expand_dims(factor, use.stored.axis)
         if use.name not in scales:
@@ -233,7 +246,7 @@ def _opened(tensors: Mapping[str, TensorRef]) -> Iterator[dict[Path, MappedWeigh
 def _read(files: Mapping[Path, MappedWeights], use: WeightUse, ref: TensorRef) -> NDArray[Any]:
     """A tensor of the checkpoint as it lies there, in the shape that its use expects."""
     array: NDArray[Any] = files[ref.file].array(ref.key).view(FLOAT_DTYPES[ref.dtype])
-    return array.reshape(use.shape[::-1] if use.transposed else use.shape)
+    return array.reshape(use.source_shape)
 
 
 def _kind(array: NDArray[Any]) -> tuple[str, tuple[int, ...]]:
@@ -246,6 +259,8 @@ def _where(ref: TensorRef) -> str:
 
 
 def _convert(array: NDArray[Any], use: WeightUse, where: str) -> NDArray[Any]:
+    if use.folded:
+        array = folded(array.astype(np.float32))
     if use.transposed:
         array = array.T
     with np.errstate(over="ignore"):

@@ -30,10 +30,9 @@ def prepared(backend: Builder[Any], graph: Path, quantize: Quantize | None) -> i
     from toolchain.precision.activations import quantize_activations
 
     model = _with_weights(backend, graph, quantize)
-    if quantize is not None:
-        if quantize.activations != "none":
-            model = quantize_activations(model, smooth=quantize.smoothing > 0)
-        model = backend.prepare_quantized(model)
+    if quantize is not None and quantize.activations != "none":
+        model = quantize_activations(model, smooth=quantize.smoothing > 0)
+    model = backend.finish(model)
     check_types(model)
     return model
 

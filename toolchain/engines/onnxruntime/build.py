@@ -22,7 +22,7 @@ from toolchain.engines.onnxruntime.optimize import (
     tensors_by_content,
 )
 from toolchain.engines.onnxruntime.package import warn_of_clash
-from toolchain.engines.onnxruntime.prepare import prepare, prepare_quantized
+from toolchain.engines.onnxruntime.prepare import finish, prepare
 from toolchain.engines.onnxruntime.session import CPU_PROVIDER, GRAPH, PACKED, session_options
 from toolchain.recipe.options import OnnxRuntimeOptions
 from toolchain.store.facts import ENGINE_FACTS
@@ -66,7 +66,7 @@ class OnnxRuntimeBuilder:
         return "this CPU has no VNNI: its products in int8 saturate, which check shows, and are hardly faster"
 
     prepare = staticmethod(prepare)
-    prepare_quantized = staticmethod(prepare_quantized)
+    finish = staticmethod(finish)
 
     def merges(self, options: OnnxRuntimeOptions) -> bool:
         """No: each bucket has a graph with static shapes."""

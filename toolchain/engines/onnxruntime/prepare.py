@@ -15,7 +15,7 @@ def prepare(graph: ir.Model) -> ir.Model:
     return transpose_weights(graph)
 
 
-def prepare_quantized(graph: ir.Model) -> ir.Model:
+def finish(graph: ir.Model) -> ir.Model:
     """The graph with uint8 activations and with convolutions as products, whose weights are stored accordingly; with
     ONNX Runtime's own product for weights in int4."""
     from toolchain.engines.onnxruntime.integer import as_products

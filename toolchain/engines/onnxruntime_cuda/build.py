@@ -10,7 +10,7 @@ from toolchain.cuda.driver import ALLOCATION
 from toolchain.engines.onnxruntime.optimize import optimized, save_engine
 from toolchain.engines.onnxruntime.package import warn_of_clash
 from toolchain.engines.onnxruntime.session import CPU_PROVIDER, GRAPH
-from toolchain.engines.onnxruntime_cuda.prepare import prepare, prepare_quantized
+from toolchain.engines.onnxruntime_cuda.prepare import finish, prepare
 from toolchain.engines.onnxruntime_cuda.provider import (
     PROVIDER,
     cuda_device,
@@ -52,7 +52,7 @@ class OnnxRuntimeCudaBuilder:
         return None
 
     prepare = staticmethod(prepare)
-    prepare_quantized = staticmethod(prepare_quantized)
+    finish = staticmethod(finish)
 
     def merges(self, options: OnnxRuntimeCudaOptions) -> bool:
         """No: each bucket has a graph with static shapes."""

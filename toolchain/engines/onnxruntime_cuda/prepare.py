@@ -15,7 +15,7 @@ def prepare(graph: ir.Model) -> ir.Model:
     return _float_argmax(transpose_weights(graph))
 
 
-def prepare_quantized(graph: ir.Model) -> ir.Model:
+def finish(graph: ir.Model) -> ir.Model:
     """The graph itself: nothing is quantised for this backend."""
     return graph
 

@@ -25,7 +25,7 @@ from toolchain.engines.layers import (
 )
 from toolchain.engines.openvino.compiled import BLOB, BLOB_DIGEST, WEIGHT_BYTES, WEIGHTS, explained, settings
 from toolchain.engines.openvino.device import core, has_device, lacks, missing_device, openvino_device
-from toolchain.engines.openvino.prepare import prepare, prepare_quantized
+from toolchain.engines.openvino.prepare import finish, prepare
 from toolchain.errors import EngineError
 from toolchain.recipe.options import OpenVinoOptions
 from toolchain.store.facts import ENGINE_FACTS
@@ -90,7 +90,7 @@ class OpenVinoBuilder:
         return None
 
     prepare = staticmethod(prepare)
-    prepare_quantized = staticmethod(prepare_quantized)
+    finish = staticmethod(finish)
 
     def merges(self, options: OpenVinoOptions) -> bool:
         """No: each bucket has a graph with static shapes."""

@@ -28,11 +28,12 @@ def prepare(graph: ir.Model) -> ir.Model:
     return _without_gemm(_without_ones(allow_bfloat16(graph)))
 
 
-def prepare_quantized(graph: ir.Model) -> ir.Model:
-    """The graph with its products in int8 as OpenVINO compiles them."""
+def finish(graph: ir.Model) -> ir.Model:
+    """The graph with products in int8 as OpenVINO compiles them, and with convolutions before upsampling."""
     from toolchain.engines.openvino.integer import in_float32
+    from toolchain.graph.upsample import fold_upsampling
 
-    return in_float32(graph)
+    return fold_upsampling(in_float32(graph))
 
 
 def _without_ones(model: ir.Model) -> ir.Model:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from toolchain.engines.tensorrt.device import gpu_device
 from toolchain.engines.tensorrt.library import TENSORRT, Library, numbers
-from toolchain.engines.tensorrt.prepare import prepare, prepare_quantized
+from toolchain.engines.tensorrt.prepare import finish, prepare
 from toolchain.engines.tensorrt.rtx_targets import FLOAT8
 from toolchain.errors import EngineError
 from toolchain.recipe.options import TensorRtOptions, TensorRtRtxOptions
@@ -48,7 +48,7 @@ class PlanBuilder(Generic[Options]):
         return None
 
     prepare = staticmethod(prepare)
-    prepare_quantized = staticmethod(prepare_quantized)
+    finish = staticmethod(finish)
 
     def merges(self, options: Options) -> bool:
         """Whether a plan has an optimization profile for each bucket."""
