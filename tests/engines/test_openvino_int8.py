@@ -43,24 +43,27 @@ def test_rounded_products_are_computed_in_int8(
     psnr = least_psnr_db(*pictures)  # type: ignore[arg-type]
     assert 30 <= psnr < 90, psnr
     quantized = bundle_json(api.inspect_bundle(small.bundle.path))["quantized"]["denoiser"]
-    integer = facts_of(small.bundle)["precision"]["integer"]
+    precision = facts_of(small.bundle)["precision"]
+    integer = precision["integer"]
     assert integer == {"asked": quantized["weights"], "wide": []}
+    assert precision["named"] == sum(precision["asked"].values())
     assert integer["asked"] > 5
 
 
-@pytest.mark.parametrize(("weights", "layers"), [("int8", "int8"), ("int4", "other")])
+@pytest.mark.parametrize(("weights", "share"), [("int8", 0.7), ("int4", 0.95)])
 def test_weights_alone_stay_narrow_in_products(
-    weights: str, layers: str, build: Build, family_model: Callable[[str], Path]
+    weights: str, share: float, build: Build, family_model: Callable[[str], Path]
 ) -> None:
-    """Products read them as they are stored; the engine file holds none of them."""
+    """Products read them as they are stored and compute in float32; the engine file holds none of them."""
     folder = family_model("flux")
     text = f'family = "flux"\n{ON_OPENVINO}'
     plain = build("flux-openvino", folder, text)
     small = build(f"flux-openvino-{weights}", folder, f'{text}[components.denoiser.quantize]\nweights = "{weights}"\n')
     pictures = [pipe(["a red circle"] * 2, seed=[0, 1]).images for pipe in (plain, small)]
     assert 20 <= least_psnr_db(*pictures) < 90  # type: ignore[arg-type]
-    kinds = facts_of(small.bundle)["layers"]["kinds"]["FullyConnected"]
-    assert kinds[layers] == bundle_json(api.inspect_bundle(small.bundle.path))["quantized"]["denoiser"]["weights"]
+    facts = [facts_of(pipe.bundle) for pipe in (plain, small)]
+    assert facts[1]["layers"]["kinds"]["FullyConnected"].keys() == {"float32"}
+    assert facts[1]["packed_bytes"] < share * facts[0]["packed_bytes"]
     entries = [bundle.engine("denoiser", bundle.buckets[0]) for bundle in (plain.bundle, small.bundle)]
     sizes = [b.files[f"{e.folder}/model.blob"].size for b, e in zip((plain.bundle, small.bundle), entries, strict=True)]
     assert sizes[1] < 2 * sizes[0]
@@ -88,10 +91,10 @@ def test_an_engine_that_widens_what_was_rounded_fails_its_build(
 ) -> None:
     executed = module.executed_layers
 
-    def widened(compiled: Any) -> list[Layer]:
+    def widened(compiled: Any, graph: Any) -> list[Layer]:
         return [
             Layer(a.name, a.kind, frozenset({"float32"} if "int8" in a.dtypes else a.dtypes), a.nodes)
-            for a in executed(compiled)
+            for a in executed(compiled, graph)
         ]
 
     monkeypatch.setattr(module, "executed_layers", widened)

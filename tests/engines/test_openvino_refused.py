@@ -142,8 +142,8 @@ def test_a_type_that_the_cpu_has(dtype: str, flag: str, plan: PlanText, forget: 
 
 
 def test_float8_is_no_type_of_it(plan: PlanText) -> None:
-    weights = '[components.denoiser.quantize]\nweights = "int8"\n'
-    with pytest.raises(RecipeError, match="openvino cannot run quantised weights"):
+    weights = '[components.denoiser.quantize]\nweights = "float8"\n'
+    with pytest.raises(RecipeError, match="openvino has no products in float8"):
         plan(f"{ON_CPU}\n{weights}")
 
 

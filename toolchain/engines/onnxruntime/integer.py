@@ -26,6 +26,8 @@ OFFSET = 128
 
 def as_products(model: ir.Model) -> ir.Model:
     """A copy of a graph whose weights and activations were quantised, with all that decides the weight file."""
+    if not any(node.op_type == "DequantizeLinear" for node in model.graph):
+        return model
     model = model.clone()
     for node in list(model.graph):
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and _zero(node) == ir.DataType.INT8:

@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
     from toolchain.recipe import Quantize
 
-EXECUTED = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i8": "int8", "u8": "int8"}
-"""Types of executed layers, by OpenVINO's names."""
+EXECUTED = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i8": "int8"}
+"""Types of executed layers, by OpenVINO's names, in lower case."""
 UNCOUNTED = frozenset({"Input", "Output", "Const"})
 PRODUCTS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
-"""Layers of which bytes are numbers; elsewhere they may be truth values, or the pixels of a picture."""
-
+"""Layers whose kernel's name ends in the type that it computes in, as in "brgemm_avx512_bf16". Their `runtimePrecision`
+is that of their weights. Of other layers it is what they compute in, and bytes are truth values or pixels."""
 ADDED = re.compile(r"(/DequantizationMultiply|/WithoutBiases)$")
 """What OpenVINO appends to the name of a node that it splits in two."""
 
@@ -120,7 +120,7 @@ class OpenVinoBuilder:
 
         model = ir.load(graph)
         compiled = _compiled(model, weights["weights"], out, options, graph, progress)
-        layers = executed_layers(compiled)
+        layers = executed_layers(compiled, model)
         asked = asked_dtypes(model)
         precision = compare_precision(asked, layers)
         require_precision(precision, graph, "OpenVINO")
@@ -132,7 +132,7 @@ class OpenVinoBuilder:
             BLOB_DIGEST: file_digest(out / BLOB),
             WEIGHT_BYTES: weights["weights"].stat().st_size,
             **memory_facts(compiled, weights["weights"].stat().st_size),
-            "precision": precision.to_json() | integers,
+            "precision": precision.to_json() | {"named": precision.named} | integers,
             "layers": count_layers(layers, fused_attention(model, layers)),
         }
         (out / ENGINE_FACTS).write_text(json.dumps(facts, indent=1) + "\n")
@@ -215,20 +215,33 @@ def _is_rounded(value: ir.Value | None) -> bool:
     return node is not None and node.op_type == "DequantizeLinear" and len(node.inputs) == 3
 
 
-def executed_layers(compiled: Any) -> list[Layer]:
-    """The layers of a compiled model, with the graph's nodes that each stands for."""
+def executed_layers(compiled: Any, model: ir.Model) -> list[Layer]:
+    """The layers of a compiled model, with the nodes of its graph that each stands for."""
+    products = _products_by_sum(model)
     layers = []
     for operator in compiled.get_runtime_model().get_ordered_ops():
         about = {key: str(value.value) for key, value in operator.get_rt_info().items()}
         kind = about.get("layerType", "")
         if kind in UNCOUNTED:
             continue
-        dtype = EXECUTED.get(about.get("runtimePrecision", ""))
-        if dtype == "int8" and kind not in PRODUCTS:
-            dtype = None
-        nodes = tuple(ADDED.sub("", name) for name in about.get("originalLayersNames", "").split(","))
-        layers.append(Layer(operator.get_friendly_name(), kind, frozenset({dtype} if dtype else ()), nodes))
+        nodes = [ADDED.sub("", name) for name in about.get("originalLayersNames", "").split(",")]
+        spelled = about.get("runtimePrecision", "")
+        if kind in PRODUCTS:
+            nodes += [products[name] for name in nodes if name in products]
+            spelled = about.get("primitiveType", "").rpartition("_")[2].lower()
+        dtype = EXECUTED.get(spelled)
+        layers.append(Layer(operator.get_friendly_name(), kind, frozenset({dtype} if dtype else ()), tuple(nodes)))
     return layers
+
+
+def _products_by_sum(model: ir.Model) -> dict[str, str]:
+    """Add -> the MatMul that it alone reads: a layer that is both is called after the Add."""
+    products = {}
+    for node in model.graph:
+        uses = node.outputs[0].uses() if node.op_type == "MatMul" else []
+        if len(uses) == 1 and (reader := next(iter(uses)).node).op_type == "Add":
+            products[str(reader.name)] = str(node.name)
+    return products
 
 
 def fused_attention(model: ir.Model, layers: list[Layer]) -> int:

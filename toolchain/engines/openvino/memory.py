@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from typing import Any
 
-ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "i64": 8, "i32": 4, "i8": 1, "u8": 1, "boolean": 1}
+ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "i64": 8, "i32": 4, "i8": 1, "u8": 1, "boolean": 1, "i4": 0.5, "u4": 0.5}
 PACKING = frozenset({"Convolution", "Deconvolution", "FullyConnected"})
 """Layers that keep a copy of their weight in the layout of their kernel."""
 VIEWS = frozenset({"Reshape"})
@@ -50,7 +50,7 @@ def _nbytes(operator: Any) -> int:
     """Of all outputs."""
     dtypes = str(operator.get_rt_info()["outputPrecisions"].value).split(",")
     sizes = (math.prod(output.get_shape()) for output in operator.outputs())
-    return sum(size * ITEM_BYTES.get(dtype, 4) for size, dtype in zip(sizes, itertools.cycle(dtypes)))
+    return sum(math.ceil(size * ITEM_BYTES.get(dtype, 4)) for size, dtype in zip(sizes, itertools.cycle(dtypes)))
 
 
 def _peak_bytes(operators: list[Any], kinds: dict[Any, str]) -> int:
