@@ -335,7 +335,7 @@ MANY_LINES = [
     f"sampling.step_counts[3]: out of range (expected {STEP_COUNT}, got '50')",
     f"sampling.step_counts[4]: out of range (expected {STEP_COUNT}, got 0)",
     "onnxruntime.optimization: unknown value (expected one of 'basic', 'extended', 'all', got 'layout')",
-    "onnxruntime.threads: out of range (expected an integer of 0 or more, got -1)",
+    "onnxruntime.threads: out of range (expected an integer from 0 to 1024, got -1)",
     "tensorrt.fp16: unknown key (expected one of builder_optimization_level, workspace_mb, tiling_optimization_level, "
     "hardware_compatibility_level, strip_plan, profile_per_bucket, max_aux_streams, build_route, tf32, cuda_graph, "
     "got 'fp16')",

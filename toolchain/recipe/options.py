@@ -25,6 +25,7 @@ Prompt = Annotated[str, Rule("a prompt that is not empty", lambda text: text.str
 # module globals.
 Count = Annotated[int, Rule("an integer of 1 or more", lambda n: n >= 1)]
 Whole = Annotated[int, Rule("an integer of 0 or more", lambda n: n >= 0)]
+Threads = Annotated[int, Rule("an integer from 0 to 1024", lambda n: 0 <= n <= 1024)]
 Level = Annotated[int, Rule("an integer from 0 to 5", lambda n: 0 <= n <= 5)]
 Streams = Annotated[int, Rule("an integer of -1 or more", lambda n: n >= -1)]
 
@@ -47,7 +48,7 @@ class OnnxRuntimeOptions:
     """Session options of the onnxruntime backend. `threads`: 0 takes the physical cores."""
 
     optimization: Literal["basic", "extended", "all"] = "all"
-    threads: Whole = 0
+    threads: Threads = 0
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class OpenVinoOptions:
     """
 
     device: Literal["CPU", "GPU", "NPU"] = "CPU"
-    threads: Whole = 0
+    threads: Threads = 0
     pin_threads: bool = True
     tensor_parallel: bool = False
 

@@ -64,7 +64,10 @@ class OpenVinoBuilder:
             missing = not has_device(options.device)
         except EngineError:  # without OpenVINO nothing is known of devices, and nothing is built
             return []
-        return [f"device: {missing_device(options.device)}"] if missing else []
+        if not missing:
+            return []
+        expected = f"{' or '.join(core().available_devices)}, or its driver installed"
+        return [f"device: OpenVINO finds no {options.device} here (expected {expected})"]
 
     def refuses_dtype(self, dtype: str, options: OpenVinoOptions) -> str | None:
         """Of a type that the device computes by widening it, which is slower than float32."""

@@ -80,14 +80,16 @@ def full_name(name: str) -> str:
 
 
 def lacks(device: str, dtype: str) -> str | None:
-    """Why a device cannot compute in a type here, or None. EngineError without OpenVINO."""
-    if dtype == "float32" or not has_device(device):
-        return None  # that there is no such device is said elsewhere
-    if CAPABILITIES[dtype] not in core().get_property(device, "OPTIMIZATION_CAPABILITIES"):
-        return f"OpenVINO has no {dtype} on this {device}"
+    """Why a device cannot compute in a type here, or None. EngineError without OpenVINO, where flags do not tell."""
+    if dtype == "float32":
+        return None
     needed = INSTRUCTIONS[dtype]
     if device == "CPU" and cpu_architecture() == "x86_64" and not cpu_flags() & {*needed}:
         return f"this CPU has no {dtype} (none of {', '.join(needed)})"
+    if not has_device(device):
+        return None  # that there is no such device is said elsewhere
+    if CAPABILITIES[dtype] not in core().get_property(device, "OPTIMIZATION_CAPABILITIES"):
+        return f"OpenVINO has no {dtype} on this {device}"
     return None
 
 

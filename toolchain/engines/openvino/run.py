@@ -51,7 +51,7 @@ class OpenVinoRunner:
             here = openvino_device()
         except EngineError:
             return f"pip install openvino=={built}"
-        other = here["openvino"] != built and here["cpu"] == built_on.get("cpu")
+        other = built is not None and here["openvino"] != built and here["cpu"] == built_on.get("cpu")
         return f"pip install openvino=={built}" if other else None
 
     def memory(self, folders: Sequence[Path], options: OpenVinoOptions, open_buckets: int | None = None) -> HostMemory:
@@ -77,7 +77,12 @@ class OpenVinoRunner:
         try:
             compiled = core().import_model(blob, options.device, properties)
         except RuntimeError as error:
-            raise EngineError("OpenVINO cannot open the engine", where=folder, got=explained(error)) from error
+            raise EngineError(
+                "OpenVINO cannot open the engine",
+                where=folder,
+                got=explained(error),
+                hint="build the bundle again on this machine, from the same recipe",
+            ) from error
         return OpenVinoEngine(compiled, spec, folder)
 
 
