@@ -119,7 +119,8 @@ def require_executed(bundle: toolchain.Bundle) -> None:
     for component, entries in bundle.engines.items():
         for entry in entries.values():
             facts: Any = json.loads((bundle.path / entry.folder / "engine.json").read_text())
-            kinds = facts["layers"]["kinds"]
+            kinds, precision = facts["layers"]["kinds"], facts["precision"]
+            assert precision["named"] == sum(precision["asked"].values()), component
             weighted = [kinds[name] for name in ("Convolution", "FullyConnected") if name in kinds]
             assert weighted
             recipe, integer = bundle.recipe.component(component), facts["precision"].get("integer")

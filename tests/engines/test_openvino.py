@@ -157,7 +157,7 @@ DAMAGE = [
     ("model.blob", Path.unlink, "an engine's file cannot be read"),
     ("model.blob", cut, "an engine is not as it was built"),
     ("model.blob", flip, "an engine is not as it was built"),
-    ("engine.json", Path.unlink, "an engine is not as it was built"),
+    ("engine.json", Path.unlink, "facts are missing or cannot be read"),
     ("weights.safetensors", Path.unlink, "an engine's file cannot be read"),
     ("weights.safetensors", cut, "a weight file is not the engine's"),
 ]

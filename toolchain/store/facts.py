@@ -21,6 +21,6 @@ def read_facts(path: Path) -> dict[str, Any]:
     """A file of facts; empty where it is missing or damaged: whether a bundle is intact is verified elsewhere."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}

@@ -94,9 +94,12 @@ def _checked_blob(folder: Path, weights: Path) -> bytes:
         size, blob = weights.stat().st_size, path.read_bytes()
     except OSError as error:
         raise EngineError("an engine's file cannot be read", where=folder, got=error, hint=hint) from error
+    if BLOB_DIGEST not in facts:
+        what = "an engine's facts are missing or cannot be read"
+        raise EngineError(what, where=folder / ENGINE_FACTS, expected=BLOB_DIGEST, hint=hint)
     digest = hashlib.sha256(blob).hexdigest()
-    if digest != facts.get(BLOB_DIGEST):
-        expected = f"sha256 {facts.get(BLOB_DIGEST)}"
+    if digest != facts[BLOB_DIGEST]:
+        expected = f"sha256 {facts[BLOB_DIGEST]}"
         raise EngineError("an engine is not as it was built", where=path, expected=expected, got=digest, hint=hint)
     if size != facts.get(WEIGHT_BYTES):
         expected, got = f"{facts.get(WEIGHT_BYTES)} bytes", f"{size} bytes"
