@@ -43,7 +43,7 @@ def write_graphs(plan: Plan, output: Path, progress: Callable[[Step, str], None]
             locations = {k: {"file": str(t.file), "offset": t.offset, "nbytes": t.nbytes} for k, t in tensors.items()}
             entries = [{**asdict(use), **locations.get(use.name, {})} for use in uses]
             for entry in entries:
-                del entry["stored"]  # an exported graph has plain weights
+                del entry["stored"], entry["folded"]  # an exported graph has plain weights
             (folder / f"{name}.weights.json").write_text(encode(entries))
             names.append(f"{name}.onnx")
 
