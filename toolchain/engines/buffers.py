@@ -52,6 +52,12 @@ def check_buffer(tensor: TensorSpec, buffer: AnyBuffer | None, where: Path, *, a
     return buffer
 
 
+def check_array(tensor: TensorSpec, array: NDArray[Any] | None, where: Path) -> NDArray[Any]:
+    """As `check_buffer`, of host memory whose address a library is given: the array must be contiguous."""
+    contiguous = array is not None and array.flags.c_contiguous
+    return check_buffer(tensor, array, where, also="contiguous", fits=contiguous)
+
+
 class Memory(Protocol):
     """The memory of one pipeline. Its work happens in the order of the calls; not safe for concurrent use."""
 

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from toolchain.engines.buffers import HostMemory, check_buffer
+from toolchain.engines.buffers import HostMemory, check_array
 from toolchain.engines.cpu import physical_cores
 from toolchain.engines.onnxruntime.device import cpu_device
 from toolchain.engines.onnxruntime.package import CPU, EITHER, command, installed, warn_of_clash
 from toolchain.engines.onnxruntime.session import CPU_PROVIDER, GRAPH, Provider, open_session, session_options
 from toolchain.errors import EngineError
 from toolchain.recipe.options import OnnxRuntimeOptions
-from toolchain.signature import GraphSpec, TensorSpec
+from toolchain.signature import GraphSpec
 
 log = logging.getLogger("toolchain")
 
@@ -161,11 +160,11 @@ class OnnxRuntimeEngine:
         session = self._session
         binding = session.io_binding()
         for tensor in self.spec.inputs:
-            array = self._checked(tensor, buffers.get(tensor.name))
+            array = check_array(tensor, buffers.get(tensor.name), self._folder)
             binding.bind_input(tensor.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         for tensor in self.spec.outputs:
             if tensor.name in buffers:
-                array = self._checked(tensor, buffers[tensor.name])
+                array = check_array(tensor, buffers[tensor.name], self._folder)
                 binding.bind_output(tensor.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         kept = dict(buffers)  # the binding holds bare addresses
 
@@ -182,10 +181,6 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         """Lets the session go."""
         self._session = None
-
-    def _checked(self, tensor: TensorSpec, array: NDArray[Any] | None) -> NDArray[Any]:
-        contiguous = array is not None and array.flags.c_contiguous
-        return check_buffer(tensor, array, self._folder, also="contiguous", fits=contiguous)
 
     def _check_signature(self) -> None:
         for side, tensors in (("inputs", self.spec.inputs), ("outputs", self.spec.outputs)):

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from toolchain.engines.buffers import HostMemory, check_buffer
+from toolchain.engines.buffers import HostMemory, check_array
 from toolchain.engines.openvino.compiled import BLOB, BLOB_DIGEST, WEIGHT_BYTES, explained, settings
 from toolchain.engines.openvino.device import EXTRA, core, has_device, missing_device, openvino_device
 from toolchain.errors import EngineError
 from toolchain.recipe.options import OpenVinoOptions
-from toolchain.signature import GraphSpec, TensorSpec
+from toolchain.signature import GraphSpec
 from toolchain.store.facts import ENGINE_FACTS, read_facts
 
 
@@ -134,11 +133,11 @@ class OpenVinoEngine:
 
         request = self._compiled.create_infer_request()
         for tensor in self.spec.inputs:
-            array = self._checked(tensor, buffers.get(tensor.name))
+            array = check_array(tensor, buffers.get(tensor.name), self._folder)
             request.set_tensor(tensor.name, openvino.Tensor(array, shared_memory=True))
         for tensor in self.spec.outputs:
             if tensor.name in buffers:
-                array = self._checked(tensor, buffers[tensor.name])
+                array = check_array(tensor, buffers[tensor.name], self._folder)
                 request.set_tensor(tensor.name, openvino.Tensor(array, shared_memory=True))
         self._requests.append(request)
 
@@ -166,10 +165,6 @@ class OpenVinoEngine:
         """Frees the model and its requests."""
         self._requests = []
         self._compiled = None
-
-    def _checked(self, tensor: TensorSpec, array: NDArray[Any] | None) -> NDArray[Any]:
-        contiguous = array is not None and array.flags.c_contiguous
-        return check_buffer(tensor, array, self._folder, also="contiguous", fits=contiguous)
 
     def _check_signature(self) -> None:
         for side, tensors in (("inputs", self.spec.inputs), ("outputs", self.spec.outputs)):
