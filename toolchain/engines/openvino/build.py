@@ -195,9 +195,9 @@ def _require_float32(asked: Mapping[str, str], layers: list[Layer], where: Path)
 def _integer_products(model: ir.Model, layers: list[Layer], where: Path) -> dict[str, Any]:
     """How many products of rounded activations and weights there are, and which are not computed in int8; empty where
     there are none. EngineError where more than half of them are not."""
-    from toolchain.precision.activations import quantized_products
+    from toolchain.engines.openvino.integer import rounded_products
 
-    nodes = {str(node.name) for _, node in quantized_products(model, "int8") if _is_rounded(node.inputs[0])}
+    nodes = {str(node.name) for node in rounded_products(model)}
     if not nodes:
         return {}
     wide = sorted(nodes - {node for layer in layers if "int8" in layer.dtypes for node in layer.nodes})
@@ -210,12 +210,6 @@ def _integer_products(model: ir.Model, layers: list[Layer], where: Path) -> dict
             hint='quantise weights alone (activations = "none"), or use another version of OpenVINO',
         )
     return {"integer": {"asked": len(nodes), "wide": wide}}
-
-
-def _is_rounded(value: ir.Value | None) -> bool:
-    """Whether a value comes from a DequantizeLinear with a zero point, which activations have and weights lack."""
-    node = None if value is None else value.producer()
-    return node is not None and node.op_type == "DequantizeLinear" and len(node.inputs) == 3
 
 
 def executed_layers(compiled: Any, model: ir.Model) -> list[Layer]:

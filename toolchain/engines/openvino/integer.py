@@ -23,7 +23,7 @@ MOVES = frozenset({"Reshape", "Unsqueeze", "Squeeze", "Cast", "Identity"})
 def in_float32(graph: ir.Model) -> ir.Model:
     """A copy of a graph whose weights and activations were quantised; what is in float32 stays as it is."""
     model = graph.clone()
-    rounded = [node for _, node in quantized_products(model, "int8") if _pair(node) is not None]
+    rounded = rounded_products(model)
     if not rounded:
         return model
     for node in rounded:
@@ -35,10 +35,15 @@ def in_float32(graph: ir.Model) -> ir.Model:
     return model
 
 
+def rounded_products(model: ir.Model) -> list[ir.Node]:
+    """Every product of a weight in int8 with an activation that is rounded too."""
+    return [node for _, node in quantized_products(model, "int8") if _pair(node) is not None]
+
+
 def _pair(product: ir.Node) -> ir.Node | None:
-    """The DequantizeLinear that a product reads a rounded activation from."""
+    """The DequantizeLinear that a product reads a rounded activation from. It has a zero point, which weights lack."""
     node = product.inputs[0].producer() if product.inputs[0] is not None else None
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
+    return node if node is not None and node.op_type == "DequantizeLinear" and len(node.inputs) == 3 else None
 
 
 def _widen_product(node: ir.Node) -> None:
